@@ -1,0 +1,73 @@
+"""eplb moves mixture-of-experts weights between the ranks of an expert-parallel group.
+
+What this package exports here is promised. Every name loads on first use, so that importing the package is cheap and
+imports neither torch nor any backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from eplb_core.backend import PLUGIN_API_VERSION as PLUGIN_API_VERSION
+    from eplb_core.backend import BackendContext as BackendContext
+    from eplb_core.backend import BackendSpec as BackendSpec
+    from eplb_core.backend import ByteSize as ByteSize
+    from eplb_core.backend import Capabilities as Capabilities
+    from eplb_core.backend import CommonOptions as CommonOptions
+    from eplb_core.backend import Duration as Duration
+    from eplb_core.backend import ProbeResult as ProbeResult
+    from eplb_core.communicator import EplbCommunicator as EplbCommunicator
+    from eplb_core.communicator import TransferStats as TransferStats
+    from eplb_core.errors import EplbError as EplbError
+    from eplb_core.errors import HandshakeError as HandshakeError
+    from eplb_core.errors import TransferError as TransferError
+    from eplb_core.factory import create_eplb_communicator as create_eplb_communicator
+    from eplb_core.groups import StatelessGroup as StatelessGroup
+    from eplb_core.groups import TorchGroups as TorchGroups
+    from eplb_core.plan import plan_rearrangement as plan_rearrangement
+    from eplb_core.queues import TransferQueue as TransferQueue
+    from eplb_core.rearrange import Rearranger as Rearranger
+    from eplb_core.rearrange import RearrangeResult as RearrangeResult
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "PLUGIN_API_VERSION": "backend",
+    "BackendContext": "backend",
+    "BackendSpec": "backend",
+    "ByteSize": "backend",
+    "Capabilities": "backend",
+    "CommonOptions": "backend",
+    "Duration": "backend",
+    "EplbCommunicator": "communicator",
+    "EplbError": "errors",
+    "HandshakeError": "errors",
+    "ProbeResult": "backend",
+    "RearrangeResult": "rearrange",
+    "Rearranger": "rearrange",
+    "StatelessGroup": "groups",
+    "TorchGroups": "groups",
+    "TransferError": "errors",
+    "TransferQueue": "queues",
+    "TransferStats": "communicator",
+    "create_eplb_communicator": "factory",
+    "plan_rearrangement": "plan",
+}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the names are the keys above
+
+
+def __getattr__(name: str) -> object:
+    try:
+        home = _HOME[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

