@@ -1,0 +1,1 @@
+"""What a rebalance reads: recorded loads, placements, and the weights of experts."""
