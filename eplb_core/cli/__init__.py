@@ -1,0 +1,94 @@
+"""The `eplb` command. A sub-command's module is imported when it is called, so that `eplb --help` imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from eplb_core import __version__
+from eplb_core.cli.output import exit_code_of, report_error
+from eplb_core.errors import EplbError
+
+if TYPE_CHECKING:
+    from eplb_core.hooks import PluginHost
+
+_COMMANDS = {
+    "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
+    "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
+    "config": ("eplb_core.cli.config:config", "Explain a config string."),
+    "make-checkpoint": ("eplb_core.cli.rebalance:make_checkpoint", "Write a small MoE checkpoint to try things on."),
+    "rebalance": ("eplb_core.cli.rebalance:rebalance", "Move experts to a better placement and verify every byte."),
+}
+"""Sub-command -> (where its click command is, what it does in one line)."""
+
+
+class EplbGroup(click.Group):
+    """A group whose own sub-commands are a table, with those of plugins behind them.
+
+    A built-in command never loads a plugin. An `EplbError` from any command becomes one line and an exit code.
+    """
+
+    _host: PluginHost | None = None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all sub-commands, the built-in ones first."""
+        return [*sorted(_COMMANDS), *sorted(self._plugin_commands())]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one sub-command, or None if there is none of this name."""
+        if cmd_name in _COMMANDS:
+            module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
+            return cast("click.Command", getattr(importlib.import_module(module), attribute))
+        return self._plugin_commands().get(cmd_name)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the sub-command, or fail with the nearest names."""
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=2)
+            hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            ctx.fail(f"There is no command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the sub-commands without importing the built-in ones."""
+        plugins = self._plugin_commands()
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in sorted(_COMMANDS.items())])
+        if plugins:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl([(name, plugins[name].get_short_help_str(80)) for name in sorted(plugins)])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the sub-command."""
+        try:
+            return super().invoke(ctx)
+        except EplbError as error:
+            report_error(error)
+            ctx.exit(exit_code_of(error))
+
+    def _plugin_commands(self) -> dict[str, click.Command]:
+        """Return the commands that plugins add. None of them replaces a built-in one."""
+        from eplb_core.hooks import PluginHost
+
+        if self._host is None:
+            self._host = PluginHost().load()
+            for failure in self._host.failures:
+                print(f"warning: {failure}", file=sys.stderr)
+        found: dict[str, click.Command] = {}
+        for command in self._host.cli_commands():
+            if command.name and command.name not in _COMMANDS:
+                found.setdefault(command.name, command)
+        return found
+
+
+@click.group(cls=EplbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="eplb")
+def main() -> None:
+    """Move mixture-of-experts weights between the ranks of an expert-parallel group."""
