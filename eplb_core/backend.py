@@ -77,6 +77,7 @@ class BackendSpec:
         requires: top-level modules that have to be importable; `a|b` means that one of them is enough.
         install: the pip command that installs what `requires` names.
         probe: `module:callable`, a `BackendProbe`, or None if being importable is all it takes.
+        priority: among the backends that work on every rank, `auto` takes the one with the highest.
     """
 
     name: str
@@ -88,6 +89,7 @@ class BackendSpec:
     requires: tuple[str, ...] = ()
     install: str = ""
     probe: str | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
