@@ -20,7 +20,7 @@ _COMMANDS = {
     "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
-    "make-checkpoint": ("eplb_core.cli.rebalance:make_checkpoint", "Write a small MoE checkpoint to try things on."),
+    "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "rebalance": ("eplb_core.cli.rebalance:rebalance", "Move experts to a better placement and verify every byte."),
 }
 """Sub-command -> (where its click command is, what it does in one line)."""
@@ -83,7 +83,7 @@ class EplbGroup(click.Group):
                 print(f"warning: {failure}", file=sys.stderr)
         found: dict[str, click.Command] = {}
         for command in self._host.cli_commands():
-            if command.name and command.name not in _COMMANDS:
+            if isinstance(command, click.Command) and command.name and command.name not in _COMMANDS:
                 found.setdefault(command.name, command)
         return found
 

@@ -1,0 +1,92 @@
+"""`eplb config explain`: what a config string means, and where each value came from."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from eplb_core.backend import CommonOptions
+from eplb_core.cli.output import STDOUT, human_console, write_json
+from eplb_core.config import (
+    AUTO,
+    BACKEND_VARIABLE,
+    ResolvedOptions,
+    backend_from_environment,
+    parse_config,
+    resolve_options,
+)
+from eplb_core.errors import InputError
+from eplb_core.registry import default_registry, load_options_class
+
+
+@click.group()
+def config() -> None:
+    """Work with config strings, such as `nixl?window=64MiB`."""
+
+
+@config.command()
+@click.argument("text", metavar="CONFIG", required=False)
+@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+def explain(text: str | None, json_path: str | None) -> None:
+    """Show every option of a backend, its value and where that came from.
+
+    Without CONFIG it explains what the environment variable EPLB_BACKEND holds.
+    """
+    chosen = backend_from_environment(text, os.environ)
+    if chosen is None:
+        raise InputError("there is no config string to explain", remedy=f"give one, or set {BACKEND_VARIABLE}")
+    parsed = parse_config(chosen)
+    options_class: type = CommonOptions
+    if parsed.name == AUTO:
+        # Which backend it will be is not known before all ranks have probed theirs; these options all of them have.
+        source = "the best backend that works on every rank"
+    else:
+        with contextlib.redirect_stdout(sys.stderr):
+            entry = default_registry().select(parsed)
+            options_class = load_options_class(entry)
+        source = f"{entry.distribution} {entry.version}"
+    resolved = resolve_options(parsed, options_class, environment=os.environ)
+    if json_path is not None:
+        write_json(_document(resolved, chosen, source), json_path)
+    if json_path != STDOUT:
+        _print(resolved, source)
+
+
+def _print(resolved: ResolvedOptions, source: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    console = human_console()
+    console.print(f"{resolved.config.name}: {source}", markup=False, soft_wrap=True)
+    table = Table()
+    for column in ("option", "value", "origin", "meaning"):
+        table.add_column(column, overflow="fold")
+    for key, kind in resolved.types.items():
+        meaning = "; ".join(part for part in (kind.help, kind.accepts()) if part)
+        table.add_row(Text(key), Text(resolved.text(key)), Text(resolved.origins[key]), Text(meaning))
+    console.print(table)
+    console.print(f"canonical: {resolved.canonical()}", markup=False, soft_wrap=True)
+
+
+def _document(resolved: ResolvedOptions, text: str, source: str) -> dict[str, Any]:
+    return {
+        "config": text,
+        "backend": resolved.config.name,
+        "source": source,
+        "canonical": resolved.canonical(),
+        "digest": resolved.digest(),
+        "options": [
+            {
+                "key": key,
+                "value": resolved.text(key),
+                "origin": resolved.origins[key],
+                "help": kind.help,
+                "accepts": kind.accepts(),
+            }
+            for key, kind in resolved.types.items()
+        ],
+    }
