@@ -56,7 +56,7 @@ _HOME = {
     "plan_rearrangement": "plan",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604 - the names are the keys above
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> object:

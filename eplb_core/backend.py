@@ -56,11 +56,23 @@ class Capabilities:
         device_types: torch device types whose tensors it moves, such as `("cpu", "cuda")`.
         stateless_groups: it needs no torch.distributed process group, only the control plane.
         background: it may run beside inference in the same process, on its own thread and stream.
+        device_group: it moves device tensors over the group's own device process group, which has to be there.
     """
 
     device_types: tuple[str, ...] = ("cpu",)
     stateless_groups: bool = False
     background: bool = False
+    device_group: bool = False
+
+    def unfit(self, device_type: str, *, stateless: bool, has_device_group: bool) -> str:
+        """Return why this does not do for such tensors in such a group, or an empty text if it does."""
+        if device_type not in self.device_types:
+            return f"it moves tensors on {', '.join(self.device_types)}, and these lie on {device_type}"
+        if stateless and not self.stateless_groups:
+            return "it needs a process group, and this group is stateless"
+        if self.device_group and device_type != "cpu" and not has_device_group:
+            return f"it needs a {device_type} process group, and this group has none"
+        return ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

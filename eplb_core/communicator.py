@@ -11,8 +11,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from eplb_core.errors import EplbError
+
 if TYPE_CHECKING:
     import torch
+
+    from eplb_core.backend import BackendContext
+
+DEFAULT_STAGING_BYTES = 256 << 20
+"""The staging memory that a rank uses where nothing else is configured, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,25 @@ class TransferStats:
     paths: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Binding:
+    """What `create_eplb_communicator` knows of a communicator that it made.
+
+    Attributes:
+        config: the canonical config string.
+        context: the group that it was made for.
+    """
+
+    config: str
+    context: BackendContext
+    _scopes: int = field(default=0, repr=False)
+
+    def next_scope(self, name: str) -> str:
+        """Return a name for `ControlPlane.scoped` that is new, and the same on every rank that asks in the same order."""
+        self._scopes += 1
+        return f"{name}/{self._scopes}"
+
+
 class EplbCommunicator(ABC):
     """Moves tensors between the ranks of one expert-parallel group.
 
@@ -52,6 +78,7 @@ class EplbCommunicator(ABC):
     """
 
     _stream: torch.cuda.Stream | None = None
+    _binding: Binding | None = None
 
     @abstractmethod
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
@@ -102,8 +129,10 @@ class EplbCommunicator(ABC):
     def register(self, tensors: Sequence[torch.Tensor]) -> None:
         """Declare tensors that will be sent from, or received into, again and again.
 
-        A one-sided transport registers their memory with the device and then skips copies. The tensors have to stay
-        alive until `close()`. The default does nothing; registering is never needed for a right result.
+        A one-sided transport registers their memory with the device and then skips copies. Who registers a tensor
+        and receives into it declares that nobody reads it before `execute()` returned, and that after an error it
+        is not used again, since bytes may still arrive. The tensors are kept alive until `close()`. The default does
+        nothing; registering is never needed for a right result, and every rank may register what it likes.
         """
         return
 
@@ -130,9 +159,32 @@ class EplbCommunicator(ABC):
         return 0
 
     @property
+    def staging_limit_bytes(self) -> int:
+        """Bytes of staging memory that the configuration allows a rank, what the caller stages in included."""
+        return DEFAULT_STAGING_BYTES
+
+    @property
     def last_stats(self) -> TransferStats | None:
         """What the last finished `execute()` did, or None before the first."""
         return None
+
+    @property
+    def binding(self) -> Binding:
+        """What it was made from and for.
+
+        Raises:
+            EplbError: it was not made by `create_eplb_communicator`.
+        """
+        if self._binding is None:
+            raise EplbError(
+                f"this {type(self).__name__} is not bound to a group",
+                remedy="make it with create_eplb_communicator, or call bind() yourself",
+            )
+        return self._binding
+
+    def bind(self, binding: Binding) -> None:
+        """Tell the communicator what it was made from; `create_eplb_communicator` does."""
+        self._binding = binding
 
     def __enter__(self) -> Self:
         """Return the communicator; leaving the block closes it."""

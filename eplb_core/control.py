@@ -50,7 +50,7 @@ class ControlPlane:
         keys = [f"{this}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + timeout_s
         try:
-            self._store.set(keys[self.rank], payload)
+            self._store.set(keys[self.rank], payload)  # type: ignore[arg-type]  # its stub says str
             self._store.wait(keys, _timedelta(deadline))
             gathered = self._store.multi_get(keys)
             if this:
@@ -95,7 +95,7 @@ def _lost(what: str, timeout_s: float, missing: list[int], cause: Exception) -> 
         return ControlPlaneError(
             f"the store that carries the control messages is gone or does not answer, while gathering {what}",
             why=first_line,
-            remedy="start the job again; host the store outside the workers, as torchrun does, so that it outlives them",
+            remedy="start again; a store outside the workers, such as torchrun's, outlives them",
         )
     ranks = ", ".join(map(str, missing))
     return ControlPlaneError(

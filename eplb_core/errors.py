@@ -7,7 +7,12 @@ mends it. Each class also derives from the built-in exception that callers of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class EplbError(Exception):
@@ -41,6 +46,20 @@ class InputError(EplbError, ValueError):
 
 class PlacementError(EplbError, ValueError):
     """A placement, or a pair of them, is not valid."""
+
+
+class PolicyError(EplbError, ValueError):
+    """A balance policy cannot be selected: unknown, registered twice, or broken.
+
+    Attributes:
+        name: the name that was asked for.
+    """
+
+    def __init__(
+        self, what: str, *, name: str, where: str | None = None, why: str | None = None, remedy: str | None = None
+    ) -> None:
+        self.name = name
+        super().__init__(what, where=where, why=why, remedy=remedy)
 
 
 # --- selecting a backend ---------------------------------------------------------------------------------------------
@@ -179,13 +198,16 @@ class TransferError(EplbError, RuntimeError):
         peers: group ranks concerned, sorted.
         phase: the step of the transfer that failed, in one word ("agree", "pack", "read", ...).
         usable: whether the same communicator may be used again.
+        placement: what this rank's slots hold, int64 `[layers, slots]`, if it was in a rearrangement.
     """
+
+    placement: npt.NDArray[np.int64] | None = None
 
     def __init__(
         self,
         what: str,
         *,
-        peers: Sequence[int] = (),
+        peers: Iterable[int] = (),
         phase: str = "",
         usable: bool = False,
         where: str | None = None,

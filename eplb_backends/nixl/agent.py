@@ -1,0 +1,272 @@
+"""The edge to NIXL: one agent for one communicator, and the only module that imports the package.
+
+Everything foreign stops here: NIXL's exceptions, which share no base class, leave as `NixlError`; its metadata is
+checked before it is taken, because truncated metadata poisons a peer's name for good; its memory is released in the
+one order that is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import logging
+import os
+import uuid
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from eplb_core.errors import BackendNotInstalledError, EplbError
+
+_PACKAGES = ("nixl", "nixl_rocm", "rixl")  # the CUDA build, the ROCm build, and the ROCm build's older name
+
+ENVIRONMENT = {
+    # UCX otherwise takes a signal that a server may be using.
+    "UCX_DEBUG_SIGNO": "0",
+    "NIXL_LOG_LEVEL": "WARN",
+}
+"""Set before NIXL loads, where the user has not set it."""
+
+CUDA_ENVIRONMENT = {
+    # Without NVLink, UCX turns reading over CUDA IPC off and falls back to tcp: 0.5 instead of 1,300 GB/s on one H200.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
+}
+"""Set as well where the memory is a CUDA device's."""
+
+logger = logging.getLogger(__name__)
+
+# An agent that was dropped while READs were in flight, with the memory that they may still land in: NIXL cannot abort
+# a READ, so none of it may be reused or freed while the process lives.
+_quarantine: list[object] = []
+
+
+class NixlError(EplbError, RuntimeError):
+    """NIXL refused or failed. `disconnected` says whether it was because a peer is gone."""
+
+    def __init__(self, what: str, *, why: str | None = None, disconnected: bool = False) -> None:
+        self.disconnected = disconnected
+        super().__init__(what, why=why)
+
+
+class Identity(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank tells its peers about its agent.
+
+    Attributes:
+        name: the agent's name, unique for every incarnation.
+        metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
+        digest: SHA-256 of the metadata.
+    """
+
+    name: str
+    metadata: bytes
+    digest: bytes
+
+
+def has_nixl() -> bool:
+    """Return whether a NIXL package, the CUDA or the ROCm build, can be found. Imports nothing."""
+    return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
+
+
+class Agent:
+    """A NIXL agent with the UCX backend.
+
+    Args:
+        label: goes into the agent's name, for people who read logs.
+        device: the device whose memory is moved.
+        progress_thread: whether NIXL runs a thread of its own.
+
+    Raises:
+        BackendNotInstalledError: no NIXL package is there.
+        NixlError: the agent could not be made.
+    """
+
+    def __init__(self, label: str, device: torch.device, *, progress_thread: bool) -> None:
+        api = _load(device)
+        self.name = f"{label}-{uuid.uuid4().hex}"
+        self.memory_type = "DRAM" if device.type == "cpu" else "VRAM"
+        self._device_id = device.index or 0
+        with mapped("NIXL cannot create an agent"):
+            config = api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
+            self._agent: Any = api.nixl_agent(self.name, config)
+            self._agent.create_backend("UCX", {})
+        self._held = _Held(self._agent)
+        self._finalizer = weakref.finalize(self, self._held.release)
+        self._known: dict[str, int] = {}
+
+    def register(self, regions: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]) -> None:
+        """Make `regions`, pairs of address and bytes, readable by peers. `owners` are kept alive until `close()`."""
+        rows = [(address, nbytes, self._device_id, "") for address, nbytes in regions]
+        with mapped(f"NIXL cannot register {sum(nbytes for _, nbytes in regions)} bytes of {self.memory_type}"):
+            self._held.registered.append(self._agent.register_memory(rows, self.memory_type))
+        self._held.owners.extend(owners)
+
+    def identity(self) -> Identity:
+        """Return what peers need to read from this agent: how to connect, and all that is registered now."""
+        with mapped("NIXL cannot describe this agent"):
+            metadata = self._agent.get_agent_metadata()
+        return Identity(self.name, metadata, hashlib.sha256(metadata).digest())
+
+    def add_peer(self, peer: Identity) -> None:
+        """Take a peer's identity, or a newer one of a peer that is known and has registered more since.
+
+        Raises:
+            NixlError: the metadata is damaged, or NIXL does not accept it.
+        """
+        if hashlib.sha256(peer.metadata).digest() != peer.digest:
+            raise NixlError(
+                f"the metadata of agent {peer.name} arrived damaged", why=f"{len(peer.metadata)} bytes, wrong digest"
+            )
+        with mapped(f"NIXL does not accept the metadata of agent {peer.name}"):
+            added = self._agent.add_remote_agent(peer.metadata)
+        if added.decode() != peer.name:
+            raise NixlError(f"the metadata of agent {peer.name} is that of {added.decode()}")
+        if peer.name not in self._held.peers:
+            self._held.peers.append(peer.name)
+
+    def read(self, peer: str, remote: np.ndarray, local: np.ndarray, lengths: np.ndarray) -> Read:
+        """Post one READ of several pieces; all three arrays are int64 `[pieces]`: addresses and bytes."""
+        device = np.full_like(lengths, self._device_id)
+        with mapped(f"NIXL cannot read from agent {peer}"):
+            sides = [
+                self._agent.get_xfer_descs(np.stack([side, lengths, device], 1).astype(np.uint64), self.memory_type)
+                for side in (local, remote)
+            ]
+            handle = self._agent.initialize_xfer("READ", *sides, peer)
+        read = Read(self._agent, handle)
+        self._held.reads.append(read)
+        read.post()
+        return read
+
+    def finished(self, read: Read) -> bool:
+        """Return whether the READ is done; releases it if so. Raises `NixlError` if it failed."""
+        if not read.poll():
+            return False
+        self._held.reads.remove(read)
+        read.release()
+        return True
+
+    def notify(self, peer: str, message: bytes) -> None:
+        """Send a small message to a peer: fire and forget, in order."""
+        # A READ's own notification is not used: NIXL 1.5.1 sends it only once the reader posts something else.
+        with mapped(f"NIXL cannot notify agent {peer}"):
+            self._agent.send_notif(peer, message)
+
+    def notifications(self) -> dict[str, list[bytes]]:
+        """Return the messages that came since the last call, by sender. This is also what makes progress."""
+        with mapped("NIXL cannot poll for notifications"):
+            received: dict[str, list[bytes]] = self._agent.get_new_notifs()
+        return received
+
+    def close(self) -> None:
+        """Release everything; idempotent. With READs in flight the memory they may land in is kept for good."""
+        self._finalizer()
+
+
+class Read:
+    """One READ in flight."""
+
+    def __init__(self, agent: Any, handle: Any) -> None:
+        self._agent = agent
+        self._handle = handle
+        self._state = "PROC"
+
+    def post(self) -> None:
+        """Start it."""
+        with mapped("a READ failed"):
+            self._state = self._agent.transfer(self._handle)
+
+    def poll(self) -> bool:
+        """Return whether it is done; raises `NixlError` if it failed."""
+        if self._state == "PROC":
+            with mapped("a READ failed"):
+                self._state = self._agent.check_xfer_state(self._handle)
+        if self._state not in ("DONE", "PROC"):
+            raise NixlError("a READ failed", why=f"its state is {self._state}")
+        return self._state == "DONE"
+
+    def release(self) -> None:
+        """Free the handle of a READ that is not in flight."""
+        with mapped("a READ's handle cannot be released"):
+            self._agent.release_xfer_handle(self._handle)
+
+
+class _Held:
+    """All that an agent holds, apart from the agent's owner so that a finalizer can release it.
+
+    The order is NIXL's: READs, then peers, then memory, then the agent, then the tensors.
+    """
+
+    def __init__(self, agent: Any) -> None:
+        self.agent: Any = agent
+        self.reads: list[Read] = []
+        self.peers: list[str] = []
+        self.registered: list[Any] = []
+        self.owners: list[torch.Tensor] = []
+
+    def release(self) -> None:
+        agent, self.agent = self.agent, None
+        if agent is None:
+            return
+        in_flight = []
+        for read in self.reads:
+            try:
+                if read.poll():
+                    read.release()
+                else:
+                    in_flight.append(read)
+            except NixlError as error:
+                # A READ that failed has stopped only on the way that reported it.
+                logger.debug("kept: %s", error)
+                in_flight.append(read)
+        if in_flight:
+            logger.warning(
+                "%d READs were in flight when the communicator was closed; what they may write to is kept",
+                len(in_flight),
+            )
+            _quarantine.append((agent, in_flight, self.registered, self.owners))
+            return
+        for peer in self.peers:
+            self._try(f"remove agent {peer}", agent.remove_remote_agent, peer)
+        for regions in self.registered:
+            self._try("deregister memory", agent.deregister_memory, regions)
+        self.peers, self.registered = [], []
+        del agent
+        self.owners = []
+
+    @staticmethod
+    def _try(what: str, call: Any, argument: Any) -> None:
+        try:
+            call(argument)
+        except Exception as error:  # noqa: BLE001 - NIXL's errors have no common base; the rest is released all the same
+            logger.warning("NIXL could not %s: %s", what, error)
+
+
+@contextlib.contextmanager
+def mapped(what: str) -> Iterator[None]:
+    """Turn whatever NIXL raises into a `NixlError` that says what was tried."""
+    try:
+        yield
+    except EplbError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise NixlError(what, why=f"{kind}: {error}", disconnected=kind == "nixlRemoteDisconnectError") from error
+
+
+def _load(device: torch.device) -> Any:
+    for name, value in (ENVIRONMENT | (CUDA_ENVIRONMENT if device.type == "cuda" else {})).items():
+        os.environ.setdefault(name, value)
+    for package in _PACKAGES:
+        try:
+            return importlib.import_module(f"{package}._api")
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+    raise BackendNotInstalledError(
+        "the nixl backend needs the NIXL package", name="nixl", remedy='pip install "eplb[nixl]"'
+    )

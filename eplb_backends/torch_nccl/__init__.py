@@ -1,0 +1,1 @@
+"""torch.distributed over NCCL, on the engine's own device group; the default backend."""

@@ -1,0 +1,93 @@
+"""The `torch_nccl` communicator: one batch of isend and irecv on the device group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from eplb_core.backend import BackendContext, CommonOptions
+from eplb_core.coalesce import coalesce
+from eplb_core.communicator import EplbCommunicator, TransferStats
+from eplb_core.errors import BackendUnavailableError, TransferError
+from eplb_core.p2p import exchange
+from eplb_core.queues import TransferQueue, check_match
+from eplb_core.streams import on_stream
+
+
+def create(context: BackendContext, options: CommonOptions, expert_weights: Sequence[torch.Tensor]) -> NcclCommunicator:
+    """Return a communicator over the device group, or for CPU tensors over the CPU group; a `BackendFactory`.
+
+    Raises:
+        BackendUnavailableError: the group has no process group for the tensors' device.
+    """
+    on_cpu = context.device.type == "cpu"
+    group = context.cpu_group if on_cpu else context.device_group
+    if group is None:
+        raise BackendUnavailableError(
+            f"torch_nccl needs a {'CPU' if on_cpu else 'device'} process group for tensors on {context.device}",
+            name="torch_nccl",
+            why="this group has none",
+            remedy="give the group coordinator one, or use a backend that needs none, such as nixl",
+        )
+    return NcclCommunicator(context, options, group)
+
+
+class NcclCommunicator(EplbCommunicator):
+    """Sends and receives over a process group, ordered on the communicator's stream.
+
+    Args:
+        context: the group.
+        options: the options of the config string.
+        group: the process group that carries the tensors.
+    """
+
+    def __init__(self, context: BackendContext, options: CommonOptions, group: dist.ProcessGroup) -> None:
+        self._control = context.control
+        self._device = context.device
+        self._group = group
+        self._timeout_s = float(options.timeout)
+        self._queue = TransferQueue(context.rank, context.world_size, context.device)
+        self._stats: TransferStats | None = None
+
+    @property
+    def last_stats(self) -> TransferStats | None:
+        """What the last finished `execute()` did; on a GPU its work may still be under way on the stream."""
+        return self._stats
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send."""
+        self._queue.add_send(tensor, dst_rank)
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive."""
+        self._queue.add_recv(tensor, src_rank)
+
+    def execute(self) -> None:
+        """Compare, then run everything as one batch on the stream."""
+        began = time.perf_counter()
+        sends, recvs = self._queue.take()
+        try:
+            check_match(self._control, sends, recvs, self._timeout_s)
+            agreed = time.perf_counter()
+            with on_stream(self._device, self._stream):
+                exchange(self._group, coalesce(sends), coalesce(recvs), self._timeout_s)
+        except TransferError as error:
+            if not error.usable:
+                self._queue.close(f"an earlier transfer failed: {error.what}")
+            raise
+        ended = time.perf_counter()
+        self._stats = TransferStats(
+            seconds=ended - began,
+            bytes_sent=sum(send.nbytes for send in sends),
+            bytes_received=sum(recv.nbytes for recv in recvs),
+            messages=len(sends) + len(recvs),
+            phases={"agree": agreed - began, "transfer": ended - agreed},
+            paths={t.peer: "gloo" if self._device.type == "cpu" else "NCCL" for t in (*sends, *recvs)},
+        )
+
+    def close(self) -> None:
+        """Refuse further use. The process group is the caller's."""
+        self._queue.close("it was closed")

@@ -1,0 +1,205 @@
+"""`create_eplb_communicator`: from a config string to a communicator, the same on every rank or on none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eplb_core.agreement import Proposal, agree, agree_on_outcome, describe_layout
+from eplb_core.automatic import AUTO, choose
+from eplb_core.backend import BackendContext, CommonOptions
+from eplb_core.backend_entry import BackendEntry
+from eplb_core.communicator import Binding, EplbCommunicator
+from eplb_core.config import BackendConfig, ResolvedOptions, backend_from_environment, parse_config, resolve_options
+from eplb_core.control import ControlPlane
+from eplb_core.errors import BackendBrokenError, BackendUnavailableError, EplbError, NotACommunicatorError
+from eplb_core.groups import GroupCoordinator, StatelessGroup, open_control_plane
+from eplb_core.hints import DEFAULT_BACKEND
+from eplb_core.hooks import PluginHost
+from eplb_core.observed import default_plugins, observed
+from eplb_core.registry import Registry, default_registry, load_factory, load_options_class
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """A backend with its options, as one rank would build it."""
+
+    entry: BackendEntry
+    options: ResolvedOptions
+
+
+def create_eplb_communicator(
+    group_coordinator: GroupCoordinator | StatelessGroup,
+    backend: str | None = None,
+    expert_weights: Sequence[torch.Tensor] = (),
+    *,
+    arguments: Mapping[str, object] | None = None,
+    registry: Registry | None = None,
+    plugins: PluginHost | None = None,
+) -> EplbCommunicator:
+    """Return a communicator for the ranks of a group. Every rank of the group has to call it.
+
+    Before anything is built, all ranks tell each other what they would build. Whatever differs, or goes wrong on any
+    of them, raises on all of them.
+
+    Args:
+        group_coordinator: the group: `TorchGroups`, `StatelessGroup`, or an engine's own object with `rank_in_group`,
+            `world_size`, `cpu_group`, `device_group` and `device_communicator`.
+        backend: a config string such as `nixl?window=256MiB`, or `auto`. None takes `EPLB_BACKEND` from the
+            environment, and without it `torch_nccl`.
+        expert_weights: the tensors of one layer, first dimension = local slots. Their device is the communicator's;
+            without tensors it is the CPU.
+        arguments: option values by name; they win over the config string.
+        registry: where to look the backend up; the installed ones by default.
+        plugins: who is told of transfers and asked what `auto` means; the installed ones by default.
+
+    Raises:
+        HandshakeError: the ranks do not agree, or only some of them can build it; the same table on every rank.
+        ConfigError: the config string, an option in it, or one in the environment is wrong on every rank.
+        BackendError: no rank can build it; the sub-class says why.
+        ControlPlaneError: the ranks do not reach one another.
+    """
+    registry = registry or default_registry()
+    plugins = plugins or default_plugins()
+    tensors = tuple(expert_weights)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    config: BackendConfig | None = None
+    problem: EplbError | None = None
+    timeout_s = float(CommonOptions().timeout)
+    try:
+        config = parse_config(backend_from_environment(backend) or DEFAULT_BACKEND)
+        timeout_s = _handshake_timeout(config, arguments, registry)
+    except EplbError as error:
+        problem = error
+    control = open_control_plane(group_coordinator, timeout_s)
+    if config is not None and config.name == AUTO:
+        config = choose(control.scoped("auto"), config, device, group_coordinator, registry, plugins, timeout_s)
+    selection: Selection | None = None
+    if config is not None and problem is None:
+        try:
+            selection = _select(config, arguments, registry)
+            _check_fits(selection.entry, device, group_coordinator)
+        except EplbError as error:
+            problem = error
+    agree(control, _proposal(selection, device, tensors, problem), problem, timeout_s)
+    if selection is None:
+        raise EplbError("no backend was selected")
+    context = BackendContext(
+        rank=group_coordinator.rank_in_group,
+        world_size=group_coordinator.world_size,
+        device=device,
+        control=control.scoped("communicator"),
+        cpu_group=group_coordinator.cpu_group,
+        device_group=group_coordinator.device_group,
+        device_communicator=group_coordinator.device_communicator,
+    )
+    communicator = _build(selection, context, tensors, control)
+    communicator.bind(Binding(selection.options.canonical(), context))
+    if _is_first_local_rank(context.rank):
+        logger.info("initialized, %s (%s)", type(communicator).__name__, selection.options.canonical())
+    return observed(communicator, plugins)
+
+
+def _handshake_timeout(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> float:
+    """Return the `timeout` option, if it can be known before anything is checked, in seconds."""
+    default = float(CommonOptions().timeout)
+    try:
+        options_class = CommonOptions if config.name == AUTO else load_options_class(registry.select(config))
+        return float(getattr(resolve_options(config, options_class, arguments=arguments).values, "timeout", default))
+    except EplbError:
+        return default  # the error comes again, and is told to the other ranks, once they can be reached
+
+
+def _select(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> Selection:
+    entry = registry.select(config)
+    options = resolve_options(config, load_options_class(entry), arguments=arguments)
+    load_factory(entry)  # a factory that cannot be imported here must not surprise the other ranks later
+    return Selection(entry, options)
+
+
+def _check_fits(entry: BackendEntry, device: torch.device, group: GroupCoordinator | StatelessGroup) -> None:
+    if entry.spec is None:
+        return
+    reason = entry.spec.capabilities.unfit(
+        device.type, stateless=group.cpu_group is None, has_device_group=group.device_group is not None
+    )
+    if reason:
+        raise BackendUnavailableError(
+            f"backend {entry.name!r} cannot be used here",
+            name=entry.name,
+            why=reason,
+            remedy="choose another one; 'eplb backends' lists what each can do",
+        )
+
+
+def _proposal(
+    selection: Selection | None, device: torch.device, tensors: Sequence[torch.Tensor], problem: EplbError | None
+) -> Proposal:
+    text = f"{type(problem).__name__}: {problem}" if problem is not None else ""
+    layout = describe_layout(tensors)
+    if selection is None:
+        return Proposal(problem=text, device=device.type, layout=layout)
+    entry, options = selection.entry, selection.options
+    api = ".".join(map(str, entry.spec.api_version)) if entry.spec is not None else ""
+    return Proposal(
+        problem=text,
+        backend=entry.name,
+        distribution=f"{entry.distribution} {entry.version}",
+        plugin_api=api,
+        options="&".join(f"{key}={options.text(key)}" for key in sorted(options.types)),
+        device=device.type,
+        layout=layout,
+    )
+
+
+def _build(
+    selection: Selection, context: BackendContext, tensors: Sequence[torch.Tensor], control: ControlPlane
+) -> EplbCommunicator:
+    """Call the backend's factory on every rank; if it fails on any, close what the others have built and raise."""
+    entry = selection.entry
+    problem: Exception | None = None
+    built: Any = None
+    try:
+        built = load_factory(entry)(context, selection.options.values, tensors)
+        if not isinstance(built, EplbCommunicator):
+            problem = NotACommunicatorError(
+                f"backend {entry.name!r} returned a {type(built).__name__}, which is not an EplbCommunicator",
+                name=entry.name,
+                where=f"{entry.distribution} {entry.version}",
+                remedy="derive it from eplb_core.EplbCommunicator; report this to the authors of that distribution",
+            )
+    except EplbError as error:
+        problem = error
+    except Exception as error:  # noqa: BLE001 - a third party's factory may raise anything, and the others have to know
+        problem = BackendBrokenError(
+            f"backend {entry.name!r} failed to build a communicator",
+            name=entry.name,
+            where=f"{entry.distribution} {entry.version}",
+            why=f"{type(error).__name__}: {error}",
+        )
+        problem.__cause__ = error
+    try:
+        agree_on_outcome(control, f"building the {entry.name} communicator", problem, _build_timeout(selection))
+    except BaseException:
+        if isinstance(built, EplbCommunicator):
+            built.close()
+        raise
+    if not isinstance(built, EplbCommunicator):
+        raise EplbError("nothing was built")
+    return built
+
+
+def _build_timeout(selection: Selection) -> float:
+    """A rank whose construction timed out answers that much later than one that failed at once; allow for both."""
+    return 2 * float(getattr(selection.options.values, "timeout", CommonOptions().timeout)) + 5.0
+
+
+def _is_first_local_rank(rank: int) -> bool:
+    return int(os.environ.get("LOCAL_RANK", rank)) == 0

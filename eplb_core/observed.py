@@ -1,0 +1,115 @@
+"""Tells plugins of transfers. Where there are no plugins, nothing is wrapped and nothing is slower."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from eplb_core.communicator import Binding, EplbCommunicator, TransferStats
+from eplb_core.hooks import PluginHost, TransferFailed, TransferFinished, TransferStarted
+
+if TYPE_CHECKING:
+    import torch
+
+
+@functools.cache
+def default_plugins() -> PluginHost:
+    """Return the host of the installed plugins, loaded at the first call."""
+    return PluginHost().load()
+
+
+def observed(communicator: EplbCommunicator, plugins: PluginHost) -> EplbCommunicator:
+    """Return a communicator that tells `plugins` of each transfer, or the same one if there are none."""
+    return ObservedCommunicator(communicator, plugins) if plugins.plugin_names else communicator
+
+
+class ObservedCommunicator(EplbCommunicator):
+    """Passes everything on to `inner`, and tells plugins when a transfer starts, finishes or fails.
+
+    Args:
+        inner: a communicator that is bound.
+        plugins: who is told.
+    """
+
+    def __init__(self, inner: EplbCommunicator, plugins: PluginHost) -> None:
+        self.inner = inner
+        self._plugins = plugins
+        self._sent = 0
+        self._received = 0
+        self._messages = 0
+        self.bind(inner.binding)
+
+    def bind(self, binding: Binding) -> None:
+        """Bind both."""
+        super().bind(binding)
+        self.inner.bind(binding)
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send."""
+        self.inner.add_send(tensor, dst_rank)
+        self._sent += tensor.numel() * tensor.element_size()
+        self._messages += 1
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive."""
+        self.inner.add_recv(tensor, src_rank)
+        self._received += tensor.numel() * tensor.element_size()
+        self._messages += 1
+
+    def execute(self) -> None:
+        """Perform all that is queued."""
+        context = self.binding.context
+        about: dict[str, Any] = {
+            "backend": self.binding.config.partition("?")[0],
+            "rank": context.rank,
+            "world_size": context.world_size,
+            "bytes_sent": self._sent,
+            "bytes_received": self._received,
+            "messages": self._messages,
+        }
+        self._sent = self._received = self._messages = 0
+        self._plugins.notify(TransferStarted(**about))
+        try:
+            self.inner.execute()
+        except BaseException as error:
+            self._plugins.notify(TransferFailed(**about, error=error))
+            raise
+        self._plugins.notify(TransferFinished(**about, stats=self.inner.last_stats or TransferStats()))
+
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Set the stream."""
+        self.inner.set_stream(stream)
+
+    def register(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Register tensors."""
+        self.inner.register(tensors)
+
+    def close(self) -> None:
+        """Close."""
+        self.inner.close()
+
+    @property
+    def needs_profile_buffer_reservation(self) -> bool:
+        """As the inner one says."""
+        return self.inner.needs_profile_buffer_reservation
+
+    @property
+    def transfer_limit_bytes(self) -> int | None:
+        """As the inner one says."""
+        return self.inner.transfer_limit_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """As the inner one says."""
+        return self.inner.staging_bytes
+
+    @property
+    def staging_limit_bytes(self) -> int:
+        """As the inner one says."""
+        return self.inner.staging_limit_bytes
+
+    @property
+    def last_stats(self) -> TransferStats | None:
+        """As the inner one says."""
+        return self.inner.last_stats

@@ -1,0 +1,226 @@
+"""The queue of a communicator: checks each transfer when it is added, and all of them against the peers'.
+
+A backend holds a `TransferQueue` rather than inheriting one, so that what the contract asks of every backend is
+written once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from eplb_core.control import ControlPlane
+from eplb_core.errors import (
+    CommunicatorClosedError,
+    ControlPlaneError,
+    InvalidTransferError,
+    TransferError,
+    TransferMismatchError,
+    TransferTimeoutError,
+)
+
+_SUM_BYTES = 16
+_REFUSED = b"!"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transfer:
+    """One tensor that was queued, to or from `peer`."""
+
+    tensor: torch.Tensor
+    peer: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of payload."""
+        return self.tensor.numel() * self.tensor.element_size()
+
+
+class _Queued(msgspec.Struct, array_like=True):
+    """What a rank queued, as told to its peers: peer rank -> `(bytes, dtype)` of each tensor in order."""
+
+    sends: dict[int, list[tuple[int, str]]]
+    recvs: dict[int, list[tuple[int, str]]]
+
+
+class TransferQueue:
+    """What `add_send` and `add_recv` queued and `execute()` has not yet done.
+
+    Args:
+        rank: this rank.
+        world_size: the number of ranks.
+        device: the only device that tensors may lie on; None takes any.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device
+        self.sends: list[Transfer] = []
+        self.recvs: list[Transfer] = []
+        self._closed_because: str | None = None
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send; raises as `EplbCommunicator.add_send` does."""
+        self.sends.append(self._checked(tensor, dst_rank, "send", "to"))
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
+        self.recvs.append(self._checked(tensor, src_rank, "receive", "from"))
+
+    def take(self) -> tuple[list[Transfer], list[Transfer]]:
+        """Empty the queue and return its sends and receives.
+
+        Raises:
+            CommunicatorClosedError: the queue was closed.
+        """
+        self.check_open()
+        sends, recvs = self.sends, self.recvs
+        self.sends, self.recvs = [], []
+        return sends, recvs
+
+    def close(self, because: str) -> None:
+        """Empty the queue and refuse everything from now on; the first reason stays."""
+        self.sends, self.recvs = [], []
+        self._closed_because = self._closed_because or because
+
+    def check_open(self) -> None:
+        """Raise `CommunicatorClosedError` if the queue was closed."""
+        if self._closed_because is not None:
+            raise CommunicatorClosedError(
+                "this communicator cannot be used any more",
+                why=self._closed_because,
+                remedy="make a new one with create_eplb_communicator",
+            )
+
+    def _checked(self, tensor: torch.Tensor, peer: int, verb: str, preposition: str) -> Transfer:
+        self.check_open()
+        if isinstance(peer, bool) or not isinstance(peer, int) or not 0 <= peer < self.world_size:
+            raise InvalidTransferError(
+                f"cannot {verb} {preposition} rank {peer!r}", why=f"the group's ranks are 0 to {self.world_size - 1}"
+            )
+        if peer == self.rank:
+            raise InvalidTransferError(
+                f"cannot {verb} {preposition} rank {peer}",
+                why="it is this rank itself",
+                remedy="copy the tensor instead",
+            )
+        if not isinstance(tensor, torch.Tensor):
+            raise InvalidTransferError(f"cannot {verb} a {type(tensor).__name__}", why="it is not a torch.Tensor")
+        what = f"a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            raise InvalidTransferError(
+                f"cannot {verb} {what}",
+                where=f"{preposition} rank {peer}",
+                why=f"it is not contiguous (layout {tensor.layout})",
+                remedy="give a contiguous tensor; its memory is read and written as it lies",
+            )
+        if self.device is not None and tensor.device != self.device:
+            raise InvalidTransferError(
+                f"cannot {verb} {what}",
+                where=f"{preposition} rank {peer}",
+                why=f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}",
+            )
+        return Transfer(tensor, peer)
+
+
+def check_match(
+    control: ControlPlane,
+    sends: Sequence[Transfer],
+    recvs: Sequence[Transfer],
+    timeout_s: float,
+    problem: TransferError | None = None,
+    note: bytes = b"",
+) -> list[bytes]:
+    """Compare what this rank queued with what every peer queued, before a byte moves.
+
+    Each send adds a hash of (source, destination, index, bytes, dtype) to its rank's sum and each receive takes the
+    hash of the send that it expects away, so the sums of all ranks add up to zero exactly if (but for a chance of
+    2^-128) everything matches. Only when they do not, the ranks tell each other what they queued.
+
+    Args:
+        control: the group's control plane.
+        sends: this rank's sends, in order.
+        recvs: this rank's receives, in order.
+        timeout_s: the longest wait for the slowest rank, in seconds.
+        problem: an error of this rank's own. It is raised here, and makes every other rank raise a
+            `TransferMismatchError` that carries its text, so that none of them waits for this one.
+        note: a few bytes of the backend's own for every other rank, carried along.
+
+    Returns:
+        The note of every rank, in rank order.
+
+    Raises:
+        TransferMismatchError: on every rank, naming the ranks, the index and the sizes.
+        TransferTimeoutError: a rank did not call `execute()` in time.
+    """
+    rank = control.rank
+    total = 0
+    if problem is None:
+        total += sum(_hashes((rank, send.peer, send) for send in sends))
+        total -= sum(_hashes((recv.peer, rank, recv) for recv in recvs))
+    try:
+        said = _REFUSED if problem else (total % 2**128).to_bytes(_SUM_BYTES, "big") + note
+        sums = control.all_gather("what each rank queued", said, timeout_s)
+        refused = [r for r, value in enumerate(sums) if value == _REFUSED]
+        if not refused and sum(int.from_bytes(value[:_SUM_BYTES], "big") for value in sums) % 2**128 == 0:
+            return [value[_SUM_BYTES:] for value in sums]
+        detail = str(problem).encode() if problem else msgspec.msgpack.encode(_Queued(_by_peer(sends), _by_peer(recvs)))
+        details = control.all_gather("the details of transfers that do not match", detail, timeout_s)
+    except ControlPlaneError as error:
+        raise TransferTimeoutError(
+            error.what, peers=error.missing, phase="agree", usable=False, why=error.why, remedy=error.remedy
+        ) from error
+    if problem is not None:
+        raise problem
+    if refused:
+        raise TransferMismatchError(
+            f"rank {refused[0]} refused its transfers: {details[refused[0]].decode(errors='replace')}",
+            peers=refused,
+            phase="agree",
+            usable=True,
+        )
+    queued = [msgspec.msgpack.decode(value, type=_Queued) for value in details]
+    raise _first_difference(queued)
+
+
+def _hashes(transfers: Iterable[tuple[int, int, Transfer]]) -> Iterable[int]:
+    index: dict[tuple[int, int], int] = {}
+    for source, destination, transfer in transfers:
+        pair = (source, destination)
+        index[pair] = index.get(pair, -1) + 1
+        text = f"{source} {destination} {index[pair]} {transfer.nbytes} {transfer.tensor.dtype}"
+        yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
+
+
+def _by_peer(transfers: Sequence[Transfer]) -> dict[int, list[tuple[int, str]]]:
+    peers: dict[int, list[tuple[int, str]]] = {}
+    for transfer in transfers:
+        peers.setdefault(transfer.peer, []).append((transfer.nbytes, str(transfer.tensor.dtype)))
+    return peers
+
+
+def _first_difference(queued: Sequence[_Queued]) -> TransferMismatchError:
+    for source in range(len(queued)):
+        for destination in range(len(queued)):
+            sent = queued[source].sends.get(destination, [])
+            expected = queued[destination].recvs.get(source, [])
+            if sent == expected:
+                continue
+            pair = f"rank {source} to rank {destination}"
+            what = f"{pair}: {len(sent)} tensors are sent, {len(expected)} are expected"
+            if len(sent) == len(expected):
+                at = next(i for i, (ours, theirs) in enumerate(zip(sent, expected, strict=True)) if ours != theirs)
+                what = f"{pair}, transfer {at}: {_describe(sent[at])} is sent, {_describe(expected[at])} is expected"
+            return TransferMismatchError(
+                what, peers=(source, destination), phase="agree", usable=True, why="no byte was moved"
+            )
+    return TransferMismatchError("the ranks queued transfers that do not match", phase="agree", usable=True)
+
+
+def _describe(entry: tuple[int, str]) -> str:
+    return f"{entry[0]} bytes of {entry[1]}"

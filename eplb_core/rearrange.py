@@ -1,0 +1,245 @@
+"""From two placements to moved weights: runs a schedule, step by step, over any communicator."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from eplb_core.communicator import EplbCommunicator
+from eplb_core.control import ControlPlane
+from eplb_core.errors import HandshakeError, InputError, TransferError
+from eplb_core.placement import IntArray
+from eplb_core.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.schedule import ALIGNMENT, SLOT, Step, schedule_steps
+from eplb_core.streams import on_stream
+from eplb_core.weights import ExpertWeights
+
+AGREE_TIMEOUT_S = 60.0
+"""How long a rank waits for the others to begin the same rearrangement, in seconds."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RearrangeResult:
+    """What a rearrangement did.
+
+    Attributes:
+        placement: int64 `[layers, slots]`, what every slot of the group holds now.
+        moved: experts that crossed from one rank to another, in all layers and all ranks together.
+        moved_locally: slots that were filled from a slot of their own rank.
+        bytes_moved: bytes of the experts that crossed, all ranks together.
+        bytes_moved_locally: bytes that were copied between slots of one rank, all ranks together.
+        seconds: wall time on this rank.
+        steps: how many bounded steps it took.
+        staging_bytes: bytes of staging memory of this rank, window and transport together.
+        phases: phase name -> seconds on this rank.
+        paths: peer rank -> what its bytes travelled over.
+    """
+
+    placement: IntArray
+    moved: int
+    moved_locally: int
+    bytes_moved: int
+    bytes_moved_locally: int
+    seconds: float
+    steps: int
+    staging_bytes: int
+    phases: dict[str, float] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict)
+
+
+class Rearranger:
+    """Moves the experts of one model between the ranks of a communicator's group. Keep it: its window is reused.
+
+    Args:
+        communicator: made by `create_eplb_communicator`; stays the caller's to close.
+        weights: `weights[layer][tensor]`, first dimension = local slots. Layers may differ in shapes and dtypes.
+        window_bytes: staging memory of this rank; None takes what the communicator's configuration allows.
+        node_of_rank: node number of each rank, so that sources on the same node are preferred.
+
+    Raises:
+        InputError: the weights, or the window, cannot be used.
+    """
+
+    def __init__(
+        self,
+        communicator: EplbCommunicator,
+        weights: Sequence[Sequence[torch.Tensor]],
+        *,
+        window_bytes: int | None = None,
+        node_of_rank: Sequence[int] | None = None,
+    ) -> None:
+        context = communicator.binding.context
+        self._communicator = communicator
+        self._weights = ExpertWeights(weights)
+        if self._weights.device != context.device:
+            raise InputError(
+                f"the weights lie on {self._weights.device}, the communicator moves tensors on {context.device}"
+            )
+        self._rank = context.rank
+        self._world_size = context.world_size
+        self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
+        self._control: ControlPlane = context.control.scoped(communicator.binding.next_scope("rearranger"))
+        self._stream: torch.cuda.Stream | None = None
+        self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
+        communicator.register([*self._weights.tensors, self._window])
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the window that received experts land in: what is allowed, or less if the weights are less."""
+        return self._window.numel()
+
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Run transfers and copies on `stream`; None means the current stream."""
+        self._stream = stream
+        self._communicator.set_stream(stream)
+
+    def run(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RearrangeResult:
+        """Move the weights from placement `old` to placement `new`. Every rank calls it with the same two.
+
+        On a GPU the last copies may still be under way on the stream when it returns.
+
+        Args:
+            old: int64 `[layers, slots]`, what every slot holds now; -1 for empty ones.
+            new: int64 `[layers, slots]`, what every slot shall hold.
+            progress: called after every step with the bytes that this rank has received and those that it will.
+
+        Raises:
+            PlacementError: a placement is not valid, or the window is too small for one expert.
+            HandshakeError: the ranks were given different placements or weights. Nothing was moved.
+            TransferError: a step failed. `error.placement` is what this rank's slots hold; other ranks may be one
+                step ahead of it or behind.
+        """
+        began = time.perf_counter()
+        plan = plan_rearrangement(old, new, self._world_size, self._node_of_rank)
+        self._check_shape(plan)
+        self._agree(plan)
+        sizes = self._weights.payload_bytes
+        limit = self._communicator.transfer_limit_bytes
+        steps = schedule_steps(
+            plan,
+            self._weights.expert_bytes,
+            window_bytes=self.window_bytes,
+            send_limit_bytes=limit,
+            recv_limit_bytes=limit,
+        )
+        phases = {"plan": time.perf_counter() - began}
+        paths: dict[int, str] = {}
+        placement = plan.old.copy()
+        done, total = 0, sum(self._incoming_bytes(step) for step in steps)
+        for step in steps:
+            try:
+                self._transfer(step, phases, paths)
+            except TransferError as error:
+                error.placement = placement
+                raise
+            self._commit(step, phases)
+            placement = step.apply(placement)
+            done += self._incoming_bytes(step)
+            if progress is not None:
+                progress(done, total)
+        traffic = plan.traffic(sizes)
+        return RearrangeResult(
+            placement=placement,
+            moved=plan.num_transfers,
+            moved_locally=plan.num_local_moves,
+            bytes_moved=int(traffic.sum() - np.trace(traffic)),
+            bytes_moved_locally=int(np.trace(traffic)),
+            seconds=time.perf_counter() - began,
+            steps=len(steps),
+            staging_bytes=self.window_bytes + self._communicator.staging_bytes,
+            phases=phases,
+            paths=paths,
+        )
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _transfer(self, step: Step, phases: dict[str, float], paths: dict[int, str]) -> None:
+        began = time.perf_counter()
+        rows = step.transfers
+        for layer, _, _, slot, destination, _ in rows[rows[:, 2] == self._rank].tolist():
+            for tensor in self._weights.slot(layer, slot):
+                self._communicator.add_send(tensor, destination)
+        for layer, _, source, _, _, offset in rows[rows[:, 4] == self._rank].tolist():
+            for tensor in self._weights.staged(self._window, layer, offset):
+                self._communicator.add_recv(tensor, source)
+        queued = time.perf_counter()
+        self._communicator.execute()
+        phases["queue"] = phases.get("queue", 0.0) + queued - began
+        stats = self._communicator.last_stats
+        if stats is None:
+            phases["execute"] = phases.get("execute", 0.0) + time.perf_counter() - queued
+            return
+        paths.update(stats.paths)
+        for phase, seconds in stats.phases.items():
+            phases[phase] = phases.get(phase, 0.0) + seconds
+
+    def _commit(self, step: Step, phases: dict[str, float]) -> None:
+        """Copy from the window, and between slots, in the order that the schedule says."""
+        began = time.perf_counter()
+        rows = step.copies[step.copies[:, 0] == self._rank]
+        with on_stream(self._weights.device, self._stream):
+            for level in np.unique(rows[:, 2]):
+                targets: list[torch.Tensor] = []
+                sources: list[torch.Tensor] = []
+                for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
+                    targets += self._tensors(layer, target_kind, target)
+                    sources += self._tensors(layer, source_kind, source)
+                torch._foreach_copy_(targets, sources)
+        phases["commit"] = phases.get("commit", 0.0) + time.perf_counter() - began
+
+    def _tensors(self, layer: int, kind: int, place: int) -> list[torch.Tensor]:
+        if kind == SLOT:
+            return self._weights.slot(layer, place)
+        return self._weights.staged(self._window, layer, place)
+
+    def _incoming_bytes(self, step: Step) -> int:
+        layers = step.transfers[step.transfers[:, 4] == self._rank, 0]
+        return int(self._weights.payload_bytes[layers].sum())
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _allocate(self, allowed: int) -> torch.Tensor:
+        one_each = -(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT
+        everything = int(one_each.sum()) * self._weights.num_slots
+        return torch.empty(min(allowed, everything), dtype=torch.uint8, device=self._weights.device)
+
+    def _check_shape(self, plan: RearrangementPlan) -> None:
+        here = (len(self._weights.layers), self._weights.num_slots)
+        there = (plan.num_layers, plan.slots_per_rank)
+        if here != there:
+            raise InputError(
+                f"the placements have {there[0]} layers of {there[1]} slots a rank, "
+                f"the weights {here[0]} layers of {here[1]} slots"
+            )
+
+    def _agree(self, plan: RearrangementPlan) -> None:
+        digests = {
+            "old placement": hashlib.sha256(plan.old.tobytes()).hexdigest()[:16],
+            "new placement": hashlib.sha256(plan.new.tobytes()).hexdigest()[:16],
+            "weights": self._weights.describe(),
+            "window": f"{self.window_bytes} bytes",
+            "nodes": str(self._node_of_rank),
+        }
+        text = "\n".join(f"{item}={value}" for item, value in digests.items())
+        said = self._control.all_gather("the placements to rearrange", text.encode(), AGREE_TIMEOUT_S)
+        if len(set(said)) == 1:
+            return
+        lines = [dict(line.split("=", 1) for line in value.decode().splitlines()) for value in said]
+        table = {item: [rank.get(item, "?") for rank in lines] for item in digests}
+        raise HandshakeError(
+            "the ranks were asked for different rearrangements",
+            table={item: values for item, values in table.items() if len(set(values)) > 1},
+            why="nothing was moved",
+        )

@@ -1,0 +1,24 @@
+"""Stream order, in one place: on a GPU the current or the given stream, on a CPU nothing to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def on_stream(device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Enqueue what the block launches on `stream`; None means the current stream of `device`."""
+    if device.type == "cpu":
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        yield
+
+
+def synchronize(device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    """Wait until all that was enqueued on `stream` (None: the current stream of `device`) is done."""
+    if device.type != "cpu":
+        (stream or torch.cuda.current_stream(device)).synchronize()

@@ -1,0 +1,102 @@
+"""The expert weights of one rank, seen as bytes: which rows belong to an expert, and how it lies in a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eplb_core.errors import InputError
+from eplb_core.placement import IntArray
+
+_ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """One layer: its tensors as uint8 `[slots, bytes of a row]`, and each one's offset in a staged expert."""
+
+    rows: tuple[torch.Tensor, ...]
+    offsets: tuple[int, ...]
+
+
+class ExpertWeights:
+    """The local slots of every layer.
+
+    Args:
+        weights: `weights[layer][tensor]`, first dimension = local slots; any further shape, any dtype, layers may differ.
+            A row, one slot of one tensor, has to be contiguous; the tensor need not be.
+
+    Raises:
+        InputError: no layers, no tensors, different slot counts or devices, or rows that are not contiguous; it
+            names the layer and the tensor.
+    """
+
+    def __init__(self, weights: Sequence[Sequence[torch.Tensor]]) -> None:
+        if not weights or not all(len(layer) for layer in weights):
+            raise InputError("weights have to hold at least one layer, and every layer at least one tensor")
+        first = weights[0][0]
+        self.tensors = [tensor for layer in weights for tensor in layer]
+        self.device = first.device
+        self.num_slots = first.shape[0] if first.dim() else 0
+        self.layers = [self._layout(number, layer) for number, layer in enumerate(weights)]
+        self.expert_bytes: IntArray = np.array(
+            [sum(_aligned(row.shape[1]) for row in layer.rows) for layer in self.layers], np.int64
+        )
+        """Bytes that one expert of each layer takes in a window, int64 `[layers]`."""
+        self.payload_bytes: IntArray = np.array(
+            [sum(row.shape[1] for row in layer.rows) for layer in self.layers], np.int64
+        )
+        """Bytes of one expert of each layer, int64 `[layers]`."""
+
+    def slot(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """Return the tensors of one slot, each as uint8 `[bytes]`, as views."""
+        return [rows[slot] for rows in self.layers[layer].rows]
+
+    def staged(self, window: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
+        """Return the tensors of an expert of `layer` that lies at byte `offset` of `window` (uint8), as views."""
+        layout = self.layers[layer]
+        return [
+            window[offset + start : offset + start + rows.shape[1]]
+            for rows, start in zip(layout.rows, layout.offsets, strict=True)
+        ]
+
+    def describe(self) -> str:
+        """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
+        sizes = [[rows.shape[1] for rows in layer.rows] for layer in self.layers]
+        return f"{self.num_slots} slots, bytes {sizes}"
+
+    def _layout(self, number: int, layer: Sequence[torch.Tensor]) -> LayerLayout:
+        rows = []
+        for index, tensor in enumerate(layer):
+            where = f"layer {number}, tensor {index}, shape {tuple(tensor.shape)}"
+            if tensor.dim() == 0 or tensor.shape[0] != self.num_slots:
+                raise InputError(
+                    "the first dimension has to be the local slots", where=where, why=f"the first has {self.num_slots}"
+                )
+            if tensor.device != self.device:
+                raise InputError("all weights have to lie on one device", where=where, why=f"{tensor.device}")
+            if self.num_slots and not tensor[0].is_contiguous():
+                raise InputError(
+                    "a slot's row is not contiguous",
+                    where=where,
+                    why=f"strides {tuple(tensor.stride())}",
+                    remedy="give weights whose rows are contiguous, such as .contiguous() or a view per slot",
+                )
+            rows.append(_rows_as_bytes(tensor))
+        starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]))
+
+
+def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of `tensor`, `[slots, ...]`, as uint8 `[slots, bytes of a row]`."""
+    slots = tensor.shape[0]
+    width = tensor[0].numel() if slots else 0
+    flat = tensor.as_strided((slots, width), (tensor.stride(0), 1))
+    return flat.view(torch.uint8)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
