@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from eplb_core.errors import BackendError, ConfigError, EplbError, InputError, PlacementError
+from eplb_core.errors import BackendError, ConfigError, EplbError, InputError, PlacementError, PolicyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,7 @@ STDOUT = "-"
 """The path that stands for standard output."""
 
 _PLAIN_WIDTH = 10_000  # in a pipe or a log no line is wrapped, so that it can be searched
-_USAGE_ERRORS = (BackendError, ConfigError, InputError, PlacementError)
+_USAGE_ERRORS = (BackendError, ConfigError, InputError, PlacementError, PolicyError)
 
 
 def human_console(json_path: str | None = None) -> Console:

@@ -1,0 +1,72 @@
+"""Progress bars by bytes, for stages that several ranks go through side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+
+class StageBars:
+    """One bar a stage, with the bytes of all ranks together. Shows nothing where nobody looks at a terminal.
+
+    Args:
+        console: where to.
+        titles: stage -> what to call it.
+        num_ranks: how many ranks work.
+        heard_ranks: how many of them report; the bytes of the others are taken to be as many.
+    """
+
+    def __init__(self, console: Console, titles: Mapping[str, str], num_ranks: int, heard_ranks: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TransferSpeedColumn,
+        )
+
+        self._titles = titles
+        self._num_ranks = num_ranks
+        self._heard_ranks = heard_ranks
+        self._bytes: dict[str, dict[int, tuple[int, int]]] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def update(self, rank: int, stage: str, done: int, total: int) -> None:
+        """Take in how many bytes of a stage a rank has done."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(self._titles[stage], total=None)
+        ranks = self._bytes.setdefault(stage, {})
+        ranks[rank] = (done, total)
+        factor = self._num_ranks // self._heard_ranks
+        # The total is known once every rank has spoken; until then the bar only says that something goes on.
+        known = sum(each for _, each in ranks.values()) * factor if len(ranks) == self._heard_ranks else None
+        self._progress.update(
+            self._tasks[stage], completed=sum(each for each, _ in ranks.values()) * factor, total=known
+        )
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bars away."""
+        self._progress.stop()
