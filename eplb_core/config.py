@@ -184,8 +184,7 @@ def resolve_options(
         if not text:
             continue
         if key not in types:
-            near = did_you_mean(variable, [prefix + other.upper() for other in types])
-            raise _unknown_option(config, key, types, where=f"environment variable {variable}", near=near)
+            raise _unknown_option(config, key, types, where=f"environment variable {variable}")
         values[key] = _convert(types[key], text, where=f"environment variable {variable}")
         origins[key] = f"environment {variable}"
 
@@ -343,12 +342,10 @@ def _convert(kind: OptionType, value: object, **place: Any) -> object:
         ) from None
 
 
-def _unknown_option(
-    config: BackendConfig, key: str, types: Mapping[str, OptionType], near: str | None = None, **place: Any
-) -> ConfigError:
+def _unknown_option(config: BackendConfig, key: str, types: Mapping[str, OptionType], **place: Any) -> ConfigError:
     known = ", ".join(sorted(types)) or "none"
     return ConfigError(
-        f"backend {config.name!r} has no option {key!r}{did_you_mean(key, types) if near is None else near}",
+        f"backend {config.name!r} has no option {key!r}{did_you_mean(key, types)}",
         **place,
         remedy=f"its options are: {known}",
     )
