@@ -1,0 +1,348 @@
+"""Cuts a plan into steps that fit into bounded memory, each safe to stop after.
+
+A step is performed by all ranks together, in this order:
+
+1. transfers: every source slot is read as it is when the step begins; what arrives lands in the receiver's window;
+2. copies of level 0: slots are saved into the window of their own rank;
+3. copies of level 1, 2, ...: window -> slot and slot -> slot. A rank begins them when all ranks are done with 1.
+
+Between steps every expert that the new placement needs has at least one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_core.copy_order import CopyOrder, order_copies
+from eplb_core.errors import PlacementError
+from eplb_core.layer_cut import Budget, LayerPart, cut_layer
+from eplb_core.placement import EMPTY, IntArray
+from eplb_core.plan import RearrangementPlan, layer_bytes
+
+ALIGNMENT = 256
+"""Every expert in a window starts at a multiple of this many bytes; budgets count sizes rounded up to it."""
+
+SLOT, WINDOW = 0, 1
+"""The kinds of a copy's source and destination."""
+
+_UNLIMITED = 2**62
+_LOOK_BACK_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One step of a schedule, as int64 arrays. Slots are local to their rank, except in `changes`.
+
+    Attributes:
+        transfers: `[T, 6]`: layer, expert, source rank, source slot, destination rank, offset in the destination
+            rank's window in bytes. Both sides of a pair of ranks see its transfers in this order.
+        copies: `[C, 7]`: rank, layer, level, kind of source, source, kind of destination, destination. Kind 0 is a
+            slot, 1 a byte offset in the rank's window. Sorted by rank and level. Copies of one level and rank do not
+            overwrite what another of them reads. Level 0 only saves slots into the window.
+        changes: `[K, 3]`: layer, slot counted over all ranks, the expert that it holds after the step or -1.
+        staged_bytes: `[num_ranks]`, the bytes of the window that the step uses.
+        finished_layers: `[F]`, the layers that are as the new placement says after the step, and were not before.
+    """
+
+    transfers: IntArray
+    copies: IntArray
+    changes: IntArray
+    staged_bytes: IntArray
+    finished_layers: IntArray
+
+    @property
+    def layers(self) -> IntArray:
+        """The layers that the step touches, sorted."""
+        return np.unique(self.changes[:, 0])
+
+    def apply(self, placement: IntArray) -> IntArray:
+        """Return the placement `[num_layers, num_slots]` after the step, given the one before."""
+        after = placement.copy()
+        after[self.changes[:, 0], self.changes[:, 1]] = self.changes[:, 2]
+        return after
+
+
+def schedule_steps(
+    plan: RearrangementPlan,
+    expert_bytes: npt.ArrayLike,
+    *,
+    window_bytes: int,
+    send_limit_bytes: int | None = None,
+    recv_limit_bytes: int | None = None,
+    max_layers_per_step: int | None = None,
+) -> list[Step]:
+    """Cut `plan` into steps, as few as a greedy packing finds, in the order in which they have to run.
+
+    Whole layers share a step as long as the budgets allow. A layer that is too large for a step of its own is cut into
+    several; that costs no additional transfer. Every step's limits hold for each rank. Smaller limits, or fewer layers
+    a step, give more and smaller steps, which overlap better.
+
+    Args:
+        plan: what has to move.
+        expert_bytes: bytes of one expert, one number or `[num_layers]`. It is staged contiguously, starting at a
+            multiple of `ALIGNMENT`; all limits count sizes rounded up to that.
+        window_bytes: what received experts and saved slots may take together.
+        send_limit_bytes: what a rank may send in a step, None for no limit.
+        recv_limit_bytes: what a rank may receive in a step, None for no limit.
+        max_layers_per_step: the most layers that a step may touch, None for no limit.
+
+    Returns:
+        The steps; none if the two placements are the same.
+
+    Raises:
+        PlacementError: a limit is smaller than one expert of a layer that needs it.
+    """
+    sizes = layer_bytes(expert_bytes, plan.num_layers)
+    aligned = -(-sizes // ALIGNMENT) * ALIGNMENT
+    if max_layers_per_step is not None and max_layers_per_step < 1:
+        raise PlacementError(f"a step must touch at least one layer, not {max_layers_per_step}")
+    limits = {
+        "window": window_bytes,
+        "send limit": _UNLIMITED if send_limit_bytes is None else send_limit_bytes,
+        "receive limit": _UNLIMITED if recv_limit_bytes is None else recv_limit_bytes,
+    }
+    parts = _whole_layers(plan)
+    order = parts.order(plan)
+    use = parts.use(order, aligned, plan.num_ranks)
+    bound = np.repeat(np.array(list(limits.values()), dtype=np.int64), plan.num_ranks)
+    too_large = np.flatnonzero((use > bound).any(axis=1))
+    if len(too_large):
+        _check_limits(parts.layer, use, aligned, limits, plan.num_ranks)
+        parts = _cut_layers(plan, parts, too_large, aligned, list(limits.values()))
+        order = parts.order(plan)
+        use = parts.use(order, aligned, plan.num_ranks)
+    step = _pack(parts.layer, use, bound, max_layers_per_step or len(parts.layer))
+    return _make_steps(plan, parts, order, aligned, step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Pieces of work that are never divided, each of one layer; those of one layer follow one another.
+
+    Attributes:
+        layer: `[P]`, ascending.
+        transfers: `[T, 5]`: part, expert, source rank, source slot, destination rank.
+        moves: `[M, 6]`: part, rank, slot, expert, transfer or -1, source slot or -1.
+    """
+
+    layer: IntArray
+    transfers: IntArray
+    moves: IntArray
+
+    def order(self, plan: RearrangementPlan) -> CopyOrder:
+        """Return the order of the copies, each part for itself."""
+        rank = (self.moves[:, 0] * plan.num_ranks + self.moves[:, 1]) * plan.slots_per_rank
+        source = self.moves[:, 5]
+        return order_copies(rank + self.moves[:, 2], np.where(source >= 0, rank + source, -1))
+
+    def use(self, order: CopyOrder, aligned: IntArray, num_ranks: int) -> IntArray:
+        """Return what each part uses, `[P, 3 * num_ranks]`: bytes of window, sent, and received, of each rank."""
+        use = np.zeros((len(self.layer), 3 * num_ranks), dtype=np.int64)
+        part, _, src_rank, _, dst_rank = self.transfers.T
+        np.add.at(use, (part, dst_rank), 1)
+        np.add.at(use, (part, num_ranks + src_rank), 1)
+        np.add.at(use, (part, 2 * num_ranks + dst_rank), 1)
+        np.add.at(use, (self.moves[order.saved, 0], self.moves[order.saved, 1]), 1)
+        use *= aligned[self.layer, None]
+        return use
+
+
+def _whole_layers(plan: RearrangementPlan) -> _Parts:
+    """Return one part for each layer that changes."""
+    changing = np.flatnonzero((plan.old != plan.new).any(axis=1))
+    part_of_layer = np.zeros(plan.num_layers, dtype=np.int64)
+    part_of_layer[changing] = np.arange(len(changing))
+    slot = plan.move_rank * plan.slots_per_rank + plan.move_slot
+    transfers = (
+        part_of_layer[plan.transfer_layer],
+        plan.transfer_expert,
+        plan.transfer_src_rank,
+        plan.transfer_src_slot,
+        plan.transfer_dst_rank,
+    )
+    moves = (
+        part_of_layer[plan.move_layer],
+        plan.move_rank,
+        plan.move_slot,
+        plan.new[plan.move_layer, slot],
+        plan.move_transfer,
+        plan.move_source,
+    )
+    return _Parts(changing, np.stack(transfers, axis=1), np.stack(moves, axis=1))
+
+
+def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dict[str, int], num_ranks: int) -> None:
+    """Check that each limit holds one expert of every layer that it concerns."""
+    for index, (name, limit) in enumerate(limits.items()):
+        concerned = use[:, index * num_ranks : (index + 1) * num_ranks].any(axis=1)
+        needed = np.where(concerned, aligned[layer], 0)
+        if needed.max() > limit:
+            largest = int(needed.argmax())
+            raise PlacementError(
+                f"the {name} of {limit} bytes is smaller than one expert",
+                where=f"layer {int(layer[largest])}",
+                why=f"the smallest possible step needs {int(needed[largest])} bytes on a rank",
+                remedy=f"make the {name} at least {int(needed[largest])} bytes",
+            )
+
+
+def _cut_layers(
+    plan: RearrangementPlan, whole: _Parts, too_large: IntArray, aligned: IntArray, limits: Sequence[int]
+) -> _Parts:
+    """Return `whole` with the parts `too_large` replaced by several smaller ones."""
+    per_rank = plan.slots_per_rank
+    pieces = {int(part): _cut(plan, int(whole.layer[part]), aligned, limits) for part in too_large}
+    count = np.ones(len(whole.layer), dtype=np.int64)
+    count[list(pieces)] = [len(cut) for cut in pieces.values()]
+    first = np.cumsum(count) - count
+
+    kept_moves = ~np.isin(whole.moves[:, 0], too_large)
+    kept_transfers = ~np.isin(whole.transfers[:, 0], too_large)
+    new_index = np.append(np.cumsum(kept_transfers) - 1, -1)  # the last one answers for -1, no transfer
+    transfers, moves = whole.transfers[kept_transfers], whole.moves[kept_moves]
+    transfers[:, 0], moves[:, 0] = first[transfers[:, 0]], first[moves[:, 0]]
+    moves[:, 4] = new_index[moves[:, 4]]
+    transfer_rows: list[tuple[int, ...]] = []
+    move_rows: list[tuple[int, ...]] = []
+    for part, cut in pieces.items():
+        for number, piece in enumerate(cut, start=int(first[part])):
+            base = len(transfers) + len(transfer_rows)
+            transfer_rows += [
+                (number, expert, *divmod(source, per_rank), rank) for expert, source, rank in piece.transfers
+            ]
+            move_rows += [
+                (
+                    number,
+                    *divmod(slot, per_rank),
+                    expert,
+                    -1 if index < 0 else base + index,
+                    -1 if source < 0 else source % per_rank,
+                )
+                for slot, expert, index, source in piece.moves
+            ]
+    return _Parts(
+        np.repeat(whole.layer, count),
+        np.concatenate([transfers, np.array(transfer_rows, dtype=np.int64).reshape(-1, 5)]),
+        np.concatenate([moves, np.array(move_rows, dtype=np.int64).reshape(-1, 6)]),
+    )
+
+
+def _cut(plan: RearrangementPlan, layer: int, aligned: IntArray, limits: Sequence[int]) -> list[LayerPart]:
+    """Return the parts of one layer that is too large for a step."""
+    size = int(aligned[layer])
+    begin, end = (int(i) for i in np.searchsorted(plan.transfer_layer, [layer, layer + 1]))
+    needs = zip(plan.transfer_expert[begin:end].tolist(), plan.transfer_dst_rank[begin:end].tolist(), strict=True)
+    return cut_layer(
+        plan.old[layer].tolist(),
+        plan.new[layer].tolist(),
+        plan.num_ranks,
+        Budget(*(limit // size for limit in limits)),
+        planned_source=dict(zip(needs, plan.transfer_src_rank[begin:end].tolist(), strict=True)),
+        node_of_rank=plan.node_of_rank.tolist(),
+    )
+
+
+def _pack(layer: IntArray, use: IntArray, bound: IntArray, max_parts: int) -> IntArray:
+    """Put each part into the first step that has room for it, after the step of its layer's part before.
+
+    Only the last few steps are looked at: an early step with room for a late layer is rare, and searching all of them
+    would take time that grows with the square of their number.
+
+    Returns:
+        `[P]`, the step of each part.
+    """
+    step = np.zeros(len(layer), dtype=np.int64)
+    used = np.zeros((len(layer), use.shape[1]), dtype=np.int64)
+    parts = np.zeros(len(layer), dtype=np.int64)
+    num_steps = 0
+    for part in range(len(layer)):
+        follows = part > 0 and layer[part] == layer[part - 1]
+        begin = max(num_steps - _LOOK_BACK_STEPS, 0, int(step[part - 1]) + 1 if follows else 0)
+        room = (used[begin:num_steps] <= bound - use[part]).all(axis=1) & (parts[begin:num_steps] < max_parts)
+        chosen = begin + int(room.argmax()) if room.any() else num_steps
+        num_steps = max(num_steps, chosen + 1)
+        step[part] = chosen
+        used[chosen] += use[part]
+        parts[chosen] += 1
+    return step
+
+
+def _make_steps(
+    plan: RearrangementPlan, parts: _Parts, order: CopyOrder, aligned: IntArray, step: IntArray
+) -> list[Step]:
+    """Assign places in the windows, and divide everything into steps."""
+    if not len(step):
+        return []
+    num_steps, num_ranks = int(step.max()) + 1, plan.num_ranks
+    part, expert, src_rank, src_slot, dst_rank = parts.transfers.T
+    move_part, rank, slot, moved, transfer, source = parts.moves.T
+    saved = np.flatnonzero(order.saved)
+
+    # Received experts, then saves: each starts where the one before it in its step and rank ends.
+    staged_part = np.concatenate([part, move_part[saved]])
+    window = step[staged_part] * num_ranks + np.concatenate([dst_rank, rank[saved]])
+    offset, staged = _offsets(window, aligned[parts.layer[staged_part]], num_steps * num_ranks)
+    save_offset = np.full(len(rank), -1, dtype=np.int64)
+    save_offset[saved] = offset[len(part) :]
+
+    transfers = np.stack([parts.layer[part], expert, src_rank, src_slot, dst_rank, offset[: len(part)]], axis=1)
+    layer = parts.layer[move_part]
+    in_window = (transfer >= 0) | order.saved
+    read = np.where(transfer >= 0, np.append(offset, 0)[transfer], np.where(order.saved, save_offset, source))
+    zero = np.zeros(len(rank), dtype=np.int64)
+    commits = np.stack([rank, layer, order.level, np.where(in_window, WINDOW, SLOT), read, zero, slot], axis=1)
+    commits[:, 5] = SLOT
+    saves = commits[saved]
+    saves[:, 2:] = 0
+    saves[:, 3], saves[:, 4], saves[:, 5], saves[:, 6] = SLOT, source[saved], WINDOW, save_offset[saved]
+    copies = np.concatenate([saves, commits])
+    copy_step = step[np.concatenate([move_part[saved], move_part])]
+    sequence = np.lexsort((copies[:, 6], copies[:, 1], copies[:, 2], copies[:, 0], copy_step))
+
+    last = np.append(np.diff(parts.layer) != 0, True)  # the last part of its layer: emptied slots change with it
+    last_part = np.full(plan.num_layers, -1, dtype=np.int64)
+    last_part[parts.layer[last]] = np.flatnonzero(last)
+    cleared_layer, cleared_slot = np.nonzero((plan.old != EMPTY) & (plan.new == EMPTY))
+    gone = np.full(len(cleared_layer), EMPTY, dtype=np.int64)
+    changes = np.concatenate(
+        [
+            np.stack([layer, rank * plan.slots_per_rank + slot, moved], axis=1),
+            np.stack([cleared_layer, cleared_slot, gone], axis=1),
+        ]
+    )
+    change_step = step[np.concatenate([move_part, last_part[cleared_layer]])]
+
+    by_step = zip(
+        _split(transfers, step[part], num_steps),
+        _split(copies[sequence], copy_step[sequence], num_steps),
+        _split(changes, change_step, num_steps),
+        staged.reshape(num_steps, num_ranks),
+        _split(parts.layer[last], step[last], num_steps),
+        strict=True,
+    )
+    return [Step(*arrays) for arrays in by_step]
+
+
+def _offsets(window: IntArray, size: IntArray, num_windows: int) -> tuple[IntArray, IntArray]:
+    """Lay things out one after the other in numbered windows.
+
+    Returns:
+        `[n]`, the offset of each, and `[num_windows]`, the bytes used of each window.
+    """
+    by_window = np.argsort(window, kind="stable")
+    end = np.cumsum(size[by_window])
+    total = np.zeros(num_windows, dtype=np.int64)
+    np.add.at(total, window, size)
+    offset = np.empty(len(window), dtype=np.int64)
+    offset[by_window] = end - size[by_window] - (np.cumsum(total) - total)[window[by_window]]
+    return offset, total
+
+
+def _split(rows: IntArray, step: IntArray, num_steps: int) -> list[IntArray]:
+    """Return the rows of each step, in their order."""
+    by_step = np.argsort(step, kind="stable")
+    return np.split(rows[by_step], np.cumsum(np.bincount(step, minlength=num_steps))[:-1])

@@ -1,0 +1,303 @@
+"""Steps are performed here by a model that only knows slots, windows and the rules in the docstring of `Step`.
+
+Slots hold tokens `(layer, expert)`; windows hold one token for each 256 bytes and are poisoned before every step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from eplb_core.errors import InputError, PlacementError
+from eplb_core.plan import plan_rearrangement
+from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
+
+POISON = ("poison", -1)
+EMPTIED = ("emptied", -1)
+
+
+@dataclass
+class Model:
+    """What all slots of all ranks really hold, and the checks that any step must pass."""
+
+    old: np.ndarray
+    new: np.ndarray
+    num_ranks: int
+    sizes: list[int]
+    window_bytes: int
+    slots: dict[tuple[int, int, int], tuple[object, int]] = field(default_factory=dict)  # (layer, rank, slot)
+    transfers: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, expert, destination rank)
+    most_sent: int = 0
+    most_received: int = 0
+    most_staged: int = 0
+
+    def __post_init__(self) -> None:
+        self.per_rank = self.old.shape[1] // self.num_ranks
+        for (layer, slot), expert in np.ndenumerate(self.old):
+            self.slots[layer, *divmod(slot, self.per_rank)] = (layer, int(expert)) if expert >= 0 else EMPTIED
+
+    def blocks(self, layer: int) -> int:
+        return -(-self.sizes[layer] // ALIGNMENT)
+
+    def run(self, steps: list[Step]) -> None:
+        placement = self.old
+        for step in steps:
+            self.run_one(step)
+            placement = step.apply(placement)
+            self.check_slots(placement)
+            self.check_nothing_lost(placement)
+
+    def run_one(self, step: Step) -> None:
+        windows = defaultdict(lambda: [POISON] * (self.window_bytes // ALIGNMENT))
+        taken: dict[int, Counter[int]] = defaultdict(Counter)
+        sent, received = Counter(), Counter()
+
+        def store(rank: int, offset: int, layer: int, token: tuple[object, int]) -> None:
+            assert offset % ALIGNMENT == 0
+            first, count = offset // ALIGNMENT, self.blocks(layer)
+            assert first + count <= len(windows[rank]), "it does not fit into the window"
+            for block in range(first, first + count):
+                assert taken[rank][block] == 0, "two experts overlap in the window"
+                taken[rank][block] += 1
+                windows[rank][block] = token
+
+        def load(rank: int, offset: int, layer: int) -> tuple[object, int]:
+            first, count = offset // ALIGNMENT, self.blocks(layer)
+            (token,) = set(windows[rank][first : first + count])
+            return token
+
+        for layer, expert, src_rank, src_slot, dst_rank, offset in step.transfers.tolist():
+            assert src_rank != dst_rank
+            token = self.slots[layer, src_rank, src_slot]
+            assert token == (layer, expert)
+            store(dst_rank, offset, layer, token)
+            sent[src_rank] += self.blocks(layer) * ALIGNMENT
+            received[dst_rank] += self.blocks(layer) * ALIGNMENT
+            self.transfers.append((layer, expert, dst_rank))
+
+        by_level = groupby(step.copies.tolist(), key=lambda copy: (copy[0], copy[2]))
+        seen = []
+        for (rank, level), group in by_level:
+            seen.append((rank, level))
+            copies = list(group)
+            read = {(layer, src) for _, layer, _, kind, src, _, _ in copies if kind == 0}
+            written = [(layer, dst) for _, layer, _, _, _, kind, dst in copies if kind == 0]
+            assert len(written) == len(set(written)), "one slot is written twice in a level"
+            assert not read & set(written), "a level overwrites what it reads"
+            for _, layer, _, src_kind, src, dst_kind, dst in reversed(copies):
+                token = load(rank, src, layer) if src_kind == 1 else self.slots[layer, rank, src]
+                if dst_kind == 1:
+                    assert (level, src_kind) == (0, 0), "only slots are saved, and only at level 0"
+                    store(rank, dst, layer, token)
+                else:
+                    assert level > 0
+                    self.slots[layer, rank, dst] = token
+        assert seen == sorted(set(seen)), "copies are sorted by rank and level"
+
+        staged = [max((block + 1 for block in taken[rank]), default=0) * ALIGNMENT for rank in range(self.num_ranks)]
+        assert step.staged_bytes.tolist() == staged
+        self.most_sent = max(self.most_sent, *sent.values(), 0)
+        self.most_received = max(self.most_received, *received.values(), 0)
+        self.most_staged = max(self.most_staged, *staged)
+
+    def check_slots(self, placement: np.ndarray) -> None:
+        for (layer, slot), expert in np.ndenumerate(placement):
+            if expert >= 0:
+                assert self.slots[layer, *divmod(slot, self.per_rank)] == (layer, expert)
+
+    def check_nothing_lost(self, placement: np.ndarray) -> None:
+        for before, now, after in zip(self.old, placement, self.new, strict=True):
+            assert set(before) & set(after) - {-1} <= set(now)
+
+
+def run_schedule(old, new, num_ranks, sizes, window_bytes, **limits) -> tuple[list[Step], Model]:
+    plan = plan_rearrangement(old, new, num_ranks)
+    steps = schedule_steps(plan, sizes, window_bytes=window_bytes, **limits)
+    model = Model(np.asarray(old), np.asarray(new), num_ranks, list(np.broadcast_to(sizes, len(old))), window_bytes)
+    model.run(steps)
+    placement = np.asarray(old)
+    for step in steps:
+        placement = step.apply(placement)
+    assert placement.tolist() == np.asarray(new).tolist()
+    finished = [layer for step in steps for layer in step.finished_layers.tolist()]
+    assert sorted(finished) == [i for i in range(len(old)) if list(old[i]) != list(new[i])]
+    planned = zip(plan.transfer_layer, plan.transfer_expert, plan.transfer_dst_rank, strict=True)
+    assert Counter(model.transfers) == Counter((int(a), int(b), int(c)) for a, b, c in planned)
+    return steps, model
+
+
+@st.composite
+def rearrangements(draw, max_ranks: int = 4):
+    """Two placements of the same experts: permuted, with copies, empty slots, and experts that vanish."""
+    num_ranks = draw(st.integers(1, max_ranks))
+    per_rank = draw(st.integers(1, 6))
+    num_slots = num_ranks * per_rank
+    num_layers = draw(st.integers(1, 3))
+    num_logical = draw(st.integers(max(1, num_slots // 2), num_slots))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["any", "permutation", "drift"]))
+    old, new = [], []
+    for _ in range(num_layers):
+        extra = random.integers(-1, num_logical, num_slots - num_logical)
+        row = random.permutation(np.concatenate([np.arange(num_logical), extra]))
+        if kind == "permutation":
+            target = random.permutation(row)
+        elif kind == "drift":
+            target = row.copy()
+            for _ in range(draw(st.integers(0, 4))):
+                a, b = random.integers(0, num_slots, 2)
+                target[a], target[b] = target[b], target[a]
+        else:
+            kept = np.where(random.random(num_slots) < 0.15, -1, random.integers(-1, num_logical, num_slots))
+            kept[: min(num_logical, num_slots)] = np.arange(num_logical)
+            target = random.permutation(np.where(random.random(num_slots) < 0.1, -1, kept))
+        old.append(row)
+        new.append(target)
+    return np.array(old), np.array(new), num_ranks
+
+
+MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@MANY
+@given(rearrangements(), st.data())
+def test_any_rearrangement_ends_in_the_new_placement_within_any_limits(case, data) -> None:
+    old, new, num_ranks = case
+    sizes = data.draw(st.lists(st.integers(1, 2000), min_size=len(old), max_size=len(old)))
+    largest = max(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    limit = st.integers(largest, largest * 8)
+    window = data.draw(st.one_of(st.just(largest), limit, st.just(10**6)))
+    send = data.draw(st.one_of(st.none(), st.just(largest), limit))
+    receive = data.draw(st.one_of(st.none(), st.just(largest), limit))
+    layers = data.draw(st.one_of(st.none(), st.integers(1, 3)))
+
+    steps, model = run_schedule(
+        old,
+        new,
+        num_ranks,
+        sizes,
+        window,
+        send_limit_bytes=send,
+        recv_limit_bytes=receive,
+        max_layers_per_step=layers,
+    )
+
+    assert model.most_staged <= window
+    assert send is None or model.most_sent <= send
+    assert receive is None or model.most_received <= receive
+    assert layers is None or all(len(step.layers) <= layers for step in steps)
+
+
+@MANY
+@given(rearrangements(max_ranks=8))
+def test_one_expert_of_window_send_and_receive_is_always_enough(case) -> None:
+    old, new, num_ranks = case
+    run_schedule(old, new, num_ranks, 256, 256, send_limit_bytes=256, recv_limit_bytes=256)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rearrangements())
+def test_a_window_that_holds_everything_needs_one_step(case) -> None:
+    old, new, num_ranks = case
+    steps, _ = run_schedule(old, new, num_ranks, 300, 10**6)
+    assert len(steps) == (0 if np.array_equal(old, new) else 1)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cycle_that_is_longer_than_the_window_is_turned_piece_by_piece(
+    seed: int, num_ranks: int, window: int
+) -> None:
+    num_slots = num_ranks * 12
+    ring = np.random.default_rng(seed).permutation(num_slots)
+    old, new = np.empty((1, num_slots), dtype=int), np.empty((1, num_slots), dtype=int)
+    old[0, ring] = np.arange(num_slots)
+    new[0, np.roll(ring, 1)] = np.arange(num_slots)
+    steps, _ = run_schedule(old, new, num_ranks, 256, window * 256)
+    assert len(steps) < num_slots
+
+
+def test_a_swap_between_two_ranks_takes_one_step_and_one_expert_of_window() -> None:
+    steps, model = run_schedule([[0, 1]], [[1, 0]], 2, 1000, 1024)
+    assert len(steps) == 1
+    assert steps[0].transfers.tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert model.most_staged == 1024
+
+
+def test_a_swap_within_a_rank_saves_one_slot_and_sends_nothing() -> None:
+    steps, _ = run_schedule([[0, 1]], [[1, 0]], 1, 256, 256)
+    assert len(steps) == 1
+    assert len(steps[0].transfers) == 0
+    assert [copy[2:] for copy in steps[0].copies.tolist()] == [
+        [0, 0, 1, 1, 0],  # save slot 1 to the window
+        [1, 0, 0, 0, 1],  # slot 0 -> slot 1
+        [2, 1, 0, 0, 0],  # window -> slot 0
+    ]
+
+
+def test_a_chain_within_a_rank_needs_no_window() -> None:
+    steps, _ = run_schedule([[0, 1, 2, -1]], [[-1, 0, 1, 2]], 1, 256, 0)
+    assert [copy[2:] for copy in steps[0].copies.tolist()] == [[1, 0, 2, 0, 3], [2, 0, 1, 0, 2], [3, 0, 0, 0, 1]]
+
+
+def test_an_expert_needed_twice_on_a_rank_crosses_once() -> None:
+    steps, _ = run_schedule([[0, 1, 2, 3]], [[0, 1, 0, 0]], 2, 256, 256)
+    assert len(steps) == 1
+    assert steps[0].transfers.tolist() == [[0, 0, 0, 0, 1, 0]]
+    assert [copy[3:] for copy in steps[0].copies.tolist()] == [[1, 0, 0, 0], [1, 0, 0, 1]]
+
+
+def test_emptied_slots_change_without_any_byte() -> None:
+    steps, _ = run_schedule([[0, 1, 0, 1]], [[0, -1, -1, 1]], 2, 256, 0)
+    assert len(steps) == 1
+    assert steps[0].changes.tolist() == [[0, 1, -1], [0, 2, -1]]
+    assert len(steps[0].transfers) == len(steps[0].copies) == 0
+
+
+def test_equal_placements_need_no_step() -> None:
+    assert run_schedule([[0, 1]], [[0, 1]], 2, 256, 0)[0] == []
+
+
+def test_whole_layers_share_steps_and_are_not_cut_when_they_fit() -> None:
+    old, new = [[0, 1, 2, 3]] * 6, [[2, 3, 0, 1]] * 6
+    steps, _ = run_schedule(old, new, 2, 256, 4 * 256)  # each layer: two experts each way
+    assert [step.finished_layers.tolist() for step in steps] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_fewer_layers_a_step_gives_more_steps() -> None:
+    old, new = [[0, 1]] * 6, [[1, 0]] * 6
+    steps, _ = run_schedule(old, new, 2, 256, 10**6, max_layers_per_step=2)
+    assert [step.layers.tolist() for step in steps] == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("limits", "name"),
+    [
+        ({"window_bytes": 1000}, "window of 1000 bytes"),
+        ({"window_bytes": 4096, "send_limit_bytes": 512}, "send limit of 512 bytes"),
+        ({"window_bytes": 4096, "recv_limit_bytes": 0}, "receive limit of 0 bytes"),
+    ],
+)
+def test_a_limit_below_one_expert_is_refused_with_both_figures(limits: dict[str, int], name: str) -> None:
+    plan = plan_rearrangement([[0, 1], [0, 1]], [[0, 1], [1, 0]], 2)
+    with pytest.raises(PlacementError, match=rf"{name} is smaller than one expert \(layer 1\).*1024 bytes"):
+        schedule_steps(plan, [100, 1000], **limits)
+
+
+def test_sizes_that_do_not_fit_the_layers_are_refused() -> None:
+    plan = plan_rearrangement([[0, 1]], [[1, 0]], 2)
+    with pytest.raises(InputError, match="1 layers"):
+        schedule_steps(plan, [256, 256], window_bytes=256)
+
+
+def test_a_step_without_layers_is_refused() -> None:
+    plan = plan_rearrangement([[0, 1]], [[1, 0]], 2)
+    with pytest.raises(PlacementError, match="at least one layer, not 0"):
+        schedule_steps(plan, 256, window_bytes=256, max_layers_per_step=0)
