@@ -21,7 +21,7 @@ from eplb_core.cli import main
 from eplb_core.cli.rebalance_job import RebalanceRequest, prepare
 from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
-from eplb_core.inputs.placements import read_placement
+from eplb_core.inputs.placements import read_placement, write_placement
 
 PUBLISHED = Path(__file__).parent.parent / "examples" / "published-loads.json"
 LOADS = np.array(json.loads(PUBLISHED.read_text())["loads"])
@@ -69,15 +69,16 @@ def imbalance_by_hand(placement: Sequence[Sequence[int]], num_ranks: int) -> lis
 
 
 @pytest.mark.parametrize(
-    ("style", "expert_bytes"), [("mixtral", EXPERT_BYTES), ("qwen3", EXPERT_BYTES), ("deepseek", FP8_EXPERT_BYTES)]
+    ("style", "expert_bytes", "backend"),
+    [("mixtral", EXPERT_BYTES, "torch_gloo"), ("deepseek", FP8_EXPERT_BYTES, "auto")],
 )
 def test_two_ranks_move_a_checkpoint_and_every_byte_is_compared(
-    tmp_path: Path, style: Style, expert_bytes: int
+    tmp_path: Path, style: Style, expert_bytes: int, backend: str
 ) -> None:
     out, document = tmp_path / "new.json", tmp_path / "numbers.json"
     result = rebalance(
         PUBLISHED, "--checkpoint", make(tmp_path, style), "--ranks", 2, "--redundant", 4, "--groups", 1,
-        "--backend", "torch_gloo", "--out", out, "--json", document,
+        "--backend", backend, "--out", out, "--json", document,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "verified" in result.stdout
@@ -91,17 +92,19 @@ def test_two_ranks_move_a_checkpoint_and_every_byte_is_compared(
     assert found["imbalance"]["after"]["mean"] < found["imbalance"]["before"]["mean"]
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
-def test_more_ranks_move_random_weights_of_a_published_shape(tmp_path: Path, ranks: int) -> None:
+@pytest.mark.parametrize(("ranks", "backend"), [(3, "torch_nccl"), (4, "nixl")])
+def test_more_ranks_move_random_weights_of_a_published_shape(tmp_path: Path, ranks: int, backend: str) -> None:
+    if backend == "nixl":
+        pytest.importorskip("nixl", reason="the extra eplb[nixl] is not installed")
     document = tmp_path / "numbers.json"
     result = rebalance(
         PUBLISHED, "--model", "gpt-oss-120b", "--scale", "1/720", "--ranks", ranks, "--redundant", 12,
-        "--backend", "torch_gloo", "--json", document,
+        "--backend", backend, "--json", document,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     found = json.loads(document.read_text())
     expert_bytes = 8 * (1440 + 90 + 2) + 4 * (1440 + 90 + 2)
-    assert (found["ranks"], found["slots"], found["verified"]) == (ranks, 24, True)
+    assert (found["backend"], found["ranks"], found["slots"], found["verified"]) == (backend, ranks, 24, True)
     assert found["checked_bytes"] == 2 * 24 * expert_bytes
     traffic = np.array(found["traffic_bytes"])
     assert traffic.shape == (ranks, ranks)
@@ -132,13 +135,17 @@ def test_a_placement_with_empty_slots_can_be_the_start(checkpoint: Path, tmp_pat
 
 
 def test_starting_from_its_own_result_moves_nothing(checkpoint: Path, tmp_path: Path) -> None:
-    arguments = (PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2, "--backend", "torch_gloo")
-    assert rebalance(*arguments, "--redundant", 4, "--out", tmp_path / "first.npz").exit_code == 0
-    again = rebalance(*arguments, "--placement", tmp_path / "first.npz", "--json", "-")
-    assert again.exit_code == 0, again.output
-    found = json.loads(again.stdout)
+    start = tmp_path / "start.npz"
+    job = prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=2, redundant=4))
+    write_placement(start, job.new, num_ranks=2)
+    result = rebalance(
+        PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2, "--placement", start, "--backend", "torch_gloo",
+        "--json", "-",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
     assert (found["experts_remote"], found["experts_local"], found["gb_per_s"]) == (0, 0, 0.0)
-    assert found["verified"] is True
+    assert (found["checked_slots"], found["verified"]) == (2 * 16, True)
 
 
 def flip_a_bit(directory: Path, name: str) -> None:
@@ -167,19 +174,14 @@ def test_one_wrong_bit_is_not_verified(checkpoint: Path, tmp_path: Path) -> None
     assert not out.exists()
 
 
-def test_an_equal_copy_verifies(checkpoint: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkpoint, tmp_path / "copy")
-    result = rebalance(
-        PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "copy", "--ranks", 2,
-        "--backend", "torch_gloo",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-
-
-def test_the_plot_is_a_png(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_equal_copy_verifies_and_the_plot_is_a_png(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra eplb[plot] is not installed")
-    plot = tmp_path / "plot.png"
-    result = rebalance(PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2, "--backend", "torch_gloo", "--plot", plot)
+    plot, copy = tmp_path / "plot.png", tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    result = rebalance(
+        PUBLISHED, "--checkpoint", checkpoint, "--verify-against", copy, "--ranks", 2, "--backend", "torch_gloo",
+        "--plot", plot,
+    )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 

@@ -54,8 +54,8 @@ def run_local(job: RebalanceJob, console: Console) -> list[RankResult]:
         outcomes = collect_local_ranks(run_rank, job.num_ranks, (job,), timeout_s=job.timeout_s, on_event=show)
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     if failed:
-        # A rank that raised says more than one that was ended because of it.
-        first = next((outcome for outcome in failed if outcome.error), failed[0])
+        # A rank that raised says more than one that died, and both more than those that were ended because of it.
+        first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
         if first.error and not hasattr(errors, first.error):
             print(first.trace, file=sys.stderr)  # no error of ours: whoever mends it needs the place
         raise LocalRankError(
