@@ -128,6 +128,15 @@ def test_a_listener_that_comes_later_hears_what_comes_later():
     assert (len(first.heard), len(second.heard)) == (2, 1)
 
 
+def test_a_faulty_listener_that_comes_later_does_not_keep_events_from_those_before():
+    listener = Listener()
+    growing = host(listener=listener)
+    growing.notify(TransferStarted(**_TRAFFIC))
+    growing.register(Faulty(), "faulty")
+    growing.notify(TransferStarted(**_TRAFFIC))
+    assert len(listener.heard) == 2
+
+
 # --- what auto means -------------------------------------------------------------------------------------------------
 
 
