@@ -204,12 +204,13 @@ def collect_local_ranks(
                             deadline = min(deadline, time.monotonic() + grace_s)
                         cut_short = True
         for pipe, rank in pipes.items():
-            _dump_stacks(processes[rank].pid)
-            outcomes[rank].message = (
-                "ended because another rank failed" if cut_short else f"did not end within {timeout_s:g} s"
-            )
+            if cut_short:
+                outcomes[rank].message = "ended because another rank failed"
+            else:
+                outcomes[rank].message = f"did not end within {timeout_s:g} s; its stacks are on stderr"
+                _dump_stacks(processes[rank].pid)
             pipe.close()
-        if pipes:
+        if pipes and not cut_short:
             time.sleep(_DUMP_S)
         for rank, process in enumerate(processes):
             if rank not in pipes.values():

@@ -149,13 +149,12 @@ class Rearranger:
             done += self._incoming_bytes(step)
             if progress is not None:
                 progress(done, total)
-        traffic = plan.traffic(sizes)
         return RearrangeResult(
             placement=placement,
             moved=plan.num_transfers,
             moved_locally=plan.num_local_moves,
-            bytes_moved=int(traffic.sum() - np.trace(traffic)),
-            bytes_moved_locally=int(np.trace(traffic)),
+            bytes_moved=int(plan.traffic(sizes).sum()),
+            bytes_moved_locally=int(sizes[plan.move_layer[plan.move_source >= 0]].sum()),
             seconds=time.perf_counter() - began,
             steps=len(steps),
             staging_bytes=self.window_bytes + self._communicator.staging_bytes,

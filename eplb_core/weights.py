@@ -26,8 +26,8 @@ class ExpertWeights:
     """The local slots of every layer.
 
     Args:
-        weights: `weights[layer][tensor]`, first dimension = local slots; any further shape, any dtype, layers may differ.
-            A row, one slot of one tensor, has to be contiguous; the tensor need not be.
+        weights: `weights[layer][tensor]`, first dimension = local slots; any further shape, any dtype, layers may
+            differ. A row, one slot of one tensor, has to be contiguous; the tensor need not be.
 
     Raises:
         InputError: no layers, no tensors, different slot counts or devices, or rows that are not contiguous; it
