@@ -1,0 +1,1 @@
+"""What `eplb bench` measures: a workload, the ranks that run it, and what they found."""

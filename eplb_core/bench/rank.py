@@ -1,0 +1,157 @@
+"""What each rank of a benchmark does: fill its slots, go through all placements, compare every byte."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from eplb_core.bench.pattern import Pattern, Progress, fill, find_wrong
+from eplb_core.bench.workload import Workload
+from eplb_core.control import ControlPlane
+from eplb_core.factory import create_eplb_communicator
+from eplb_core.groups import TorchGroups
+from eplb_core.launch import RankEnvironment
+from eplb_core.rearrange import Rearranger
+
+_MOST_NAMED = 5  # of wrong tensors, in messages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchJob:
+    """One run: one backend on one workload.
+
+    Attributes:
+        workload: the placements to go through.
+        backend: a config string.
+        device: "cpu" or "cuda"; there, rank r uses GPU r modulo their number.
+        window_bytes: the most staging memory of a rank; None for what the backend's configuration allows.
+        timeout_s: the longest that the run may take, in seconds.
+    """
+
+    workload: Workload
+    backend: str
+    device: str = "cpu"
+    window_bytes: int | None = None
+    timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """How far a rank is with a stage ("fill", "move" or "check"); sent to the parent."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMeasurement:
+    """What one rank found.
+
+    Attributes:
+        seconds: wall time of each step, between barriers of all ranks.
+        phases: phase name -> seconds, one dictionary a step.
+        paths: peer rank -> what its bytes travelled over.
+        staging_bytes: the most staging memory that the rank held.
+        wrong_tensors: tensors of a slot with a wrong byte in the end.
+        examples: the first of them, in words.
+        placements_reached: whether every step returned the placement that it was asked for.
+        config: the canonical config string of what moved the bytes.
+        device_name: the name of the rank's device.
+    """
+
+    seconds: list[float]
+    phases: list[dict[str, float]]
+    paths: dict[int, str]
+    staging_bytes: int
+    wrong_tensors: int
+    examples: list[str] = field(default_factory=list)
+    placements_reached: bool
+    config: str
+    device_name: str
+
+
+def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement:
+    """Do one rank's part of the run.
+
+    Raises:
+        EplbError: the ranks do not agree, or a transfer failed.
+    """
+    # One thread a rank, as in serving processes that share a host's cores.
+    torch.set_num_threads(1)
+    rank, work = environment.rank, job.workload
+    device = _device(job.device, rank)
+    weights = [
+        [torch.empty(work.slots_per_rank, size, dtype=torch.uint8, device=device) for size in work.tensor_bytes]
+        for _ in range(work.num_layers)
+    ]
+    environment.init_process_group(job.timeout_s)
+    # Two ranks on one GPU cannot have an NCCL group; the backends that need one then refuse with a reason of their own.
+    own_gpu = device.type == "cuda" and torch.cuda.device_count() >= work.num_ranks
+    group = TorchGroups(device_group=dist.new_group(backend="nccl") if own_gpu else None)
+    control = ControlPlane(dist.PrefixStore("bench", environment.store), rank, work.num_ranks)
+    pattern = Pattern(max(work.tensor_bytes), device)
+
+    with create_eplb_communicator(group, job.backend, weights[0]) as communicator:
+        fill(weights, work.local(0, rank), pattern, _reporting(environment, "fill", work.num_layers))
+        _synchronize(device)
+        # The ranks fill at different speeds: the rearrangement, with its shorter deadlines, waits.
+        control.barrier("that every rank has filled its slots", job.timeout_s)
+        rearranger = Rearranger(communicator, weights, window_bytes=job.window_bytes)
+        seconds: list[float] = []
+        phases: list[dict[str, float]] = []
+        paths: dict[int, str] = {}
+        staging_bytes, reached = 0, True
+        for step in range(work.num_steps):
+            environment.report(Advance("move", step, work.num_steps))
+            old, new = work.placements[step], work.placements[step + 1]
+            _synchronize(device)
+            dist.barrier()
+            began = time.perf_counter()
+            result = rearranger.run(old, new)
+            _synchronize(device)
+            dist.barrier()
+            seconds.append(time.perf_counter() - began)
+            phases.append(dict(result.phases))
+            paths.update(result.paths)
+            staging_bytes = max(staging_bytes, result.staging_bytes)
+            reached = reached and np.array_equal(result.placement, new)
+        config = communicator.binding.config
+    wrong = find_wrong(weights, work.local(-1, rank), pattern, _reporting(environment, "check", work.num_layers))
+    return RankMeasurement(
+        seconds=seconds,
+        phases=phases,
+        paths=paths,
+        staging_bytes=staging_bytes,
+        wrong_tensors=len(wrong),
+        examples=[
+            f"rank {rank}, layer {layer}, slot {slot}, tensor {tensor}: not the bytes of expert "
+            f"{int(work.local(-1, rank)[layer, slot])}"
+            for layer, slot, tensor in wrong[:_MOST_NAMED]
+        ],
+        placements_reached=reached,
+        config=config,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    )
+
+
+def _device(kind: str, rank: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reporting(environment: RankEnvironment, stage: str, total: int) -> Progress:
+    environment.report(Advance(stage, 0, total))
+    return lambda done, total: environment.report(Advance(stage, done, total))

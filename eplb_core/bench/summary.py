@@ -1,0 +1,78 @@
+"""Several runs side by side: medians over rounds, and how they compare with the first backend."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_WORST_NAMED = 5  # of wrong tensors
+
+
+def summarize(backends: Sequence[str], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for each backend: medians of its rounds, and how many times as fast as the first it is.
+
+    Args:
+        backends: the config strings, in their order.
+        runs: documents of all runs; one that failed has only `backend` and `error`.
+    """
+    rows: list[dict[str, Any]] = []
+    for backend in backends:
+        own = [run for run in runs if run["backend"] == backend]
+        done = [run for run in own if "error" not in run]
+        row: dict[str, Any] = {"backend": backend, "rounds": len(done), "failed": len(own) - len(done)}
+        if done:
+            median = statistics.median(run["seconds_median"] for run in done)
+            row |= {
+                "seconds_median": median,
+                "seconds_min": min(run["seconds_min"] for run in done),
+                "seconds_first": statistics.median(run["seconds_first"] for run in done),
+                "gb_per_s": done[0]["bytes_moved"] / median / 1e9,
+                "staging_bytes_max": max(run["staging_bytes_max"] for run in done),
+            }
+            first = rows[0] if rows else row
+            row["times_as_fast"] = first["seconds_median"] / median if "seconds_median" in first else None
+        row["correct"] = bool(own) and all(run.get("correct", False) for run in own)
+        rows.append(row)
+    return rows
+
+
+def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print the rows as a table, and below it what went wrong."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("backend")
+    for column in ("median", "fastest", "first", "GB/s", "staging", "correct"):
+        table.add_column(column, justify="right")
+    if len(rows) > 1:
+        table.add_column("times as fast", justify="right")
+    for row in rows:
+        correct = Text("yes", "green") if row["correct"] else Text("NO", "bold red")
+        if not row["rounds"]:
+            table.add_row(Text(row["backend"]), *["-"] * 5, correct)
+            continue
+        table.add_row(
+            Text(row["backend"]),
+            *(f"{1e3 * row[key]:,.1f} ms" for key in ("seconds_median", "seconds_min", "seconds_first")),
+            f"{row['gb_per_s']:,.2f}",
+            f"{row['staging_bytes_max'] / 2**20:,.1f} MiB",
+            correct,
+            *([f"{row['times_as_fast']:.2f}" if row["times_as_fast"] else "-"] if len(rows) > 1 else []),
+        )
+    console.print(table)
+    for row in rows:
+        done = [run for run in runs if run["backend"] == row["backend"] and "error" not in run]
+        if done:
+            names = dict.fromkeys(name for run in done for name in run["phases"])
+            medians = {name: statistics.median(run["phases"].get(name, 0.0) for run in done) for name in names}
+            text = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in medians.items())
+            console.print(f"{row['backend']}: milliseconds in {text}", markup=False)
+    for run in runs:
+        for problem in [run["error"]] if "error" in run else run["examples"][:_WORST_NAMED]:
+            console.print(f"{run['backend']}: {problem}", markup=False, style="red")

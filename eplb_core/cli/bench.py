@@ -1,0 +1,143 @@
+"""`eplb bench`: how fast a backend moves expert weights, and whether every byte arrives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from eplb_core.backend import ByteSize
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, write_json
+from eplb_core.errors import EplbError, InputError
+from eplb_core.options import OptionType, ValueTextError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_core.bench.rank import Advance, BenchJob
+    from eplb_core.bench.workload import Workload
+
+_STAGES = {"fill": "fill slots", "move": "rearrange", "check": "compare bytes"}
+
+
+def _parse_size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Return the bytes that an option's text means: a bare number of them, or a number with a unit."""
+    if value is None:
+        return None
+    kind = OptionType(param.name or "size", ByteSize, least=1)
+    try:
+        return int(cast("int", kind.parse(f"{value}B" if value.isdecimal() else value)))
+    except ValueTextError as error:
+        raise click.BadParameter(f"{value!r}: {error}; give {kind.accepts()}", context, param) from None
+
+
+@click.command()
+@click.option("--workload", type=click.Path(path_type=Path), help="An .npz with placements, tensor_bytes and ranks.")
+@click.option("--backend", "backends", multiple=True, help="A config string; repeat it to compare several.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--ranks", type=int, help="Without --workload: ranks.  [default: 2]")
+@click.option("--layers", type=int, help="Without --workload: layers.  [default: 4]")
+@click.option("--slots", type=int, help="Without --workload: slots of a rank in a layer.  [default: 16]")
+@click.option("--redundant", type=int, help="Without --workload: slots that hold a further copy.  [default: 4]")
+@click.option("--expert-bytes", callback=_parse_size, help="Without --workload: size of an expert.  [default: 3MiB]")
+@click.option("--steps", type=int, help="Without --workload: rearrangements.  [default: 6]")
+@click.option("--churn", type=float, help="Without --workload: share of the slots that a step redraws.  [default: 1]")
+@click.option("--seed", type=int, help="Without --workload: of the random placements.  [default: 0]")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each backend, in turn.")
+@click.option(
+    "--window", "window_bytes", callback=_parse_size, help="The most staging of a rank.  [default: the backend's]"
+)
+@click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that each run may take.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    /,
+    workload: Path | None,
+    backends: tuple[str, ...],
+    device: str,
+    rounds: int,
+    window_bytes: int | None,
+    timeout_s: float,
+    json_path: str | None,
+    **sizes: Any,
+) -> None:
+    """Measure how fast a backend moves expert weights.
+
+    Starts the ranks as processes of this machine, gives every expert bytes of its own, goes through all placements of
+    a workload, and compares every byte in the end. With --device cuda, several ranks may share a GPU.
+
+    Exit code: 0 if all bytes are right, 1 if not, 2 if the input cannot be used.
+    """
+    from eplb_core.bench.rank import BenchJob
+    from eplb_core.bench.run import check_job
+    from eplb_core.bench.summary import print_summary, summarize
+    from eplb_core.config import AUTO, backend_from_environment
+
+    if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
+        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
+    work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
+    names = list(dict.fromkeys(backends)) or [backend_from_environment(None) or AUTO]
+    jobs = [
+        BenchJob(workload=work, backend=name, device=device, window_bytes=window_bytes, timeout_s=timeout_s)
+        for name in names
+    ]
+    for job in jobs:
+        check_job(job)
+    console = human_console(json_path)
+    console.print(_describe(work, device), markup=False)
+    runs = []
+    for number in range(rounds):
+        for job in jobs:
+            title = job.backend + (f", round {number + 1} of {rounds}" if rounds > 1 else "")
+            runs.append(_run(job, title, console, keep_going=len(jobs) > 1))
+    rows = summarize(names, runs)
+    print_summary(rows, runs, console)
+    if json_path is not None:
+        single = len(runs) == 1
+        write_json(runs[0] if single else {"rounds": rounds, "summary": rows, "runs": runs}, json_path)
+    if not all(row["correct"] for row in rows):
+        context.exit(EXIT_PROBLEM)
+
+
+def _workload(path: Path | None, sizes: dict[str, Any]) -> Workload:
+    from eplb_core.bench.workload import make_workload, read_workload
+
+    if path is None:
+        return make_workload(**sizes)
+    if sizes:
+        options = ", ".join("--" + name.replace("_", "-") for name in sizes)
+        raise InputError(
+            f"--workload and {options} were given", why="the file says all that", remedy="give one of them"
+        )
+    return read_workload(path)
+
+
+def _describe(work: Workload, device: str) -> str:
+    return (
+        f"{work.num_ranks} ranks on {device}, {work.num_layers} layers of {work.slots_per_rank} slots a rank, "
+        f"{work.expert_bytes:,} bytes an expert, {work.num_steps} steps of {work.arriving_bytes() / 1e6:,.0f} MB"
+    )
+
+
+def _run(job: BenchJob, title: str, console: Console, *, keep_going: bool) -> dict[str, Any]:
+    """Return the document of one run; of one that failed, only what it was and why, if others are to follow."""
+    from eplb_core.bench.run import run_bench
+    from eplb_core.cli.progress import StageBars
+
+    work = job.workload
+    titles = {stage: f"{title}: {what}" for stage, what in _STAGES.items()}
+    per_part = {"fill": work.num_layers, "move": work.num_steps, "check": work.num_layers}
+    with StageBars(console, titles, work.num_ranks, heard_ranks=work.num_ranks) as bars:
+
+        def show(rank: int, event: Advance) -> None:
+            share = work.rank_bytes / per_part[event.stage]
+            bars.update(rank, event.stage, int(event.done * share), int(event.total * share))
+
+        try:
+            return run_bench(job, show)
+        except EplbError as error:
+            if not keep_going:
+                raise
+            return {"backend": job.backend, "device": job.device, "error": one_line(error)}
