@@ -33,6 +33,8 @@ class TransferStats:
         messages: tensors sent and received.
         phases: phase name -> seconds, in the order in which they ran.
         paths: peer rank -> the transport that its bytes took, where the backend knows it.
+        descriptors: pieces of memory that a one-sided transport read.
+        descriptors_merged: what was left of them after neighbours were joined.
     """
 
     seconds: float = 0.0
@@ -41,6 +43,8 @@ class TransferStats:
     messages: int = 0
     phases: dict[str, float] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
+    descriptors: int = 0
+    descriptors_merged: int = 0
 
 
 @dataclass(slots=True)
@@ -126,13 +130,25 @@ class EplbCommunicator(ABC):
         """Use `stream` for packing, unpacking and stream-ordered transfers; None means the current stream."""
         self._stream = stream
 
-    def register(self, tensors: Sequence[torch.Tensor]) -> None:
+    def trust_matching(self, trusted: bool) -> None:
+        """Say that from now on both sides of every pair are queued from one plan, which all ranks have agreed on.
+
+        A backend may then leave out the comparison of the whole group and leave each pair of ranks to itself. What it
+        still notices raises `TransferMismatchError`, and may leave the communicator unusable. The default does nothing.
+        """
+        return
+
+    def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Declare tensors that will be sent from, or received into, again and again.
 
-        A one-sided transport registers their memory with the device and then skips copies. Who registers a tensor
-        and receives into it declares that nobody reads it before `execute()` returned, and that after an error it
-        is not used again, since bytes may still arrive. The tensors are kept alive until `close()`. The default does
-        nothing; registering is never needed for a right result, and every rank may register what it likes.
+        A one-sided transport registers their memory with the device and then skips copies. The tensors are kept alive
+        until `close()`. The default does nothing; registering is never needed for a right result, and every rank may
+        register what it likes.
+
+        Args:
+            tensors: any tensors on the communicator's device; the allocations behind them are registered whole.
+            landing: they are received into, and nobody reads them before `execute()` returned. After an error they
+                are not used again before `close()`, since bytes may still arrive.
         """
         return
 

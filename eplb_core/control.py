@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from torch.distributed import DistError, PrefixStore, Store
 
@@ -57,13 +57,37 @@ class ControlPlane:
                 # Who is here has read all of the round before: a store never holds more than two rounds.
                 self._store.delete_key(f"{this - 1}/{self.rank}")
         except DistError as error:
-            missing = self._without_answer(keys)
+            missing = self._without_answer(dict(enumerate(keys)))
             raise _lost(what, timeout_s, missing, error) from error
         return [bytes(value) for value in gathered]
 
     def barrier(self, what: str, timeout_s: float) -> None:
         """Return once every rank is here. Raises `ControlPlaneError` as `all_gather` does."""
         self.all_gather(what, b"-", timeout_s)
+
+    def publish(self, name: str, value: bytes) -> None:
+        """Leave a value for the other ranks to fetch, under a name that this rank has not used before.
+
+        Raises:
+            ControlPlaneError: the store is gone.
+        """
+        try:
+            self._store.set(f"{name}@{self.rank}", value)  # type: ignore[arg-type]  # its stub says str
+        except DistError as error:
+            raise _lost(f"{name} of rank {self.rank}", 0.0, [], error) from error
+
+    def fetch(self, rank: int, name: str, timeout_s: float) -> bytes:
+        """Return what `rank` publishes under `name`, waiting for it if need be.
+
+        Raises:
+            ControlPlaneError: it was not published in time, or the store is gone.
+        """
+        key = f"{name}@{rank}"
+        try:
+            self._store.wait([key], datetime.timedelta(seconds=timeout_s))
+            return bytes(self._store.get(key))
+        except DistError as error:
+            raise _lost(f"{name} of rank {rank}", timeout_s, self._without_answer({rank: key}), error) from error
 
     def scoped(self, name: str) -> ControlPlane:
         """Return a control plane of the same ranks whose messages cannot meet this one's.
@@ -73,11 +97,11 @@ class ControlPlane:
         """
         return ControlPlane(PrefixStore(name, self._store), self.rank, self.world_size)
 
-    def _without_answer(self, keys: Iterable[str]) -> list[int]:
+    def _without_answer(self, keys: Mapping[int, str]) -> list[int]:
         missing = []
         deadline = time.monotonic() + _CHECK_S
         with contextlib.suppress(DistError):
-            for rank, key in enumerate(keys):
+            for rank, key in keys.items():
                 if time.monotonic() > deadline:
                     break
                 if not self._store.check([key]):

@@ -130,6 +130,10 @@ class BackendUnavailableError(BackendError, RuntimeError):
     """The backend is installed, but it cannot work here: wrong device, wrong group, or its probe failed."""
 
 
+class StatelessGroupError(BackendUnavailableError, ValueError):
+    """The backend needs a torch.distributed process group, and the group that it was asked for is stateless."""
+
+
 class NotACommunicatorError(BackendError, TypeError):
     """The backend's factory returned something that is not an `EplbCommunicator`."""
 
@@ -237,7 +241,26 @@ class PeerLostError(TransferError, ConnectionError):
 
 
 class IntegrityError(TransferError):
-    """Bytes arrived that are not those that were sent."""
+    """Bytes arrived that are not those that were sent.
+
+    Attributes:
+        wrong: pairs of source rank and index, among the receives with bytes from that rank, in the order queued.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        wrong: Sequence[tuple[int, int]] = (),
+        peers: Iterable[int] = (),
+        phase: str = "verify",
+        usable: bool = False,
+        where: str | None = None,
+        why: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.wrong = list(wrong)
+        super().__init__(what, peers=peers, phase=phase, usable=usable, where=where, why=why, remedy=remedy)
 
 
 class VerificationError(EplbError, RuntimeError):

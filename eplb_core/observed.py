@@ -81,9 +81,13 @@ class ObservedCommunicator(EplbCommunicator):
         """Set the stream."""
         self.inner.set_stream(stream)
 
-    def register(self, tensors: Sequence[torch.Tensor]) -> None:
+    def trust_matching(self, trusted: bool) -> None:
+        """Trust matching."""
+        self.inner.trust_matching(trusted)
+
+    def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Register tensors."""
-        self.inner.register(tensors)
+        self.inner.register(tensors, landing=landing)
 
     def close(self) -> None:
         """Close."""

@@ -87,7 +87,8 @@ class Rearranger:
         self._control: ControlPlane = context.control.scoped(communicator.binding.next_scope("rearranger"))
         self._stream: torch.cuda.Stream | None = None
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
-        communicator.register([*self._weights.tensors, self._window])
+        communicator.register(self._weights.tensors)
+        communicator.register([self._window], landing=True)
 
     @property
     def window_bytes(self) -> int:
@@ -138,17 +139,20 @@ class Rearranger:
         paths: dict[int, str] = {}
         placement = plan.old.copy()
         done, total = 0, sum(self._incoming_bytes(step) for step in steps)
-        for step in steps:
-            try:
+        self._communicator.trust_matching(True)
+        try:
+            for step in steps:
                 self._transfer(step, phases, paths)
-            except TransferError as error:
-                error.placement = placement
-                raise
-            self._commit(step, phases)
-            placement = step.apply(placement)
-            done += self._incoming_bytes(step)
-            if progress is not None:
-                progress(done, total)
+                self._commit(step, phases)
+                placement = step.apply(placement)
+                done += self._incoming_bytes(step)
+                if progress is not None:
+                    progress(done, total)
+        except TransferError as error:
+            error.placement = placement
+            raise
+        finally:
+            self._communicator.trust_matching(False)
         return RearrangeResult(
             placement=placement,
             moved=plan.num_transfers,

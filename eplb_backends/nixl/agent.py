@@ -8,16 +8,15 @@ one order that is safe.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import logging
 import os
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
@@ -53,20 +52,6 @@ class NixlError(EplbError, RuntimeError):
         super().__init__(what, why=why)
 
 
-class Identity(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank tells its peers about its agent.
-
-    Attributes:
-        name: the agent's name, unique for every incarnation.
-        metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
-        digest: SHA-256 of the metadata.
-    """
-
-    name: str
-    metadata: bytes
-    digest: bytes
-
-
 def has_nixl() -> bool:
     """Return whether a NIXL package, the CUDA or the ROCm build, can be found. Imports nothing."""
     return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
@@ -96,37 +81,34 @@ class Agent:
             self._agent.create_backend("UCX", {})
         self._held = _Held(self._agent)
         self._finalizer = weakref.finalize(self, self._held.release)
-        self._known: dict[str, int] = {}
 
     def register(self, regions: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]) -> None:
-        """Make `regions`, pairs of address and bytes, readable by peers. `owners` are kept alive until `close()`."""
+        """Make `regions`, pairs of address and bytes, readable by peers; `owners` are kept alive."""
         rows = [(address, nbytes, self._device_id, "") for address, nbytes in regions]
         with mapped(f"NIXL cannot register {sum(nbytes for _, nbytes in regions)} bytes of {self.memory_type}"):
-            self._held.registered.append(self._agent.register_memory(rows, self.memory_type))
-        self._held.owners.extend(owners)
+            descriptors = self._agent.register_memory(rows, self.memory_type)
+        self._held.registered.append(Registration(descriptors, list(owners)))
 
-    def identity(self) -> Identity:
+    def metadata(self) -> bytes:
         """Return what peers need to read from this agent: how to connect, and all that is registered now."""
         with mapped("NIXL cannot describe this agent"):
-            metadata = self._agent.get_agent_metadata()
-        return Identity(self.name, metadata, hashlib.sha256(metadata).digest())
+            metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
 
-    def add_peer(self, peer: Identity) -> None:
-        """Take a peer's identity, or a newer one of a peer that is known and has registered more since.
+    def add_peer(self, name: str, metadata: bytes) -> None:
+        """Take a peer's metadata, or newer one of a peer that is known and has registered more since.
+
+        Give it only metadata that is whole: truncated metadata poisons the peer's name for good.
 
         Raises:
-            NixlError: the metadata is damaged, or NIXL does not accept it.
+            NixlError: NIXL does not accept it, or it is that of another agent.
         """
-        if hashlib.sha256(peer.metadata).digest() != peer.digest:
-            raise NixlError(
-                f"the metadata of agent {peer.name} arrived damaged", why=f"{len(peer.metadata)} bytes, wrong digest"
-            )
-        with mapped(f"NIXL does not accept the metadata of agent {peer.name}"):
-            added = self._agent.add_remote_agent(peer.metadata)
-        if added.decode() != peer.name:
-            raise NixlError(f"the metadata of agent {peer.name} is that of {added.decode()}")
-        if peer.name not in self._held.peers:
-            self._held.peers.append(peer.name)
+        with mapped(f"NIXL does not accept the metadata of agent {name}"):
+            added = self._agent.add_remote_agent(metadata).decode()
+        if added != name:
+            raise NixlError(f"the metadata of agent {name} is that of {added}")
+        if name not in self._held.peers:
+            self._held.peers.append(name)
 
     def read(self, peer: str, remote: np.ndarray, local: np.ndarray, lengths: np.ndarray) -> Read:
         """Post one READ of several pieces; all three arrays are int64 `[pieces]`: addresses and bytes."""
@@ -167,6 +149,14 @@ class Agent:
         self._finalizer()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Registration:
+    """Memory that is registered, and the tensors that own it."""
+
+    descriptors: Any
+    owners: list[torch.Tensor]
+
+
 class Read:
     """One READ in flight."""
 
@@ -205,8 +195,7 @@ class _Held:
         self.agent: Any = agent
         self.reads: list[Read] = []
         self.peers: list[str] = []
-        self.registered: list[Any] = []
-        self.owners: list[torch.Tensor] = []
+        self.registered: list[Registration] = []
 
     def release(self) -> None:
         agent, self.agent = self.agent, None
@@ -228,15 +217,14 @@ class _Held:
                 "%d READs were in flight when the communicator was closed; what they may write to is kept",
                 len(in_flight),
             )
-            _quarantine.append((agent, in_flight, self.registered, self.owners))
+            _quarantine.append((agent, in_flight, self.registered))
             return
         for peer in self.peers:
             self._try(f"remove agent {peer}", agent.remove_remote_agent, peer)
-        for regions in self.registered:
-            self._try("deregister memory", agent.deregister_memory, regions)
+        for registration in self.registered:
+            self._try("deregister memory", agent.deregister_memory, registration.descriptors)
         self.peers, self.registered = [], []
         del agent
-        self.owners = []
 
     @staticmethod
     def _try(what: str, call: Any, argument: Any) -> None:

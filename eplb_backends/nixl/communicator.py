@@ -1,20 +1,25 @@
-"""The `nixl` communicator: registered tensors are read in place, the others through packed windows."""
+"""The `nixl` communicator: the contract, on top of one `Round` for each `execute()`."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import msgspec
 import numpy as np
 import torch
 
-from eplb_backends.nixl.agent import Agent, Identity, NixlError
-from eplb_backends.nixl.exchange import Exchange, Incoming, Mailbox
-from eplb_backends.nixl.memory import Regions, Window, aligned, allocation_of
+from eplb_backends.nixl import layout
+from eplb_backends.nixl.agent import Agent, NixlError
+from eplb_backends.nixl.inbox import Incoming
+from eplb_backends.nixl.integrity import checksums
+from eplb_backends.nixl.links import Links
+from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, left_for_staging
 from eplb_backends.nixl.options import NixlOptions
+from eplb_backends.nixl.outbox import Outgoing
+from eplb_backends.nixl.peers import Peers
+from eplb_backends.nixl.round import Round
+from eplb_backends.nixl.selftest import LARGEST_WORLD, read_from_every_peer
 from eplb_core.backend import BackendContext
 from eplb_core.coalesce import as_bytes
 from eplb_core.communicator import EplbCommunicator, TransferStats
@@ -25,14 +30,10 @@ from eplb_core.errors import (
     IntegrityError,
     InvalidTransferError,
     TransferError,
-    TransferOverflowError,
     TransferTimeoutError,
 )
 from eplb_core.queues import Transfer, TransferQueue, check_match
 from eplb_core.streams import on_stream, synchronize
-
-_PROBE_BYTES = 4096  # a page from every peer at start: proves the path and warms the connection up
-_REGISTERED_MORE = b"+"
 
 
 def create(context: BackendContext, options: NixlOptions, expert_weights: Sequence[torch.Tensor]) -> NixlCommunicator:
@@ -56,21 +57,24 @@ class NixlCommunicator(EplbCommunicator):
     def __init__(self, context: BackendContext, options: NixlOptions) -> None:
         self._control = context.control
         self._device = context.device
-        self._timeout_s = float(options.timeout)
+        self._options = options
         self._mode = options.mode
-        self._window_bytes = int(options.window)
+        self._timeout_s = float(options.timeout)
         self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._registered = Regions()
-        self._registered_more = False
+        self._landing = Regions()
+        self._unpublished = False
+        self._trusted = False
         self._epoch = 0
         self._stats: TransferStats | None = None
         self._agent: Agent | None = None
-        self._mailbox: Mailbox | None = None
-        self._send_window: Window | None = None
-        self._receive_window: Window | None = None
+        self._peers: Peers | None = None
+        self._pools: tuple[SlotPool, SlotPool] | None = None
+        self._links = Links("DRAM" if context.device.type == "cpu" else "VRAM", options.min_gbps)
         try:
-            self._connect(f"eplb-rank{context.rank}", options.progress == "on")
-            self._self_test()
+            self._connect(f"eplb-rank{context.rank}")
+            if 1 < context.world_size <= LARGEST_WORLD:
+                self._self_test(context.rank, context.world_size)
         except BaseException:
             self.close()
             raise
@@ -79,32 +83,30 @@ class NixlCommunicator(EplbCommunicator):
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
-        """False: the only memory that it allocates is its windows, `staging_limit_bytes` at most."""
+        """False: it allocates nothing but its windows, and those stay within the `window` option."""
         return False
 
     @property
-    def transfer_limit_bytes(self) -> int | None:
-        """Half the window where sent tensors are packed; no limit where they are registered."""
-        return self._window_bytes // 2 if self._mode == "packed" else None
-
-    @property
     def staging_bytes(self) -> int:
-        """Bytes of the windows that were needed so far."""
-        windows = (self._send_window, self._receive_window)
-        return sum(window.allocated_bytes for window in windows if window is not None)
+        """Bytes of the two windows."""
+        return sum(len(pool.buffer) for pool in self._pools or ())
 
     @property
     def staging_limit_bytes(self) -> int:
-        """The `window` option, less the send window where everything is packed."""
-        return self._window_bytes // 2 if self._mode == "packed" else self._window_bytes
+        """What the two windows leave of the `window` option to a rearrangement."""
+        return left_for_staging(int(self._options.window))
 
     @property
     def last_stats(self) -> TransferStats | None:
         """What the last finished `execute()` did."""
         return self._stats
 
-    def register(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Register the allocations behind `tensors`, each once; peers learn of them in the next `execute()`.
+    def trust_matching(self, trusted: bool) -> None:
+        """Compare pair by pair, without the rest of the group, while `trusted`."""
+        self._trusted = trusted
+
+    def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
+        """Register the allocations behind `tensors`, each once; peers learn of them when they first need them.
 
         Registered memory can be read, and written, by every peer of the group.
 
@@ -123,6 +125,8 @@ class NixlCommunicator(EplbCommunicator):
             address, nbytes = allocation_of(tensor)
             if nbytes and not self._registered.contain(address, nbytes):
                 fresh[address] = (nbytes, tensor)
+            if landing and nbytes and not self._landing.contain(address, nbytes):
+                self._landing.add(address, nbytes)
         if not fresh or self._agent is None:
             return
         try:
@@ -135,7 +139,7 @@ class NixlCommunicator(EplbCommunicator):
             ) from error
         for address, (nbytes, _) in fresh.items():
             self._registered.add(address, nbytes)
-        self._registered_more = True
+        self._unpublished = True
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         """Queue a send."""
@@ -146,115 +150,93 @@ class NixlCommunicator(EplbCommunicator):
         self._queue.add_recv(tensor, src_rank)
 
     def execute(self) -> None:
-        """Compare, pack what is not registered, let the peers read, read, unpack what is not registered."""
+        """Compare, announce, let the peers read, read."""
         began = time.perf_counter()
         sends, recvs = self._queue.take()
         phases: dict[str, float] = {}
         with self._breaking():
-            outgoing, packed, problem = self._place(sends, self._send_window, "send")
-            incoming, unpacked, recv_problem = self._place(recvs, self._receive_window, "receive")
             with _timed(phases, "agree"):
-                self._agree(sends, recvs, problem or recv_problem)
+                self._agree(sends, recvs)
             with _timed(phases, "pack"):
-                self._copy([(window, as_bytes(tensor)) for window, tensor in packed])
+                outgoing = layout.outgoing(sends, self._registered, self._mode)
+                incoming = layout.incoming(recvs, self._landing)
+                if self._options.verify != "off":
+                    self._add_sums(sends, outgoing)
                 # READs go past the stream: what it has queued, here and in earlier rounds, has to be done first.
                 synchronize(self._device, self._stream)
+                peers, pools = self._connected()
+                if self._unpublished:
+                    peers.publish()
+                    self._unpublished = False
             with _timed(phases, "read"):
-                exchange = Exchange(
-                    self._connected(),
+                expected = {peer: [r for r in recvs if r.peer == peer] for peer in incoming}
+                this = Round(
+                    peers,
                     self._epoch,
-                    {peer: np.array([address for address, _ in rows], np.int64) for peer, rows in outgoing.items()},
-                    {peer: Incoming(*np.array(rows, np.int64).T) for peer, rows in incoming.items()},
+                    outgoing,
+                    incoming,
+                    pools,
+                    self._device,
+                    self._stream,
+                    lambda peer: layout.describe(expected.get(peer, [])),
+                    self._links.measured,
                 )
-                exchange.run(self._timeout_s)
-            with _timed(phases, "unpack"):
-                self._copy([(as_bytes(tensor), window) for window, tensor in unpacked])
-        self._epoch += 1
+                this.run(self._timeout_s)
+            self._epoch += 1
+            if self._options.verify != "off":
+                with _timed(phases, "verify"):
+                    self._compare_sums(incoming)
+        before, after = this.descriptors
         self._stats = TransferStats(
             seconds=time.perf_counter() - began,
             bytes_sent=sum(send.nbytes for send in sends),
             bytes_received=sum(recv.nbytes for recv in recvs),
             messages=len(sends) + len(recvs),
             phases=phases,
-            paths=dict.fromkeys(sorted({*outgoing, *incoming}), "NIXL UCX READ"),
+            paths={peer: self._links.describe(peer) for peer in sorted({*outgoing, *incoming})},
+            descriptors=before,
+            descriptors_merged=after,
         )
 
     def close(self) -> None:
-        """Release handles, peers, registrations, agent and windows, in this order."""
+        """Release READs, peers, registrations, agent and windows, in this order."""
         self._queue.close("it was closed")
-        for window in (self._send_window, self._receive_window):
-            if window is not None:
-                window.close()
+        self._peers = None
+        self._pools = None
         if self._agent is not None:
             self._agent.close()
 
     # --- steps of a transfer ----------------------------------------------------------------------------------------
 
-    def _place(
-        self, transfers: Sequence[Transfer], window: Window | None, side: str
-    ) -> tuple[dict[int, list[tuple[int, int]]], list[tuple[torch.Tensor, torch.Tensor]], TransferOverflowError | None]:
-        """Decide where each message lies: in place if it is registered, else in the window.
+    def _agree(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> None:
+        problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
+        if not self._trusted:
+            check_match(self._control, sends, recvs, self._timeout_s, problem)
+        elif problem is not None:
+            raise problem
 
-        Returns:
-            peer -> `(address, bytes)` of its messages; pairs of window slot and tensor that have to be copied; the
-            reason why it is refused, if it is.
-        """
-        in_place = [
-            self._registered.contain(transfer.tensor.data_ptr(), transfer.nbytes)
-            and (self._mode != "packed" or side == "receive")
-            for transfer in transfers
-        ]
-        staged = [t for t, direct in zip(transfers, in_place, strict=True) if not direct and t.nbytes]
-        slots: Iterator[torch.Tensor] = iter(())
-        packed: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if staged and window is not None:
-            needed = sum(aligned(transfer.nbytes) for transfer in staged)
-            if self._mode == "direct":
-                return (
-                    {},
-                    [],
-                    TransferOverflowError(
-                        f"{len(staged)} tensors to {side} are not registered, and mode=direct allows no other",
-                        phase="pack",
-                        usable=True,
-                        remedy="register(tensors) first, or use mode=auto",
-                    ),
-                )
-            if needed > window.capacity:
-                return (
-                    {},
-                    [],
-                    TransferOverflowError(
-                        f"{needed} bytes to {side} do not fit the {side} window of {window.capacity} bytes",
-                        peers={transfer.peer for transfer in staged},
-                        phase="pack",
-                        usable=True,
-                        remedy=f"use a larger window ({2 * needed} bytes would do), or register the tensors",
-                    ),
-                )
-            self._registered_more |= window.allocate()
-            packed = list(zip(window.slots([t.nbytes for t in staged]), [t.tensor for t in staged], strict=True))
-            slots = iter([slot for slot, _ in packed])
-        placed: dict[int, list[tuple[int, int]]] = {}
-        for transfer, direct in zip(transfers, in_place, strict=True):
-            if transfer.nbytes:
-                lies_in = transfer.tensor if direct else next(slots)
-                placed.setdefault(transfer.peer, []).append((lies_in.data_ptr(), transfer.nbytes))
-        return placed, packed, None
+    def _add_sums(self, sends: Sequence[Transfer], outgoing: Mapping[int, Outgoing]) -> None:
+        with on_stream(self._device, self._stream):
+            for peer, out in outgoing.items():
+                tensors = [as_bytes(send.tensor) for send in sends if send.peer == peer and send.nbytes]
+                out.sums = checksums(tensors, sample=self._options.verify == "sample")
 
-    def _agree(
-        self, sends: Sequence[Transfer], recvs: Sequence[Transfer], problem: TransferOverflowError | None
-    ) -> None:
-        note = _REGISTERED_MORE if self._registered_more else b""
-        notes = check_match(self._control, sends, recvs, self._timeout_s, problem, note)
-        if any(notes):
-            self._exchange_identities("connect")
-
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Copy each second tensor into its first, in few kernels, on the communicator's stream."""
-        if pairs:
+    def _compare_sums(self, incoming: Mapping[int, Incoming]) -> None:
+        """Raise `IntegrityError` for the first source whose checksums differ from those of what arrived."""
+        for peer, arrived in incoming.items():
             with on_stream(self._device, self._stream):
-                torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+                here = checksums(arrived.targets, sample=self._options.verify == "sample")
+            there = np.concatenate([*arrived.sums, np.empty(0, np.int64)])
+            complete = len(there) == len(here)
+            wrong = np.flatnonzero(here != there).tolist() if complete else list(range(len(here)))
+            if wrong:
+                raise IntegrityError(
+                    f"{len(wrong)} of {len(here)} tensors from rank {peer} arrived with other bytes than were sent",
+                    peers=[peer],
+                    phase="verify",
+                    where="receives from that rank with bytes, counted from 0: " + ", ".join(map(str, wrong[:8])),
+                    wrong=[(peer, index) for index in wrong],
+                )
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -265,109 +247,81 @@ class NixlCommunicator(EplbCommunicator):
             if not error.usable:
                 self._queue.close(f"an earlier transfer failed: {error.what}")
             raise
+        except NixlError as error:
+            self._queue.close(f"an earlier transfer failed: {error.what}")
+            raise TransferError("NIXL failed on this rank", phase="pack", why=str(error)) from error
         except BaseException as error:
             self._queue.close(f"an earlier transfer failed: {type(error).__name__}: {error}")
             raise
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
-    def _connect(self, label: str, progress_thread: bool) -> None:
+    def _connect(self, label: str) -> None:
         error: EplbError | None = None
+        name = ""
         try:
-            self._agent = Agent(label, self._device, progress_thread=progress_thread)
-            self._send_window = Window(self._agent, self._window_bytes // 2, self._device)
-            self._receive_window = Window(self._agent, self._window_bytes // 2, self._device)
+            self._agent = Agent(label, self._device, progress_thread=self._options.progress == "on")
+            self._peers = Peers(self._agent, self._control, self._links, self._timeout_s)
+            window, device = int(self._options.window), self._device
+            self._pools = (SlotPool(self._agent, window, device), SlotPool(self._agent, window, device))
+            name = self._agent.name
         except EplbError as caught:
             error = caught
-        _agree_on_step(self._control, "agent", error, self._timeout_s)
-        identities = self._exchange_identities("connect")
-        names = {rank: identity.name for rank, identity in enumerate(identities)}
-        token = hashlib.blake2b("\n".join(names.values()).encode(), digest_size=8).digest()
-        if self._agent is not None:
-            self._mailbox = Mailbox(self._agent, token, names)
+        names = _agree_on_step(self._control, "agent", error, name, self._timeout_s)
+        if self._peers is not None:
+            self._peers.meet(names)
+            self._peers.publish()
 
-    def _exchange_identities(self, step: str) -> list[Identity]:
-        """Tell all ranks what is registered here, and learn what is there."""
-        agent = self._agent
-        if agent is None:
-            raise EplbError("the communicator has no agent")
+    def _self_test(self, rank: int, world_size: int) -> None:
+        """Read from every peer; all ranks fail if one does."""
+        error: EplbError | None = None
+        _, (send_window, receive_window) = self._connected()
         try:
-            raw = self._control.all_gather("NIXL metadata", msgspec.msgpack.encode(agent.identity()), self._timeout_s)
-        except ControlPlaneError as error:
-            raise _timeout(error, step) from error
-        identities: list[Identity] = []
-        problem: EplbError | None = None
-        try:
-            identities = [msgspec.msgpack.decode(value, type=Identity) for value in raw]
-            for rank, identity in enumerate(identities):
-                if rank != self._control.rank:
-                    agent.add_peer(identity)
-        except (NixlError, msgspec.ValidationError, msgspec.DecodeError) as error:
-            problem = error if isinstance(error, EplbError) else NixlError("metadata arrived damaged", why=str(error))
-        _agree_on_step(self._control, step, problem, self._timeout_s)
-        self._registered_more = False
-        return identities
+            # For once the windows themselves are read from and into, and nothing may be packed into them.
+            self._mode = "direct"
+            self._registered.add(*allocation_of(send_window.buffer))
+            self._landing.add(*allocation_of(receive_window.buffer))
+            read_from_every_peer(self, send_window.buffer, receive_window.buffer, rank, world_size)
+        except EplbError as caught:
+            error = caught
+        self._registered, self._landing, self._mode = Regions(), Regions(), self._options.mode
+        _agree_on_step(self._control, "self-test", error, "", self._timeout_s)
 
-    def _self_test(self) -> None:
-        """Read a page from every peer, over the path that weights will take, and compare it byte for byte."""
-        rank, world_size = self._control.rank, self._control.world_size
-        if world_size == 1:
-            return
-        pages = torch.stack([_page(r) for r in range(world_size)]).to(self._device)
-        landed = torch.full_like(pages, 0xEE)
-        mode, self._mode = self._mode, "direct"
-        try:
-            self.register([pages, landed])
-            for peer in range(world_size):
-                if peer != rank:
-                    self.add_send(pages[rank], peer)
-                    self.add_recv(landed[peer], peer)
-            self.execute()
-        finally:
-            self._mode = mode
-        wrong = [peer for peer in range(world_size) if peer != rank and not torch.equal(landed[peer], pages[peer])]
-        error = None
-        if wrong:
-            error = IntegrityError(f"bytes read from ranks {wrong} are wrong", peers=wrong, phase="self-test")
-        _agree_on_step(self._control, "self-test", error, self._timeout_s)
-
-    def _connected(self) -> Mailbox:
-        if self._mailbox is None:
+    def _connected(self) -> tuple[Peers, tuple[SlotPool, SlotPool]]:
+        if self._peers is None or self._pools is None:
             raise EplbError("the communicator is not connected")
-        return self._mailbox
+        return self._peers, self._pools
 
 
-def _agree_on_step(control: ControlPlane, step: str, problem: EplbError | None, timeout_s: float) -> None:
-    """Raise on every rank if `problem` is set on any: the rank's own error there, its text elsewhere."""
+def _agree_on_step(
+    control: ControlPlane, step: str, problem: EplbError | None, value: str, timeout_s: float
+) -> list[str]:
+    """Return every rank's `value`, or raise on every rank if `problem` is set on any: its own error there."""
+    said = f"!{problem}" if problem is not None else f"+{value}"
     try:
-        said = control.all_gather(f"whether the step '{step}' succeeded", str(problem or "").encode(), timeout_s)
+        answers = [raw.decode() for raw in control.all_gather(f"the step '{step}'", said.encode(), timeout_s)]
     except ControlPlaneError as error:
-        raise _timeout(error, step) from error
+        if problem is not None:
+            raise problem from error
+        raise TransferTimeoutError(
+            error.what, peers=error.missing, phase=step, why=error.why, remedy=error.remedy
+        ) from error
     if problem is not None:
         raise problem
-    failed = [rank for rank, text in enumerate(said) if text]
+    failed = [rank for rank, answer in enumerate(answers) if answer.startswith("!")]
     if failed:
         raise TransferError(
-            f"the step '{step}' failed on rank {failed[0]}",
-            peers=failed,
-            phase=step,
-            why=said[failed[0]].decode(errors="replace"),
+            f"the step '{step}' failed on rank {failed[0]}", peers=failed, phase=step, why=answers[failed[0]][1:]
         )
-
-
-def _timeout(error: ControlPlaneError, phase: str) -> TransferTimeoutError:
-    return TransferTimeoutError(error.what, peers=error.missing, phase=phase, why=error.why, remedy=error.remedy)
-
-
-def _page(rank: int) -> torch.Tensor:
-    """Return a rank's page, uint8 `[4096]`; every rank computes all, so none is compared to itself."""
-    return torch.arange(_PROBE_BYTES, dtype=torch.int32).mul_(2 * rank + 7).add_(rank).remainder_(251).to(torch.uint8)
+    return [answer[1:] for answer in answers]
 
 
 @contextlib.contextmanager
 def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
+    """Add the seconds that the block takes to a phase, which profilers see as a range too."""
     began = time.perf_counter()
     try:
-        yield
+        with torch.profiler.record_function(f"eplb::{name}"):
+            yield
     finally:
         phases[name] = phases.get(name, 0.0) + time.perf_counter() - began

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
 
 import torch
 
 from eplb_backends.nixl.agent import Agent
 
-_ALIGNMENT = 16  # bytes; copies stay vectorised
+_ALIGNMENT = 256  # bytes; what CUDA's copies like best
+_LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
+_SLOTS = 4  # of a window: enough to pack, read and unpack at the same time
+_WINDOW_SHARE = 8  # either window has one part in so many of the staging memory; the rest is for a rearrangement
 
 
 class Regions:
@@ -37,50 +39,68 @@ def allocation_of(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
-def aligned(nbytes: int) -> int:
-    """Return what a message of `nbytes` takes up in a window."""
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+def left_for_staging(staging_bytes: int) -> int:
+    """Return what the two windows leave of a rank's staging memory, in bytes."""
+    return staging_bytes - 2 * (staging_bytes // _WINDOW_SHARE)
 
 
-class Window:
-    """A bounded staging buffer that peers can reach, allocated when it is first needed.
+class Slot:
+    """A piece of a window.
+
+    Attributes:
+        memory: uint8 `[slot bytes]`.
+        copied: recorded behind the last copies in or out of it on a GPU; None if there are none under way.
+    """
+
+    __slots__ = ("copied", "memory")
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory = memory
+        self.copied: torch.cuda.Event | None = None
+
+    def settled(self) -> bool:
+        """Return whether the last copies in or out of it are done."""
+        if self.copied is not None and self.copied.query():
+            self.copied = None
+        return self.copied is None
+
+
+class SlotPool:
+    """A window: a bounded staging buffer that peers can reach, in slots of one size.
+
+    It is allocated at once and kept to the end. A peer is never told that memory is not registered any more, and NIXL
+    gets lost when other memory is registered later at the same address.
 
     Args:
         agent: registers the memory.
-        nbytes: its size.
+        staging_bytes: the staging memory of the rank, of which this takes its share.
         device: where it lies.
+
+    Attributes:
+        buffer: all of it, uint8.
+        slot_bytes: the size of a slot; the same on every rank that has the same staging memory.
     """
 
-    def __init__(self, agent: Agent, nbytes: int, device: torch.device) -> None:
-        self.capacity = nbytes
-        self._agent = agent
-        self._device = device
-        self._buffer: torch.Tensor | None = None
+    def __init__(self, agent: Agent, staging_bytes: int, device: torch.device) -> None:
+        share = staging_bytes // _WINDOW_SHARE
+        self.slot_bytes = max(_LEAST_SLOT, min(_LARGEST_SLOT, share // _SLOTS // _ALIGNMENT * _ALIGNMENT))
+        slots = max(1, share // self.slot_bytes)
+        self.buffer = torch.empty(slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        agent.register([(self.buffer.data_ptr(), len(self.buffer))], [self.buffer])
+        self._free = [Slot(memory) for memory in self.buffer.view(slots, self.slot_bytes)]
+        self._unsettled: list[Slot] = []
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes allocated now: all or nothing."""
-        return 0 if self._buffer is None else self.capacity
+    def acquire(self) -> Slot | None:
+        """Return a slot that nobody uses, or None if there is none now."""
+        if self._unsettled:
+            settled = [slot for slot in self._unsettled if slot.settled()]
+            self._unsettled = [slot for slot in self._unsettled if slot.copied is not None]
+            self._free.extend(settled)
+        return self._free.pop() if self._free else None
 
-    def allocate(self) -> bool:
-        """Allocate and register the buffer if it is not there yet; return whether it was not."""
-        if self._buffer is not None:
-            return False
-        buffer = torch.empty(self.capacity, dtype=torch.uint8, device=self._device)
-        self._agent.register([(buffer.data_ptr(), self.capacity)], [buffer])
-        self._buffer = buffer
-        return True
-
-    def slots(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Return one uint8 view for each size, one after the other from the window's start."""
-        if self._buffer is None:
-            return []
-        views, offset = [], 0
-        for nbytes in sizes:
-            views.append(self._buffer[offset : offset + nbytes])
-            offset += aligned(nbytes)
-        return views
-
-    def close(self) -> None:
-        """Let the buffer go; the agent keeps it until it is deregistered."""
-        self._buffer = None
+    def release(self, slot: Slot) -> None:
+        """Give a slot back; it is handed out again once copies in and out of it are done."""
+        if slot.settled():
+            self._free.append(slot)
+        else:
+            self._unsettled.append(slot)

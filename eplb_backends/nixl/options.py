@@ -13,16 +13,20 @@ class NixlOptions(CommonOptions):
     """Options of the `nixl` backend.
 
     Attributes:
-        window: bytes of staging memory that a rank may use, send and receive side together.
-        mode: `direct` reads from and into registered memory without a copy and refuses other tensors; `packed` copies
-            every sent tensor into the send window first; `auto` reads registered tensors directly and packs the rest.
+        window: bytes of staging memory that a rank may use: send window, receive window, and what a rearrangement
+            receives into, together.
+        mode: `direct` reads from registered memory without a copy and refuses other tensors; `packed` copies every sent
+            tensor into the send window first; `auto` reads large registered tensors directly and packs the rest.
         progress: whether NIXL runs a progress thread of its own. `auto` is off: a rank that executes polls anyway,
             and on few cores the thread competes with that (measured two to three times slower on 2 cores).
+        verify: compare a checksum computed at the source with one at the destination: of 64 blocks of each message
+            (`sample`), or of all bytes (`full`).
+        min_gbps: a link that is slower than this, in GB/s, is an error; 0 means that it is only warned of.
     """
 
     window: ByteSize = field(
         default=ByteSize(256 << 20),
-        metadata={"help": "staging memory of a rank, send and receive side together", "min": 4096},
+        metadata={"help": "staging memory of a rank, all parts together", "min": 64 << 10},
     )
     mode: Literal["auto", "packed", "direct"] = field(
         default="auto", metadata={"help": "read registered tensors in place (direct), copy through a window (packed)"}
@@ -30,3 +34,7 @@ class NixlOptions(CommonOptions):
     progress: Literal["auto", "on", "off"] = field(
         default="auto", metadata={"help": "NIXL's own progress thread; auto = off, a rank polls while it executes"}
     )
+    verify: Literal["off", "sample", "full"] = field(
+        default="off", metadata={"help": "compare checksums of source and destination"}
+    )
+    min_gbps: float = field(default=0.0, metadata={"help": "a link slower than this, in GB/s, is an error", "min": 0})

@@ -25,8 +25,8 @@ def probe(device_type: str) -> ProbeResult:
         landed = torch.full_like(expected, 0xEE)
         source.register([(expected.data_ptr(), _BYTES)], [expected])
         reader.register([(landed.data_ptr(), _BYTES)], [landed])
-        reader.add_peer(source.identity())
-        source.add_peer(reader.identity())
+        reader.add_peer(source.name, source.metadata())
+        source.add_peer(reader.name, reader.metadata())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.monotonic()

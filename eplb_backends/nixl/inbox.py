@@ -1,0 +1,233 @@
+"""The receiving half of a round: reads what the sources announce, into place or through the receive window."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from eplb_backends.nixl.agent import Agent, Read
+from eplb_backends.nixl.memory import Slot, SlotPool
+from eplb_backends.nixl.messages import Writer
+from eplb_backends.nixl.naming import naming
+from eplb_backends.nixl.pieces import ByteStream, merge
+from eplb_core.placement import IntArray
+from eplb_core.streams import on_stream
+
+SCATTER_BYTES = 64 << 10
+"""Pieces below this many bytes are read together into a slot and copied out: a descriptor costs about 10 us."""
+
+Piece = tuple[int, torch.Tensor]
+"""An address at the source, and the uint8 tensor here that its bytes belong in."""
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """What one source sends.
+
+    Attributes:
+        count: messages, those without bytes included.
+        digest: 16 bytes over their sizes and dtypes.
+        targets: those with bytes, as uint8 tensors, in order.
+        in_place: whether each of them may be read into directly.
+    """
+
+    count: int
+    digest: bytes
+    targets: list[torch.Tensor]
+    in_place: list[bool]
+    lengths: IntArray = field(init=False)
+    addresses: list[IntArray] = field(default_factory=list)
+    sums: list[IntArray] = field(default_factory=list)
+    announced: bool = False
+    packed: list[int] = field(default_factory=list)
+    stream: ByteStream | None = None
+    arrived_bytes: int = 0
+    left_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        """Note the sizes."""
+        self.lengths = np.array([len(target) for target in self.targets], np.int64)
+        self.left_bytes = int(self.lengths.sum())
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One READ: posted as soon as there is a slot, if it needs one."""
+
+    source: int
+    pieces: list[Piece]
+    sequence: int | None  # of the chunk that it empties, if it does
+    through_slot: bool
+    slot: Slot | None = None
+    posted_at: float = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(target) for _, target in self.pieces)
+
+
+class Inbox:
+    """Receives from several sources through one pool of slots.
+
+    Args:
+        peers: source -> what it sends.
+        pool: the receive window.
+        agent: posts the READs.
+        names: rank -> agent name.
+        writer: writes this round's notifications.
+        send: sends one notification to a rank.
+        device: where the tensors lie.
+        stream: where unpacking is enqueued; None means the current stream.
+        on_read: told source, bytes and seconds of every READ that ended.
+    """
+
+    def __init__(
+        self,
+        peers: Mapping[int, Incoming],
+        pool: SlotPool,
+        agent: Agent,
+        names: Callable[[int], str],
+        writer: Writer,
+        send: Callable[[int, bytes], None],
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
+        on_read: Callable[[int, int, float], None],
+    ) -> None:
+        self._peers = peers
+        self._on_read = on_read
+        self._pool = pool
+        self._agent = agent
+        self._names = names
+        self._writer = writer
+        self._send = send
+        self._device = device
+        self._stream = stream
+        self._waiting: deque[_Job] = deque()
+        self._reading: list[tuple[_Job, Read]] = []
+        self.unread = set(peers)
+        self.descriptors = 0
+        self.merged_descriptors = 0
+
+    def reading_from(self) -> set[int]:
+        """Return the sources of the READs that are in flight."""
+        return {job.source for job, _ in self._reading}
+
+    def announce(self, source: int, addresses: IntArray) -> bool:
+        """Take a part of READY; return whether that was the last."""
+        incoming = self._peers[source]
+        incoming.addresses.append(addresses)
+        if incoming.announced or sum(map(len, incoming.addresses)) < len(incoming.targets):
+            return False
+        incoming.announced = True
+        at = np.concatenate(incoming.addresses)
+        incoming.packed = [int(message) for message in np.flatnonzero(at == 0)]
+        incoming.stream = ByteStream(incoming.lengths[incoming.packed])
+        direct: list[Piece] = []
+        through: list[Piece] = []
+        for message in np.flatnonzero(at).tolist():
+            into_place = incoming.in_place[message]
+            (direct if into_place else through).append((int(at[message]), incoming.targets[message]))
+        if direct:
+            self._waiting.append(_Job(source, direct, None, through_slot=False))
+        self._cut(source, through)
+        self._finish_if_all_arrived(source)
+        return True
+
+    def chunk(self, source: int, sequence: int, address: int, nbytes: int) -> None:
+        """Take a CHUNK: the next `nbytes` of the packed messages lie at `address`."""
+        incoming = self._peers[source]
+        if incoming.stream is None:
+            raise ValueError("a chunk came before the messages were announced")
+        start = incoming.arrived_bytes
+        if not 0 < nbytes <= min(self._pool.slot_bytes, incoming.stream.nbytes - start):
+            raise ValueError(f"a chunk of {nbytes} bytes does not fit what was announced")
+        incoming.arrived_bytes += nbytes
+        pieces, in_place = [], True
+        for message, first, last in incoming.stream.pieces(start, start + nbytes):
+            number = incoming.packed[message]
+            in_place &= incoming.in_place[number]
+            pieces.append((address, incoming.targets[number][first:last]))
+            address += last - first
+        scattered = nbytes < SCATTER_BYTES * len(pieces) and len(pieces) > 1
+        self._waiting.append(_Job(source, pieces, sequence, through_slot=scattered or not in_place))
+
+    def advance(self) -> set[int]:
+        """Finish READs that are done and post those that can be; return the sources for which something happened."""
+        touched: set[int] = set()
+        for entry in list(self._reading):
+            job, read = entry
+            with naming(job.source, "read"):
+                finished = self._agent.finished(read)
+            if finished:
+                self._reading.remove(entry)
+                self._arrived(job)
+                touched.add(job.source)
+        while self._waiting and (not self._waiting[0].through_slot or self._needs_slot(self._waiting[0])):
+            job = self._waiting.popleft()
+            self._post(job)
+            touched.add(job.source)
+        return touched
+
+    def _needs_slot(self, job: _Job) -> bool:
+        job.slot = self._pool.acquire()
+        return job.slot is not None
+
+    def _cut(self, source: int, pieces: list[Piece]) -> None:
+        """Cut what has to go through the window into READs of one slot each."""
+        job, room = _Job(source, [], None, through_slot=True), self._pool.slot_bytes
+        for address, target in pieces:
+            offset = 0
+            while offset < len(target):
+                take = min(room, len(target) - offset)
+                job.pieces.append((address + offset, target[offset : offset + take]))
+                offset, room = offset + take, room - take
+                if room == 0:
+                    self._waiting.append(job)
+                    job, room = _Job(source, [], None, through_slot=True), self._pool.slot_bytes
+        if job.pieces:
+            self._waiting.append(job)
+
+    def _post(self, job: _Job) -> None:
+        lengths = np.array([len(target) for _, target in job.pieces], np.int64)
+        remote = np.array([address for address, _ in job.pieces], np.int64)
+        if job.slot is not None:
+            local = job.slot.memory.data_ptr() + np.cumsum(lengths) - lengths
+        else:
+            local = np.array([target.data_ptr() for _, target in job.pieces], np.int64)
+        pieces = merge(remote, local, lengths)
+        self.descriptors += len(lengths)
+        self.merged_descriptors += len(pieces[2])
+        job.posted_at = time.perf_counter()
+        with naming(job.source, "read"):
+            self._reading.append((job, self._agent.read(self._names(job.source), *pieces)))
+
+    def _arrived(self, job: _Job) -> None:
+        self._on_read(job.source, job.nbytes, time.perf_counter() - job.posted_at)
+        if job.slot is not None:
+            self._unpack(job, job.slot)
+            self._pool.release(job.slot)
+        if job.sequence is not None:
+            self._send(job.source, self._writer.taken(job.sequence))
+        self._peers[job.source].left_bytes -= job.nbytes
+        self._finish_if_all_arrived(job.source)
+
+    def _unpack(self, job: _Job, slot: Slot) -> None:
+        sources, offset = [], 0
+        for _, target in job.pieces:
+            sources.append(slot.memory[offset : offset + len(target)])
+            offset += len(target)
+        with on_stream(self._device, self._stream):
+            torch._foreach_copy_([target for _, target in job.pieces], sources)
+            if self._device.type != "cpu":
+                slot.copied = torch.cuda.Event()
+                slot.copied.record()
+
+    def _finish_if_all_arrived(self, source: int) -> None:
+        if self._peers[source].left_bytes == 0 and source in self.unread:
+            self.unread.discard(source)
+            self._send(source, self._writer.done())

@@ -1,0 +1,85 @@
+"""Decides for every queued tensor how it travels: in place, packed, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from eplb_backends.nixl.inbox import SCATTER_BYTES, Incoming
+from eplb_backends.nixl.memory import Regions
+from eplb_backends.nixl.outbox import Outgoing
+from eplb_core.coalesce import as_bytes
+from eplb_core.errors import TransferError
+from eplb_core.queues import Transfer
+
+
+def outgoing(sends: Sequence[Transfer], registered: Regions, mode: str) -> dict[int, Outgoing]:
+    """Return destination -> what it is sent.
+
+    Registered tensors are announced by their address. The others are packed, and with `mode=auto` so are small ones:
+    a descriptor of their own would cost more than the copy.
+    """
+    plan: dict[int, Outgoing] = {}
+    for peer, transfers in _by_peer(sends):
+        addresses, packed = [], []
+        for transfer in transfers:
+            if not transfer.nbytes:
+                continue
+            address = transfer.tensor.data_ptr()
+            direct = mode != "packed" and registered.contain(address, transfer.nbytes)
+            if direct and (mode == "direct" or transfer.nbytes >= SCATTER_BYTES):
+                addresses.append(address)
+            else:
+                addresses.append(0)
+                packed.append(as_bytes(transfer.tensor))
+        plan[peer] = Outgoing(len(transfers), _digest(transfers), np.array(addresses, np.int64), packed)
+    return plan
+
+
+def incoming(recvs: Sequence[Transfer], landing: Regions) -> dict[int, Incoming]:
+    """Return source -> what it sends. Only declared landing memory is read into directly."""
+    plan: dict[int, Incoming] = {}
+    for peer, transfers in _by_peer(recvs):
+        with_bytes = [transfer for transfer in transfers if transfer.nbytes]
+        plan[peer] = Incoming(
+            len(transfers),
+            _digest(transfers),
+            [as_bytes(transfer.tensor) for transfer in with_bytes],
+            [landing.contain(transfer.tensor.data_ptr(), transfer.nbytes) for transfer in with_bytes],
+        )
+    return plan
+
+
+def unregistered(sends: Sequence[Transfer], registered: Regions) -> TransferError | None:
+    """Return the reason why `mode=direct` refuses these sends, or None if it does not."""
+    missing = [s for s in sends if s.nbytes and not registered.contain(s.tensor.data_ptr(), s.nbytes)]
+    if not missing:
+        return None
+    return TransferError(
+        f"{len(missing)} of {len(sends)} tensors to send are not registered, and mode=direct sends no other",
+        peers={transfer.peer for transfer in missing},
+        phase="pack",
+        usable=True,
+        remedy="register(tensors) first, or use mode=auto",
+    )
+
+
+def describe(transfers: Iterable[Transfer]) -> str:
+    """Return sizes and dtypes, in words, of the first few."""
+    entries = [f"{t.nbytes} bytes of {str(t.tensor.dtype).removeprefix('torch.')}" for t in transfers]
+    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+    return f"{len(entries)} tensors ({', '.join(entries[:8])}{more})" if entries else "nothing"
+
+
+def _by_peer(transfers: Sequence[Transfer]) -> list[tuple[int, list[Transfer]]]:
+    peers: dict[int, list[Transfer]] = {}
+    for transfer in transfers:
+        peers.setdefault(transfer.peer, []).append(transfer)
+    return sorted(peers.items())
+
+
+def _digest(transfers: Sequence[Transfer]) -> bytes:
+    text = ";".join(f"{transfer.nbytes} {transfer.tensor.dtype}" for transfer in transfers)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()

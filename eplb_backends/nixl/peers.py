@@ -1,0 +1,116 @@
+"""Who the other ranks are to NIXL: looked up when they are first needed, again when they have registered more.
+
+Each rank publishes its identity in the control plane's store under a version number. Nobody talks to ranks that it
+exchanges no experts with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from eplb_backends.nixl import messages
+from eplb_backends.nixl.agent import Agent, NixlError
+from eplb_backends.nixl.links import Links, Place
+from eplb_backends.nixl.messages import Message
+from eplb_core.control import ControlPlane
+from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
+
+
+class Identity(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank tells its peers about its agent.
+
+    Attributes:
+        name: the agent's name, unique for every incarnation.
+        metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
+        digest: SHA-256 of the metadata.
+        place: where the rank runs.
+    """
+
+    name: str
+    metadata: bytes
+    digest: bytes
+    place: Place
+
+
+class Peers:
+    """The agents of all ranks, as far as they are known, and the notifications between them.
+
+    Args:
+        agent: this rank's.
+        control: where identities are published.
+        links: told where each peer is.
+        timeout_s: how long a peer may take to publish its identity, in seconds.
+    """
+
+    def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float) -> None:
+        self.agent = agent
+        self._links = links
+        self.version = 0
+        self.token = b""
+        self._control = control
+        self._timeout_s = timeout_s
+        self._identities: dict[int, Identity] = {}
+        self._versions: dict[int, int] = {}
+        self._ranks: dict[str, int] = {}
+        self._early: list[tuple[int, Message]] = []
+
+    def meet(self, names: list[str]) -> None:
+        """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
+        self.token = hashlib.blake2b("\n".join(names).encode(), digest_size=8).digest()
+        self._ranks = {name: rank for rank, name in enumerate(names)}
+
+    def publish(self) -> None:
+        """Publish what is registered here now, as a new version."""
+        self.version += 1
+        metadata = self.agent.metadata()
+        identity = Identity(self.agent.name, metadata, hashlib.sha256(metadata).digest(), Place.here())
+        self._control.publish(f"identity/{self.version}", msgspec.msgpack.encode(identity))
+
+    def know(self, rank: int, version: int) -> str:
+        """Make sure that `version` of a rank's identity is known here; return the agent's name.
+
+        Raises:
+            TransferTimeoutError: the rank has not published it in time.
+            TransferError: it is damaged.
+        """
+        if self._versions.get(rank, 0) < version:
+            try:
+                raw = self._control.fetch(rank, f"identity/{version}", self._timeout_s)
+                identity = msgspec.msgpack.decode(raw, type=Identity)
+                if self._ranks.get(identity.name) != rank:
+                    raise NixlError(f"agent {identity.name} is not that of rank {rank}")
+                if hashlib.sha256(identity.metadata).digest() != identity.digest:
+                    raise NixlError("it arrived damaged", why=f"{len(identity.metadata)} bytes, wrong digest")
+                self.agent.add_peer(identity.name, identity.metadata)
+                self._links.add(rank, identity.place)
+            except ControlPlaneError as error:
+                raise TransferTimeoutError(error.what, peers=[rank], phase="connect", why=error.why) from error
+            except (NixlError, msgspec.DecodeError, msgspec.ValidationError) as error:
+                raise TransferError(
+                    f"the metadata of rank {rank} cannot be used", peers=[rank], phase="connect", why=str(error)
+                ) from error
+            self._identities[rank] = identity
+            self._versions[rank] = version
+        return self._identities[rank].name
+
+    def name(self, rank: int) -> str:
+        """Return the name of a rank's agent, which is made known if it is not."""
+        return self.know(rank, max(1, self._versions.get(rank, 0)))
+
+    def send(self, rank: int, raw: bytes) -> None:
+        """Send one notification."""
+        self.agent.notify(self.name(rank), raw)
+
+    def receive(self, epoch: int) -> list[tuple[int, Message]]:
+        """Return `(rank, message)` of this epoch, in the order in which each rank sent them; keep later ones."""
+        arrived = self._early
+        for name, raws in self.agent.notifications().items():
+            rank = self._ranks.get(name)
+            if rank is None:
+                continue
+            parsed = (messages.parse(self.token, raw) for raw in raws)
+            arrived.extend((rank, message) for message in parsed if message is not None)
+        self._early = [(rank, message) for rank, message in arrived if message.epoch > epoch]
+        return [(rank, message) for rank, message in arrived if message.epoch == epoch]
