@@ -13,7 +13,7 @@ from eplb_core.backend_entry import BackendEntry, BackendState
 from eplb_core.config import BackendConfig, ConfigOption
 from eplb_core.control import ControlPlane
 from eplb_core.errors import BackendUnavailableError, HandshakeError
-from eplb_core.groups import GroupCoordinator, StatelessGroup
+from eplb_core.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.hooks import BackendCandidate, PluginHost
 from eplb_core.probing import run_probe
 from eplb_core.registry import Registry
@@ -88,7 +88,7 @@ def _try(entry: BackendEntry, device_type: str, group: GroupCoordinator | Statel
     if entry.spec is None:
         return _Finding(entry.name, False, entry.why, priority)
     reason = entry.spec.capabilities.unfit(
-        device_type, stateless=group.cpu_group is None, has_device_group=group.device_group is not None
+        device_type, stateless=is_stateless(group), has_device_group=group.device_group is not None
     )
     if reason:
         return _Finding(entry.name, False, reason, priority)

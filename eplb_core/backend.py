@@ -90,6 +90,8 @@ class BackendSpec:
         install: the pip command that installs what `requires` names.
         probe: `module:callable`, a `BackendProbe`, or None if being importable is all it takes.
         priority: among the backends that work on every rank, `auto` takes the one with the highest.
+        stateless_substitute: the backend that is taken in its place in a stateless group, with a warning, if it
+            cannot do without a process group; empty for none. It should know the same options.
     """
 
     name: str
@@ -102,6 +104,7 @@ class BackendSpec:
     install: str = ""
     probe: str | None = None
     priority: int = 0
+    stateless_substitute: str = ""
 
 
 @dataclass(frozen=True, slots=True)

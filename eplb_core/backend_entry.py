@@ -158,6 +158,8 @@ def _fault_of_spec(registered: Any, name: str) -> str | None:
         return f"its capabilities are {type(spec.capabilities).__name__} where Capabilities are expected"
     if type(spec.priority) is not int:
         return f"its priority is {spec.priority!r} where a whole number is expected"
+    if not isinstance(spec.stateless_substitute, str):
+        return f"its stateless_substitute is {spec.stateless_substitute!r} where a backend's name is expected"
     return (
         _fault_of_reference("factory", spec.factory)
         or _fault_of_reference("options", spec.options)

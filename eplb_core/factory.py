@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,14 @@ from eplb_core.backend_entry import BackendEntry
 from eplb_core.communicator import Binding, EplbCommunicator
 from eplb_core.config import BackendConfig, ResolvedOptions, backend_from_environment, parse_config, resolve_options
 from eplb_core.control import ControlPlane
-from eplb_core.errors import BackendBrokenError, BackendUnavailableError, EplbError, NotACommunicatorError
-from eplb_core.groups import GroupCoordinator, StatelessGroup, open_control_plane
+from eplb_core.errors import (
+    BackendBrokenError,
+    BackendUnavailableError,
+    EplbError,
+    NotACommunicatorError,
+    StatelessGroupError,
+)
+from eplb_core.groups import GroupCoordinator, StatelessGroup, is_stateless, open_control_plane
 from eplb_core.hints import DEFAULT_BACKEND
 from eplb_core.hooks import PluginHost
 from eplb_core.observed import default_plugins, observed
@@ -75,6 +81,7 @@ def create_eplb_communicator(
     timeout_s = float(CommonOptions().timeout)
     try:
         config = parse_config(backend_from_environment(backend) or DEFAULT_BACKEND)
+        config = _for_group(config, group_coordinator, registry)
         timeout_s = _handshake_timeout(config, arguments, registry)
     except EplbError as error:
         problem = error
@@ -107,6 +114,22 @@ def create_eplb_communicator(
     return observed(communicator, plugins)
 
 
+def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, registry: Registry) -> BackendConfig:
+    """Return the config of what stands in for the backend in a stateless group, or the same one."""
+    if config.name == AUTO or not is_stateless(group):
+        return config
+    spec = registry.select(config).spec
+    if spec is None or spec.capabilities.stateless_groups or not spec.stateless_substitute:
+        return config
+    if _is_first_local_rank(group.rank_in_group):
+        logger.warning(
+            "%s needs a process group and this group is stateless: taking %s instead",
+            config.name,
+            spec.stateless_substitute,
+        )
+    return replace(config, name=spec.stateless_substitute, distribution=None)
+
+
 def _handshake_timeout(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> float:
     """Return the `timeout` option, if it can be known before anything is checked, in seconds."""
     default = float(CommonOptions().timeout)
@@ -127,11 +150,13 @@ def _select(config: BackendConfig, arguments: Mapping[str, object] | None, regis
 def _check_fits(entry: BackendEntry, device: torch.device, group: GroupCoordinator | StatelessGroup) -> None:
     if entry.spec is None:
         return
+    stateless = is_stateless(group)
     reason = entry.spec.capabilities.unfit(
-        device.type, stateless=group.cpu_group is None, has_device_group=group.device_group is not None
+        device.type, stateless=stateless, has_device_group=group.device_group is not None
     )
     if reason:
-        raise BackendUnavailableError(
+        refused = stateless and not entry.spec.capabilities.stateless_groups
+        raise (StatelessGroupError if refused else BackendUnavailableError)(
             f"backend {entry.name!r} cannot be used here",
             name=entry.name,
             why=reason,

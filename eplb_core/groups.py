@@ -108,6 +108,20 @@ class StatelessGroup:
         return
 
 
+def is_stateless(group: GroupCoordinator | StatelessGroup) -> bool:
+    """Whether the group's ranks come and go: it has no process group, or one that torch.distributed knows nothing of.
+
+    Engines make such process groups for elastic expert parallelism; torch's own functions refuse them.
+    """
+    if group.cpu_group is None:
+        return True
+    try:
+        dist.get_process_group_ranks(group.cpu_group)
+    except (KeyError, ValueError, RuntimeError):
+        return True
+    return False
+
+
 def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: float) -> ControlPlane:
     """Return a new control plane for the ranks of `group`. Every rank has to call it, equally often.
 
@@ -123,9 +137,9 @@ def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: floa
         number = store.add(f"eplb/opened/{group.rank_in_group}", 1)
         prefixed = dist.PrefixStore(f"eplb/{number}", _own_connection(store))
         return ControlPlane(prefixed, group.rank_in_group, group.world_size)
-    if group.cpu_group is None:
+    if is_stateless(group):
         raise InputError(
-            "the group has neither a CPU process group nor a store",
+            "the group has neither a store nor a CPU process group that torch.distributed knows",
             remedy="give a group coordinator with cpu_group, or a StatelessGroup with a store",
         )
     shared = None
