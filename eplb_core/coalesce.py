@@ -41,10 +41,14 @@ class Message:
             torch._foreach_copy_([tensor for _, tensor in self.parts], [slot for slot, _ in self.parts])
 
 
-def coalesce(transfers: Sequence[Transfer]) -> list[Message]:
+def coalesce(transfers: Sequence[Transfer], small_bytes: int = SMALL_BYTES) -> list[Message]:
     """Return the messages that carry `transfers`: for each peer first its small tensors, joined, then the others.
 
     Tensors without elements need no message. Buffers are allocated on the tensors' device.
+
+    Args:
+        transfers: what was queued, in order.
+        small_bytes: tensors below this many bytes are joined. It has to be the same on every rank.
     """
     peers: dict[int, list[torch.Tensor]] = {}
     for transfer in transfers:
@@ -52,7 +56,7 @@ def coalesce(transfers: Sequence[Transfer]) -> list[Message]:
             peers.setdefault(transfer.peer, []).append(as_bytes(transfer.tensor))
     messages = []
     for peer, tensors in sorted(peers.items()):
-        small = [tensor for tensor in tensors if len(tensor) < SMALL_BYTES]
+        small = [tensor for tensor in tensors if len(tensor) < small_bytes]
         if len(small) > 1:
             messages.append(_join(small, peer))
         else:

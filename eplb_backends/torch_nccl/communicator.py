@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from eplb_core.backend import BackendContext, CommonOptions
+from eplb_backends.torch_nccl.device_exchange import DeviceExchange
+from eplb_backends.torch_nccl.options import TorchNcclOptions
+from eplb_core.backend import BackendContext
 from eplb_core.coalesce import coalesce
 from eplb_core.communicator import EplbCommunicator, TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError
@@ -17,11 +19,13 @@ from eplb_core.queues import TransferQueue, check_match
 from eplb_core.streams import on_stream
 
 
-def create(context: BackendContext, options: CommonOptions, expert_weights: Sequence[torch.Tensor]) -> NcclCommunicator:
+def create(
+    context: BackendContext, options: TorchNcclOptions, expert_weights: Sequence[torch.Tensor]
+) -> NcclCommunicator:
     """Return a communicator over the device group, or for CPU tensors over the CPU group; a `BackendFactory`.
 
     Raises:
-        BackendUnavailableError: the group has no process group for the tensors' device.
+        BackendUnavailableError: the group has no process group for the tensors' device, or NCCL cannot connect it.
     """
     on_cpu = context.device.type == "cpu"
     group = context.cpu_group if on_cpu else context.device_group
@@ -32,7 +36,17 @@ def create(context: BackendContext, options: CommonOptions, expert_weights: Sequ
             why="this group has none",
             remedy="give the group coordinator one, or use a backend that needs none, such as nixl",
         )
-    return NcclCommunicator(context, options, group)
+    if on_cpu:
+        return NcclCommunicator(context, options, group)
+    device_exchange = DeviceExchange(group, context.device, float(options.timeout), abort=options.abort)
+    if options.warm_up != "off":
+        try:
+            device_exchange.warm_up(peers=options.warm_up == "peers")
+        except TransferError as error:
+            raise BackendUnavailableError(
+                "torch_nccl could not connect its process group", name="torch_nccl", why=error.what, remedy=error.remedy
+            ) from error
+    return NcclCommunicator(context, options, group, device_exchange)
 
 
 class NcclCommunicator(EplbCommunicator):
@@ -42,19 +56,28 @@ class NcclCommunicator(EplbCommunicator):
         context: the group.
         options: the options of the config string.
         group: the process group that carries the tensors.
+        device_exchange: carries device tensors over it; None for CPU tensors.
     """
 
-    def __init__(self, context: BackendContext, options: CommonOptions, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        context: BackendContext,
+        options: TorchNcclOptions,
+        group: dist.ProcessGroup,
+        device_exchange: DeviceExchange | None = None,
+    ) -> None:
         self._control = context.control
         self._device = context.device
         self._group = group
+        self._device_exchange = device_exchange
         self._timeout_s = float(options.timeout)
+        self._small_bytes = int(options.coalesce)
         self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._stats: TransferStats | None = None
 
     @property
     def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did; on a GPU its work may still be under way on the stream."""
+        """What the last finished `execute()` did."""
         return self._stats
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
@@ -73,7 +96,11 @@ class NcclCommunicator(EplbCommunicator):
             check_match(self._control, sends, recvs, self._timeout_s)
             agreed = time.perf_counter()
             with on_stream(self._device, self._stream):
-                exchange(self._group, coalesce(sends), coalesce(recvs), self._timeout_s)
+                outgoing, incoming = coalesce(sends, self._small_bytes), coalesce(recvs, self._small_bytes)
+                if self._device_exchange is None:
+                    exchange(self._group, outgoing, incoming, self._timeout_s)
+                else:
+                    self._device_exchange.run(outgoing, incoming)
         except TransferError as error:
             if not error.usable:
                 self._queue.close(f"an earlier transfer failed: {error.what}")
