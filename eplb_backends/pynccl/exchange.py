@@ -1,0 +1,193 @@
+"""One group of messages on a stream of its own, with a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from eplb_backends.pynccl.transport import Transport
+from eplb_core.coalesce import Message
+from eplb_core.deadline import call_within, wait_until
+from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
+from eplb_core.streams import on_stream
+
+_LATER_S = 1.5
+
+
+class Lane(Protocol):
+    """Where NCCL's kernels run, beside the stream that the caller works on."""
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None:
+        """What NCCL is given."""
+
+    def enter(self) -> None:
+        """Let what is launched here see all that was enqueued on the current stream."""
+
+    def mark(self) -> None:
+        """Remember what was launched up to now."""
+
+    def finished(self) -> bool:
+        """Whether what was marked is done."""
+
+    def leave(self) -> None:
+        """Let the current stream see what was launched here."""
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """See to it that the tensor's memory is not given to others before all that was launched here is done."""
+
+
+class CudaLane:
+    """A CUDA stream of its own: a transfer that is stuck there does not block the stream of the caller.
+
+    Args:
+        device: the CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._marked = torch.cuda.Event()
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        """The stream."""
+        return self._stream
+
+    def enter(self) -> None:
+        """Wait for the current stream, on the device."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def mark(self) -> None:
+        """Record an event."""
+        self._marked.record(self._stream)
+
+    def finished(self) -> bool:
+        """Ask the event."""
+        return bool(self._marked.query())
+
+    def leave(self) -> None:
+        """Let the current stream wait for the event, on the device."""
+        torch.cuda.current_stream(self._device).wait_event(self._marked)
+
+    def keep(self, tensor: torch.Tensor) -> None:
+        """Tell torch's allocator that the stream uses the memory."""
+        tensor.record_stream(self._stream)
+
+
+class NcclExchange:
+    """Runs one group at a time.
+
+    Args:
+        transport: issues it.
+        lane: where it runs.
+        device: the device of all messages.
+        timeout_s: for each group, in seconds, work that is ahead of it on the stream included.
+        abort: whether a group that does not end is aborted.
+    """
+
+    def __init__(
+        self, transport: Transport, lane: Lane, device: torch.device, timeout_s: float, *, abort: bool
+    ) -> None:
+        self._transport = transport
+        self._lane = lane
+        self._device = device
+        self._timeout_s = timeout_s
+        self._abort = abort
+
+    def warm_up(self, rank: int, world_size: int) -> None:
+        """Connect this rank with every other one: each sends one number to each. Every rank has to call it.
+
+        Raises:
+            TransferTimeoutError: a rank did not take part in time.
+            PeerLostError: NCCL cannot connect the ranks.
+        """
+        others = [other for other in range(world_size) if other != rank]
+
+        def connect() -> None:
+            with on_stream(self._device, None):
+                one = torch.ones(1, dtype=torch.uint8, device=self._device)
+                landing = torch.empty(len(others), dtype=torch.uint8, device=self._device)
+                sends = [Message(one, other) for other in others]
+                self.run(sends, [Message(landing[at : at + 1], other) for at, other in enumerate(others)])
+
+        try:
+            # The deadline inside holds once NCCL has launched; this one, a little later, while it still connects.
+            call_within(self._timeout_s + _LATER_S, connect)
+        except TransferError:
+            raise
+        except TimeoutError as error:
+            raise self._timed_out(others, aborted=self._abort and self._transport.abort()) from error
+
+    def run(self, sends: Sequence[Message], recvs: Sequence[Message]) -> None:
+        """Pack on the current stream, launch, wait for it on the host, unpack.
+
+        Raises:
+            TransferTimeoutError: it did not end in time.
+            PeerLostError: NCCL reports an error.
+        """
+        messages = [*recvs, *sends]
+        if not messages:
+            return
+        began = time.monotonic()
+        peers = sorted({message.peer for message in messages})
+        for message in sends:
+            message.pack()
+        self._lane.enter()
+        try:
+            self._transport.launch(sends, recvs, self._lane.stream)
+        except Exception as error:  # each binding has exceptions of its own
+            self._let_go(messages)
+            raise _broken(peers, f"{type(error).__name__}: {error}") from error
+        self._lane.mark()
+        failure = ""
+
+        def ended() -> bool:
+            nonlocal failure
+            failure = self._transport.failure()
+            return bool(failure) or self._lane.finished()
+
+        in_time = wait_until(ended, self._timeout_s - (time.monotonic() - began))
+        if failure:
+            self._let_go(messages)
+            raise _broken(peers, failure)
+        if not in_time:
+            aborted = self._let_go(messages)
+            raise self._timed_out(peers, aborted=aborted)
+        self._lane.leave()
+        for message in recvs:
+            message.unpack()
+
+    def _let_go(self, messages: Sequence[Message]) -> bool:
+        """Abort, and keep the memory of a transfer that may still be running from being given to others."""
+        for message in messages:
+            self._lane.keep(message.payload)
+        return self._abort and self._transport.abort()
+
+    def _timed_out(self, peers: Sequence[int], *, aborted: bool = False) -> TransferTimeoutError:
+        return TransferTimeoutError(
+            f"the NCCL transfer with {_ranks(peers)} did not end within {self._timeout_s:g} s",
+            peers=peers,
+            phase="transfer",
+            why="a rank is dead, stopped or did not launch its part, or work ahead on the stream does not end",
+            remedy="make a new communicator"
+            if aborted
+            else "the transfer is still on the GPU: abort the NCCL communicator that carries it, then make new ones",
+        )
+
+
+def _broken(peers: Sequence[int], reason: str) -> PeerLostError:
+    return PeerLostError(
+        f"NCCL failed to transfer with {_ranks(peers)}",
+        peers=peers,
+        phase="transfer",
+        why=reason,
+        remedy="NCCL_DEBUG=WARN says more; make a new communicator",
+    )
+
+
+def _ranks(peers: Sequence[int]) -> str:
+    return ("rank " if len(peers) == 1 else "ranks ") + ", ".join(map(str, peers))

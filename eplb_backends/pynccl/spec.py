@@ -1,0 +1,20 @@
+"""How the `pynccl` backend registers itself. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from eplb_core.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
+
+BACKEND = BackendSpec(
+    name="pynccl",
+    summary="NCCL send and recv without torch.distributed: the engine's communicator, or one made with nccl4py",
+    api_version=PLUGIN_API_VERSION,
+    factory="eplb_backends.pynccl.communicator:create",
+    options="eplb_backends.pynccl.options:PyNcclOptions",
+    # No background: beside other NCCL traffic on another stream it can deadlock (pytorch#174288).
+    capabilities=Capabilities(device_types=("cuda",), stateless_groups=True),
+    # nccl4py is not among these: an engine that has a communicator needs none.
+    requires=("torch",),
+    install='pip install "eplb[nccl]"',
+    probe="eplb_backends.pynccl.probe:probe",
+    priority=5,
+)
