@@ -1,0 +1,85 @@
+"""How the documentation is built: `sphinx-build -W -n -b html docs docs/_build/html`."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from typing import Generic, TypeVar
+
+import numpy.typing
+
+import eplb_core
+
+project = "eplb"
+author = "the authors of eplb"
+project_copyright = "2026, the authors of eplb"
+version = release = eplb_core.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"eplb {release}"
+
+# Docstrings are written for people who read them in the source: single backticks are code, nothing else.
+default_role = "code"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # dataclass fields are described once, in the class
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+
+# Objects of other projects and of the standard library. Their inventories would have to be fetched from the network,
+# and building these pages needs none.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|numpy|click|pluggy|collections|types)\..*"),
+    ("py:.*", r"T|optional"),
+]
+
+T = TypeVar("T")
+
+
+class ArrayLike:
+    """Stands for numpy's, whose definition fills five lines of every signature."""
+
+
+class NDArray(Generic[T]):
+    """Stands for numpy's, which shows as an ndarray of a tuple and a dtype."""
+
+
+for stand_in in (ArrayLike, NDArray):
+    stand_in.__module__ = "numpy.typing"
+    setattr(numpy.typing, stand_in.__name__, stand_in)
+
+
+def import_what_type_checkers_see() -> None:
+    """Run the `if TYPE_CHECKING:` blocks of all modules, so that the types in signatures are found."""
+    modules = [
+        importlib.import_module(each.name)
+        for each in pkgutil.walk_packages(eplb_core.__path__, "eplb_core.")
+        if not each.name.endswith("__main__")
+    ]
+    for module in modules:
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                exec(compile(ast.Module(node.body, []), str(module.__file__), "exec"), vars(module))  # noqa: S102
+
+
+import_what_type_checkers_see()
+
+
+def keep_first_line(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Keep napoleon from reading `Bytes of the window: what is allowed` as a type and a description."""
+    if what in ("property", "attribute", "data"):
+        lines[:0] = ["..", ""]  # a comment without text, and so without a colon
+
+
+def setup(app: object) -> None:
+    """Run before napoleon, which has the priority 500."""
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # type: ignore[attr-defined]
