@@ -64,7 +64,8 @@ def fetch_vllm(cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         command = [sys.executable, "-m", "pip", "download", f"vllm=={VLLM}", "--no-deps", "-d", scratch]
-        subprocess.run(command, check=True, timeout=1800)
+        if subprocess.run(command, check=False, timeout=1800).returncode:
+            raise SystemExit(f"cannot fetch vllm {VLLM}: give --vllm FOLDER with its unzipped wheel")
         (wheel,) = Path(scratch).glob("vllm-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             wanted = [name for name in archive.namelist() if name.startswith("vllm/distributed/eplb/")]

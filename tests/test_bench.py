@@ -22,7 +22,7 @@ from eplb_core.bench.workload import Workload, make_workload, read_workload
 from eplb_core.cli import main
 from eplb_core.errors import EplbError, InputError
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "make_workload.py"
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 SMALL = {"layers": 2, "slots": 4, "redundant": 2, "expert_bytes": 12_000, "steps": 3}
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ def nothing(done: int, total: int) -> None:
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_workload", SCRIPT)
+    spec = importlib.util.spec_from_file_location("make_workload", SCRIPTS / "make_workload.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -346,3 +346,15 @@ def test_one_wrong_or_failed_round_makes_a_backend_wrong() -> None:
     rows = summarize(["a", "b", "c"], runs)
     assert [row["correct"] for row in rows] == [True, False, False]
     assert [row["failed"] for row in rows] == [0, 0, 1]
+
+
+def test_the_gpu_script_goes_on_after_a_failure_and_keeps_every_run(tmp_path: Path) -> None:
+    settings = {"DEVICE": "cpu", "RANKS": "2", "SIZES": "tiny:1:4:2:4096", "BACKENDS": "no_such torch_gloo"}
+    done = run_child([str(SCRIPTS / "gpu.py")], cwd=tmp_path, environment={**settings, "OUT": "out", "SLOW_STEPS": "2"})
+    assert done.returncode == 1, done.stderr
+    _, missing, gloo = done.stdout.splitlines()
+    assert "FAILED" in missing
+    assert "there is no backend 'no_such'" in missing
+    assert gloo.endswith("right")
+    found = {path.name: json.loads(path.read_text())["correct"] for path in (tmp_path / "out").iterdir()}
+    assert found == {"tiny-2ranks-eplb-no-such-0.json": False, "tiny-2ranks-eplb-torch-gloo-0.json": True}
