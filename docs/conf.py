@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import pkgutil
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy.typing
@@ -39,7 +39,7 @@ python_maximum_signature_line_length = 100
 # and building these pages needs none.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|click|pluggy|collections|types)\..*"),
-    ("py:.*", r"T|optional"),
+    ("py:class", r"eplb_core\.deadline\.Result"),  # a type variable
 ]
 
 T = TypeVar("T")
@@ -59,12 +59,11 @@ for stand_in in (ArrayLike, NDArray):
 
 
 def import_what_type_checkers_see() -> None:
-    """Run the `if TYPE_CHECKING:` blocks of all modules, so that the types in signatures are found."""
-    modules = [
-        importlib.import_module(each.name)
-        for each in pkgutil.walk_packages(eplb_core.__path__, "eplb_core.")
-        if not each.name.endswith("__main__")
-    ]
+    """Run the `if TYPE_CHECKING:` blocks of the modules that are documented, so that types in signatures are found."""
+    root = Path(eplb_core.__file__).parent
+    files = [*root.glob("[a-z]*.py"), *root.glob("policies/*.py")]
+    names = [".".join(file.relative_to(root.parent).with_suffix("").parts) for file in files]
+    modules = [importlib.import_module(name.removesuffix(".__init__")) for name in names]
     for module in modules:
         for node in ast.parse(inspect.getsource(module)).body:
             if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -74,12 +73,15 @@ def import_what_type_checkers_see() -> None:
 import_what_type_checkers_see()
 
 
-def keep_first_line(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def keep_colons(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Keep napoleon from reading `Bytes of the window: what is allowed` as a type and a description."""
     if what in ("property", "attribute", "data"):
         lines[:0] = ["..", ""]  # a comment without text, and so without a colon
+    if "Returns:" in lines[:-1]:
+        first = lines.index("Returns:") + 1
+        lines[first] = lines[first].replace(": ", " \N{EN DASH} ")
 
 
 def setup(app: object) -> None:
     """Run before napoleon, which has the priority 500."""
-    app.connect("autodoc-process-docstring", keep_first_line, priority=400)  # type: ignore[attr-defined]
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # type: ignore[attr-defined]
