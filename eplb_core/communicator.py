@@ -61,9 +61,24 @@ class Binding:
     _scopes: int = field(default=0, repr=False)
 
     def next_scope(self, name: str) -> str:
-        """Return a name for `ControlPlane.scoped` that is new, and the same on every rank that asks in the same order."""
+        """Return a new name for `ControlPlane.scoped`, the same on every rank that asks in the same order."""
         self._scopes += 1
         return f"{name}/{self._scopes}"
+
+
+class PendingTransfer:
+    """A transfer that was started. This one has ended already; backends that overlap transfers return their own.
+
+    Args:
+        stats: what it did.
+    """
+
+    def __init__(self, stats: TransferStats | None) -> None:
+        self._stats = stats
+
+    def wait(self) -> TransferStats | None:
+        """Return when everything is sent and received, with what was done; raises as `execute()` does."""
+        return self._stats
 
 
 class EplbCommunicator(ABC):
@@ -125,6 +140,24 @@ class EplbCommunicator(ABC):
                 tensors are untouched, received ones are undefined. `error.usable` says whether this communicator can
                 be used again; if not, close it and make a new one.
         """
+
+    def start(self) -> PendingTransfer:
+        """Begin all that is queued, and return what to wait for. `start().wait()` is `execute()`.
+
+        Until `wait()` returned, the sent tensors may not be overwritten and the received ones not touched. Up to
+        `max_in_flight` transfers may be under way; they are waited for in the order in which they were started. The
+        default does everything at once.
+
+        Raises:
+            TransferError: as `execute()`, here or in `wait()`.
+        """
+        self.execute()
+        return PendingTransfer(self.last_stats)
+
+    @property
+    def max_in_flight(self) -> int:
+        """How many transfers may be started before the first of them is waited for."""
+        return 1
 
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Use `stream` for packing, unpacking and stream-ordered transfers; None means the current stream."""

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from eplb_core.communicator import Binding, EplbCommunicator, TransferStats
+from eplb_core.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.hooks import PluginHost, TransferFailed, TransferFinished, TransferStarted
 
 if TYPE_CHECKING:
@@ -59,6 +59,10 @@ class ObservedCommunicator(EplbCommunicator):
 
     def execute(self) -> None:
         """Perform all that is queued."""
+        self.start().wait()
+
+    def start(self) -> PendingTransfer:
+        """Begin all that is queued."""
         context = self.binding.context
         about: dict[str, Any] = {
             "backend": self.binding.config.partition("?")[0],
@@ -71,11 +75,16 @@ class ObservedCommunicator(EplbCommunicator):
         self._sent = self._received = self._messages = 0
         self._plugins.notify(TransferStarted(**about))
         try:
-            self.inner.execute()
+            pending = self.inner.start()
         except BaseException as error:
             self._plugins.notify(TransferFailed(**about, error=error))
             raise
-        self._plugins.notify(TransferFinished(**about, stats=self.inner.last_stats or TransferStats()))
+        return _ObservedTransfer(pending, self._plugins, about)
+
+    @property
+    def max_in_flight(self) -> int:
+        """As the inner one says."""
+        return self.inner.max_in_flight
 
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Set the stream."""
@@ -117,3 +126,19 @@ class ObservedCommunicator(EplbCommunicator):
     def last_stats(self) -> TransferStats | None:
         """As the inner one says."""
         return self.inner.last_stats
+
+
+class _ObservedTransfer(PendingTransfer):
+    def __init__(self, inner: PendingTransfer, plugins: PluginHost, about: dict[str, Any]) -> None:
+        self._inner = inner
+        self._plugins = plugins
+        self._about = about
+
+    def wait(self) -> TransferStats | None:
+        try:
+            stats = self._inner.wait()
+        except BaseException as error:
+            self._plugins.notify(TransferFailed(**self._about, error=error))
+            raise
+        self._plugins.notify(TransferFinished(**self._about, stats=stats or TransferStats()))
+        return stats

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -27,17 +26,21 @@ _SUM_BYTES = 16
 _REFUSED = b"!"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """One tensor that was queued, to or from `peer`."""
+    """One tensor that was queued, to or from `peer`.
 
-    tensor: torch.Tensor
-    peer: int
+    Attributes:
+        tensor: as it was given.
+        peer: the other rank.
+        nbytes: bytes of payload.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of payload."""
-        return self.tensor.numel() * self.tensor.element_size()
+    __slots__ = ("nbytes", "peer", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, peer: int) -> None:
+        self.tensor = tensor
+        self.peer = peer
+        self.nbytes = tensor.nbytes
 
 
 class _Queued(msgspec.Struct, array_like=True):
@@ -118,6 +121,13 @@ class TransferQueue:
                 where=f"{preposition} rank {peer}",
                 why=f"it is not contiguous (layout {tensor.layout})",
                 remedy="give a contiguous tensor; its memory is read and written as it lies",
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            raise InvalidTransferError(
+                f"cannot {verb} {what}",
+                where=f"{preposition} rank {peer}",
+                why="it is a lazily conjugated or negated view, whose memory holds other values than it shows",
+                remedy="give tensor.resolve_conj().resolve_neg()",
             )
         if self.device is not None and tensor.device != self.device:
             raise InvalidTransferError(

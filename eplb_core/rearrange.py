@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eplb_core.communicator import EplbCommunicator
+from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.control import ControlPlane
+from eplb_core.copies import copy_all
 from eplb_core.errors import HandshakeError, InputError, TransferError
 from eplb_core.placement import IntArray
 from eplb_core.plan import RearrangementPlan, plan_rearrangement
@@ -22,6 +24,8 @@ from eplb_core.weights import ExpertWeights
 
 AGREE_TIMEOUT_S = 60.0
 """How long a rank waits for the others to begin the same rearrangement, in seconds."""
+
+_STEPS_UNDER_WAY = 4  # more parts of the window are smaller ones, and cost more than they hide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +55,15 @@ class RearrangeResult:
     staging_bytes: int
     phases: dict[str, float] = field(default_factory=dict)
     paths: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _UnderWay:
+    """A step that was started, and the part of the window that it lands in."""
+
+    step: Step
+    part: torch.Tensor
+    pending: PendingTransfer
 
 
 class Rearranger:
@@ -128,10 +141,11 @@ class Rearranger:
         self._agree(plan)
         sizes = self._weights.payload_bytes
         limit = self._communicator.transfer_limit_bytes
+        parts = self._parts()
         steps = schedule_steps(
             plan,
             self._weights.expert_bytes,
-            window_bytes=self.window_bytes,
+            window_bytes=len(parts[0]),
             send_limit_bytes=limit,
             recv_limit_bytes=limit,
         )
@@ -139,15 +153,26 @@ class Rearranger:
         paths: dict[int, str] = {}
         placement = plan.old.copy()
         done, total = 0, sum(self._incoming_bytes(step) for step in steps)
+        under_way: deque[_UnderWay] = deque()
+
+        def complete_oldest() -> None:
+            nonlocal placement, done
+            oldest = under_way.popleft()
+            self._wait(oldest, phases, paths)
+            self._commit(oldest.step, oldest.part, phases)
+            placement = oldest.step.apply(placement)
+            done += self._incoming_bytes(oldest.step)
+            if progress is not None:
+                progress(done, total)
+
         self._communicator.trust_matching(True)
         try:
-            for step in steps:
-                self._transfer(step, phases, paths)
-                self._commit(step, phases)
-                placement = step.apply(placement)
-                done += self._incoming_bytes(step)
-                if progress is not None:
-                    progress(done, total)
+            for number, step in enumerate(steps):
+                while len(under_way) == len(parts) or any(self._depends(step, other.step) for other in under_way):
+                    complete_oldest()
+                under_way.append(self._start(step, parts[number % len(parts)], phases))
+            while under_way:
+                complete_oldest()
         except TransferError as error:
             error.placement = placement
             raise
@@ -168,27 +193,44 @@ class Rearranger:
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
-    def _transfer(self, step: Step, phases: dict[str, float], paths: dict[int, str]) -> None:
+    def _parts(self) -> list[torch.Tensor]:
+        """Cut the window into one part for each step that may be under way: one is read while another is committed."""
+        largest = int((-(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT).max())
+        count = max(1, min(self._communicator.max_in_flight, _STEPS_UNDER_WAY, self.window_bytes // max(largest, 1)))
+        part = self.window_bytes // count // ALIGNMENT * ALIGNMENT if count > 1 else self.window_bytes
+        return [self._window[number * part : (number + 1) * part] for number in range(count)]
+
+    def _start(self, step: Step, part: torch.Tensor, phases: dict[str, float]) -> _UnderWay:
         began = time.perf_counter()
         rows = step.transfers
         for layer, _, _, slot, destination, _ in rows[rows[:, 2] == self._rank].tolist():
             for tensor in self._weights.slot(layer, slot):
                 self._communicator.add_send(tensor, destination)
         for layer, _, source, _, _, offset in rows[rows[:, 4] == self._rank].tolist():
-            for tensor in self._weights.staged(self._window, layer, offset):
+            for tensor in self._weights.staged(part, layer, offset):
                 self._communicator.add_recv(tensor, source)
-        queued = time.perf_counter()
-        self._communicator.execute()
-        phases["queue"] = phases.get("queue", 0.0) + queued - began
-        stats = self._communicator.last_stats
+        _add(phases, "queue", time.perf_counter() - began)
+        return _UnderWay(step, part, self._communicator.start())
+
+    def _depends(self, step: Step, earlier: Step) -> bool:
+        """Return whether `step` sends from a slot of this rank that `earlier`, not committed yet, fills."""
+        sent = step.transfers[step.transfers[:, 2] == self._rank]
+        filled = earlier.copies[(earlier.copies[:, 0] == self._rank) & (earlier.copies[:, 5] == SLOT)]
+        slots = self._weights.num_slots
+        return bool(np.isin(sent[:, 0] * slots + sent[:, 3], filled[:, 1] * slots + filled[:, 6]).any())
+
+    @staticmethod
+    def _wait(under_way: _UnderWay, phases: dict[str, float], paths: dict[int, str]) -> None:
+        began = time.perf_counter()
+        stats = under_way.pending.wait()
         if stats is None:
-            phases["execute"] = phases.get("execute", 0.0) + time.perf_counter() - queued
+            _add(phases, "execute", time.perf_counter() - began)
             return
         paths.update(stats.paths)
         for phase, seconds in stats.phases.items():
-            phases[phase] = phases.get(phase, 0.0) + seconds
+            _add(phases, phase, seconds)
 
-    def _commit(self, step: Step, phases: dict[str, float]) -> None:
+    def _commit(self, step: Step, part: torch.Tensor, phases: dict[str, float]) -> None:
         """Copy from the window, and between slots, in the order that the schedule says."""
         began = time.perf_counter()
         rows = step.copies[step.copies[:, 0] == self._rank]
@@ -197,15 +239,15 @@ class Rearranger:
                 targets: list[torch.Tensor] = []
                 sources: list[torch.Tensor] = []
                 for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
-                    targets += self._tensors(layer, target_kind, target)
-                    sources += self._tensors(layer, source_kind, source)
-                torch._foreach_copy_(targets, sources)
-        phases["commit"] = phases.get("commit", 0.0) + time.perf_counter() - began
+                    targets += self._tensors(part, layer, target_kind, target)
+                    sources += self._tensors(part, layer, source_kind, source)
+                copy_all(targets, sources)
+        _add(phases, "commit", time.perf_counter() - began)
 
-    def _tensors(self, layer: int, kind: int, place: int) -> list[torch.Tensor]:
+    def _tensors(self, part: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
         if kind == SLOT:
             return self._weights.slot(layer, place)
-        return self._weights.staged(self._window, layer, place)
+        return self._weights.staged(part, layer, place)
 
     def _incoming_bytes(self, step: Step) -> int:
         layers = step.transfers[step.transfers[:, 4] == self._rank, 0]
@@ -246,3 +288,7 @@ class Rearranger:
             table={item: values for item, values in table.items() if len(set(values)) > 1},
             why="nothing was moved",
         )
+
+
+def _add(phases: dict[str, float], phase: str, seconds: float) -> None:
+    phases[phase] = phases.get(phase, 0.0) + seconds

@@ -18,6 +18,15 @@ def on_stream(device: torch.device, stream: torch.cuda.Stream | None) -> Iterato
         yield
 
 
+def mark(device: torch.device, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """Return an event that is done when all that was enqueued on `stream` is; None on a CPU, where all is done."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record(stream or torch.cuda.current_stream(device))
+    return event
+
+
 def synchronize(device: torch.device, stream: torch.cuda.Stream | None) -> None:
     """Wait until all that was enqueued on `stream` (None: the current stream of `device`) is done."""
     if device.type != "cpu":

@@ -16,10 +16,17 @@ _ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
 
 @dataclass(frozen=True, slots=True)
 class LayerLayout:
-    """One layer: its tensors as uint8 `[slots, bytes of a row]`, and each one's offset in a staged expert."""
+    """One layer.
+
+    Attributes:
+        rows: its tensors as uint8 `[slots, bytes of a row]`.
+        offsets: each one's offset in a staged expert, in bytes.
+        slots: for each slot its row of every tensor; made once, since making views costs more than using them.
+    """
 
     rows: tuple[torch.Tensor, ...]
     offsets: tuple[int, ...]
+    slots: tuple[tuple[torch.Tensor, ...], ...]
 
 
 class ExpertWeights:
@@ -51,9 +58,9 @@ class ExpertWeights:
         )
         """Bytes of one expert of each layer, int64 `[layers]`."""
 
-    def slot(self, layer: int, slot: int) -> list[torch.Tensor]:
+    def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one slot, each as uint8 `[bytes]`, as views."""
-        return [rows[slot] for rows in self.layers[layer].rows]
+        return self.layers[layer].slots[slot]
 
     def staged(self, window: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
         """Return the tensors of an expert of `layer` that lies at byte `offset` of `window` (uint8), as views."""
@@ -87,7 +94,8 @@ class ExpertWeights:
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
-        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]))
+        slots = zip(*(row.unbind(0) for row in rows), strict=True)
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), tuple(slots))
 
 
 def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:

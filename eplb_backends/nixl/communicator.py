@@ -11,6 +11,7 @@ import torch
 
 from eplb_backends.nixl import layout
 from eplb_backends.nixl.agent import Agent, NixlError
+from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.inbox import Incoming
 from eplb_backends.nixl.integrity import checksums
 from eplb_backends.nixl.links import Links
@@ -18,11 +19,11 @@ from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, left_for
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
-from eplb_backends.nixl.round import Round
+from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, read_from_every_peer
 from eplb_core.backend import BackendContext
 from eplb_core.coalesce import as_bytes
-from eplb_core.communicator import EplbCommunicator, TransferStats
+from eplb_core.communicator import EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.control import ControlPlane
 from eplb_core.errors import (
     ControlPlaneError,
@@ -33,7 +34,9 @@ from eplb_core.errors import (
     TransferTimeoutError,
 )
 from eplb_core.queues import Transfer, TransferQueue, check_match
-from eplb_core.streams import on_stream, synchronize
+from eplb_core.streams import mark, on_stream
+
+_MAX_IN_FLIGHT = 8
 
 
 def create(context: BackendContext, options: NixlOptions, expert_weights: Sequence[torch.Tensor]) -> NixlCommunicator:
@@ -68,8 +71,9 @@ class NixlCommunicator(EplbCommunicator):
         self._epoch = 0
         self._stats: TransferStats | None = None
         self._agent: Agent | None = None
-        self._peers: Peers | None = None
-        self._pools: tuple[SlotPool, SlotPool] | None = None
+        self._shared: Shared | None = None
+        self._engine: Engine | None = None
+        self._in_flight = 0
         self._links = Links("DRAM" if context.device.type == "cpu" else "VRAM", options.min_gbps)
         try:
             self._connect(f"eplb-rank{context.rank}")
@@ -89,7 +93,9 @@ class NixlCommunicator(EplbCommunicator):
     @property
     def staging_bytes(self) -> int:
         """Bytes of the two windows."""
-        return sum(len(pool.buffer) for pool in self._pools or ())
+        if self._shared is None:
+            return 0
+        return len(self._shared.send_window.buffer) + len(self._shared.receive_window.buffer)
 
     @property
     def staging_limit_bytes(self) -> int:
@@ -151,10 +157,18 @@ class NixlCommunicator(EplbCommunicator):
 
     def execute(self) -> None:
         """Compare, announce, let the peers read, read."""
+        self.start().wait()
+
+    def start(self) -> PendingTransfer:
+        """Compare and announce; reading goes on in `wait()`, of this transfer or of an earlier one."""
         began = time.perf_counter()
         sends, recvs = self._queue.take()
         phases: dict[str, float] = {}
         with self._breaking():
+            if self._in_flight >= self.max_in_flight:
+                raise TransferError(
+                    f"{self._in_flight} transfers are in flight", phase="start", why="wait for one first"
+                )
             with _timed(phases, "agree"):
                 self._agree(sends, recvs)
             with _timed(phases, "pack"):
@@ -162,47 +176,60 @@ class NixlCommunicator(EplbCommunicator):
                 incoming = layout.incoming(recvs, self._landing)
                 if self._options.verify != "off":
                     self._add_sums(sends, outgoing)
-                # READs go past the stream: what it has queued, here and in earlier rounds, has to be done first.
-                synchronize(self._device, self._stream)
-                peers, pools = self._connected()
+                shared, engine = self._connected()
                 if self._unpublished:
-                    peers.publish()
+                    shared.peers.publish()
                     self._unpublished = False
-            with _timed(phases, "read"):
                 expected = {peer: [r for r in recvs if r.peer == peer] for peer in incoming}
                 this = Round(
-                    peers,
+                    shared,
                     self._epoch,
                     outgoing,
                     incoming,
-                    pools,
-                    self._device,
                     self._stream,
+                    mark(self._device, self._stream),
                     lambda peer: layout.describe(expected.get(peer, [])),
-                    self._links.measured,
                 )
-                this.run(self._timeout_s)
-            self._epoch += 1
+                self._epoch += 1
+            with _timed(phases, "read"):
+                engine.start(this)
+        self._in_flight += 1
+        return _Pending(self, this, incoming, phases, began, sends, recvs)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Several: reading, packing and the caller's own copies then overlap."""
+        return _MAX_IN_FLIGHT
+
+    def finish(self, pending: _Pending) -> TransferStats:
+        """Wait for one transfer; `_Pending.wait` calls it."""
+        phases = pending.phases
+        with self._breaking():
+            _, engine = self._connected()
+            with _timed(phases, "read"):
+                engine.wait(pending.round)
+            self._in_flight -= 1
             if self._options.verify != "off":
                 with _timed(phases, "verify"):
-                    self._compare_sums(incoming)
-        before, after = this.descriptors
+                    self._compare_sums(pending.incoming)
+        before, after = pending.round.descriptors
         self._stats = TransferStats(
-            seconds=time.perf_counter() - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
+            seconds=time.perf_counter() - pending.began,
+            bytes_sent=sum(send.nbytes for send in pending.sends),
+            bytes_received=sum(recv.nbytes for recv in pending.recvs),
+            messages=len(pending.sends) + len(pending.recvs),
             phases=phases,
-            paths={peer: self._links.describe(peer) for peer in sorted({*outgoing, *incoming})},
+            paths={peer: self._links.describe(peer) for peer in sorted(pending.round.partners)},
             descriptors=before,
             descriptors_merged=after,
         )
+        return self._stats
 
     def close(self) -> None:
         """Release READs, peers, registrations, agent and windows, in this order."""
         self._queue.close("it was closed")
-        self._peers = None
-        self._pools = None
+        self._shared = None
+        self._engine = None
         if self._agent is not None:
             self._agent.close()
 
@@ -261,21 +288,28 @@ class NixlCommunicator(EplbCommunicator):
         name = ""
         try:
             self._agent = Agent(label, self._device, progress_thread=self._options.progress == "on")
-            self._peers = Peers(self._agent, self._control, self._links, self._timeout_s)
-            window, device = int(self._options.window), self._device
-            self._pools = (SlotPool(self._agent, window, device), SlotPool(self._agent, window, device))
+            window = int(self._options.window)
+            self._shared = Shared(
+                Peers(self._agent, self._control, self._links, self._timeout_s),
+                SlotPool(self._agent, window, self._device),
+                SlotPool(self._agent, window, self._device),
+                self._device,
+                self._links.measured,
+            )
+            self._engine = Engine(self._shared.peers, self._timeout_s)
             name = self._agent.name
         except EplbError as caught:
             error = caught
         names = _agree_on_step(self._control, "agent", error, name, self._timeout_s)
-        if self._peers is not None:
-            self._peers.meet(names)
-            self._peers.publish()
+        shared, _ = self._connected()
+        shared.peers.meet(names)
+        shared.peers.publish()
 
     def _self_test(self, rank: int, world_size: int) -> None:
         """Read from every peer; all ranks fail if one does."""
         error: EplbError | None = None
-        _, (send_window, receive_window) = self._connected()
+        shared, _ = self._connected()
+        send_window, receive_window = shared.send_window, shared.receive_window
         try:
             # For once the windows themselves are read from and into, and nothing may be packed into them.
             self._mode = "direct"
@@ -287,10 +321,36 @@ class NixlCommunicator(EplbCommunicator):
         self._registered, self._landing, self._mode = Regions(), Regions(), self._options.mode
         _agree_on_step(self._control, "self-test", error, "", self._timeout_s)
 
-    def _connected(self) -> tuple[Peers, tuple[SlotPool, SlotPool]]:
-        if self._peers is None or self._pools is None:
+    def _connected(self) -> tuple[Shared, Engine]:
+        if self._shared is None or self._engine is None:
             raise EplbError("the communicator is not connected")
-        return self._peers, self._pools
+        return self._shared, self._engine
+
+
+class _Pending(PendingTransfer):
+    """A transfer that is under way."""
+
+    def __init__(
+        self,
+        communicator: NixlCommunicator,
+        this: Round,
+        incoming: Mapping[int, Incoming],
+        phases: dict[str, float],
+        began: float,
+        sends: Sequence[Transfer],
+        recvs: Sequence[Transfer],
+    ) -> None:
+        self._communicator = communicator
+        self.round = this
+        self.incoming = incoming
+        self.phases = phases
+        self.began = began
+        self.sends = sends
+        self.recvs = recvs
+
+    def wait(self) -> TransferStats:
+        """Return when everything is read on both sides."""
+        return self._communicator.finish(self)
 
 
 def _agree_on_step(

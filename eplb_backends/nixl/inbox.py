@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from eplb_backends.nixl.agent import Agent, Read
+from eplb_backends.nixl.agent import Read
 from eplb_backends.nixl.memory import Slot, SlotPool
 from eplb_backends.nixl.messages import Writer
 from eplb_backends.nixl.naming import naming
+from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.pieces import ByteStream, merge
+from eplb_core.copies import copy_all
 from eplb_core.placement import IntArray
 from eplb_core.streams import on_stream
 
@@ -46,7 +48,7 @@ class Incoming:
     announced: bool = False
     packed: list[int] = field(default_factory=list)
     stream: ByteStream | None = None
-    arrived_bytes: int = 0
+    chunks: set[int] = field(default_factory=set)
     left_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -77,8 +79,7 @@ class Inbox:
     Args:
         peers: source -> what it sends.
         pool: the receive window.
-        agent: posts the READs.
-        names: rank -> agent name.
+        others: the other ranks' agents, and this one's, which posts the READs.
         writer: writes this round's notifications.
         send: sends one notification to a rank.
         device: where the tensors lie.
@@ -90,8 +91,7 @@ class Inbox:
         self,
         peers: Mapping[int, Incoming],
         pool: SlotPool,
-        agent: Agent,
-        names: Callable[[int], str],
+        others: Peers,
         writer: Writer,
         send: Callable[[int, bytes], None],
         device: torch.device,
@@ -101,8 +101,7 @@ class Inbox:
         self._peers = peers
         self._on_read = on_read
         self._pool = pool
-        self._agent = agent
-        self._names = names
+        self._others = others
         self._writer = writer
         self._send = send
         self._device = device
@@ -118,10 +117,17 @@ class Inbox:
         return {job.source for job, _ in self._reading}
 
     def announce(self, source: int, addresses: IntArray) -> bool:
-        """Take a part of READY; return whether that was the last."""
+        """Take a part of READY; return whether that was the last.
+
+        Raises:
+            ValueError: there are more addresses than messages.
+        """
         incoming = self._peers[source]
         incoming.addresses.append(addresses)
-        if incoming.announced or sum(map(len, incoming.addresses)) < len(incoming.targets):
+        announced = sum(map(len, incoming.addresses))
+        if incoming.announced or announced > len(incoming.targets):
+            raise ValueError(f"{announced} addresses were announced for {len(incoming.targets)} messages")
+        if announced < len(incoming.targets):
             return False
         incoming.announced = True
         at = np.concatenate(incoming.addresses)
@@ -139,14 +145,20 @@ class Inbox:
         return True
 
     def chunk(self, source: int, sequence: int, address: int, nbytes: int) -> None:
-        """Take a CHUNK: the next `nbytes` of the packed messages lie at `address`."""
+        """Take a CHUNK: a slot's worth of the packed messages, or what is left of them, lies at `address`.
+
+        Chunks may come out of order: the copies into the source's slots do not end in the order of their numbers.
+
+        Raises:
+            ValueError: it is not what was announced.
+        """
         incoming = self._peers[source]
-        if incoming.stream is None:
-            raise ValueError("a chunk came before the messages were announced")
-        start = incoming.arrived_bytes
-        if not 0 < nbytes <= min(self._pool.slot_bytes, incoming.stream.nbytes - start):
-            raise ValueError(f"a chunk of {nbytes} bytes does not fit what was announced")
-        incoming.arrived_bytes += nbytes
+        if incoming.stream is None or sequence in incoming.chunks:
+            raise ValueError(f"chunk {sequence} came before the messages were announced, or twice")
+        start = sequence * self._pool.slot_bytes
+        if not 0 < nbytes == min(self._pool.slot_bytes, incoming.stream.nbytes - start):
+            raise ValueError(f"chunk {sequence} of {nbytes} bytes is not what was announced")
+        incoming.chunks.add(sequence)
         pieces, in_place = [], True
         for message, first, last in incoming.stream.pieces(start, start + nbytes):
             number = incoming.packed[message]
@@ -162,7 +174,7 @@ class Inbox:
         for entry in list(self._reading):
             job, read = entry
             with naming(job.source, "read"):
-                finished = self._agent.finished(read)
+                finished = self._others.agent.finished(read)
             if finished:
                 self._reading.remove(entry)
                 self._arrived(job)
@@ -204,7 +216,7 @@ class Inbox:
         self.merged_descriptors += len(pieces[2])
         job.posted_at = time.perf_counter()
         with naming(job.source, "read"):
-            self._reading.append((job, self._agent.read(self._names(job.source), *pieces)))
+            self._reading.append((job, self._others.agent.read(self._others.name(job.source), *pieces)))
 
     def _arrived(self, job: _Job) -> None:
         self._on_read(job.source, job.nbytes, time.perf_counter() - job.posted_at)
@@ -222,7 +234,7 @@ class Inbox:
             sources.append(slot.memory[offset : offset + len(target)])
             offset += len(target)
         with on_stream(self._device, self._stream):
-            torch._foreach_copy_([target for _, target in job.pieces], sources)
+            copy_all([target for _, target in job.pieces], sources)
             if self._device.type != "cpu":
                 slot.copied = torch.cuda.Event()
                 slot.copied.record()

@@ -11,6 +11,7 @@ import torch
 from eplb_backends.nixl.memory import Slot, SlotPool
 from eplb_backends.nixl.messages import Writer
 from eplb_backends.nixl.pieces import ByteStream
+from eplb_core.copies import copy_all
 from eplb_core.placement import IntArray
 from eplb_core.streams import on_stream
 
@@ -82,8 +83,20 @@ class Outbox:
             for raw in self._writer.ready(version, outgoing.count, outgoing.digest, outgoing.addresses):
                 self._send(peer, raw)
 
-    def advance(self) -> set[int]:
-        """Fill the slots that are free, in turn for each destination; return those that something was sent to."""
+    @property
+    def fully_packed(self) -> bool:
+        """Whether no more slots are needed."""
+        return not self._unpacked
+
+    def advance(self, may_pack: bool) -> set[int]:
+        """Announce slots that are packed, and fill free ones in turn for each destination.
+
+        Args:
+            may_pack: whether slots may be taken.
+
+        Returns:
+            The destinations that something was done for.
+        """
         touched: set[int] = set()
         for entry in list(self._packing):
             peer, sequence, slot, nbytes = entry
@@ -91,7 +104,7 @@ class Outbox:
                 self._packing.remove(entry)
                 self._send(peer, self._writer.chunk(sequence, slot.memory.data_ptr(), nbytes))
                 touched.add(peer)
-        while self._unpacked:
+        while self._unpacked and may_pack:
             for peer in sorted(self._unpacked):
                 free = self._pool.acquire()
                 if free is None:
@@ -116,7 +129,7 @@ class Outbox:
             targets.append(slot.memory[offset : offset + last - first])
             offset += last - first
         with on_stream(self._device, self._stream):
-            torch._foreach_copy_(targets, sources)
+            copy_all(targets, sources)
             if self._device.type != "cpu":
                 slot.copied = torch.cuda.Event()
                 slot.copied.record()

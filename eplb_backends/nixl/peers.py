@@ -54,7 +54,6 @@ class Peers:
         self._identities: dict[int, Identity] = {}
         self._versions: dict[int, int] = {}
         self._ranks: dict[str, int] = {}
-        self._early: list[tuple[int, Message]] = []
 
     def meet(self, names: list[str]) -> None:
         """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
@@ -103,14 +102,13 @@ class Peers:
         """Send one notification."""
         self.agent.notify(self.name(rank), raw)
 
-    def receive(self, epoch: int) -> list[tuple[int, Message]]:
-        """Return `(rank, message)` of this epoch, in the order in which each rank sent them; keep later ones."""
-        arrived = self._early
+    def receive(self) -> list[tuple[int, Message]]:
+        """Return `(rank, message)` of all that came, in the order in which each rank sent them."""
+        arrived: list[tuple[int, Message]] = []
         for name, raws in self.agent.notifications().items():
             rank = self._ranks.get(name)
             if rank is None:
                 continue
             parsed = (messages.parse(self.token, raw) for raw in raws)
             arrived.extend((rank, message) for message in parsed if message is not None)
-        self._early = [(rank, message) for rank, message in arrived if message.epoch > epoch]
-        return [(rank, message) for rank, message in arrived if message.epoch == epoch]
+        return arrived
