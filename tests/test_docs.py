@@ -28,6 +28,7 @@ PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts
 
 _FENCE = re.compile(r"^```(?:\{code-block\} )?(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _OPTION = re.compile(r":([\w-]+): *(.*)\n")
+_NO_MARKUP = str.maketrans("", "", '"`')
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def marked(mark: str) -> list[Block]:
 
 def captioned(page: str) -> dict[str, str]:
     """Return the files that a page shows: caption -> content."""
-    return {b.options["caption"]: b.code for b in blocks_of(DOCS / page) if "caption" in b.options}
+    return {
+        b.options["caption"].translate(_NO_MARKUP): b.code for b in blocks_of(DOCS / page) if "caption" in b.options
+    }
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
