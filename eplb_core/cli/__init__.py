@@ -20,6 +20,7 @@ _COMMANDS = {
     "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
+    "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "rebalance": ("eplb_core.cli.rebalance:rebalance", "Move experts to a better placement and verify every byte."),
 }

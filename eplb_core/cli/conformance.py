@@ -1,0 +1,93 @@
+"""`eplb conformance`: run the contract against a backend, with nothing to write."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from eplb_core.cli.output import EXIT_PROBLEM, human_console, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from eplb_core.testing.report import Report, Result
+
+_STYLES: Final = {"passed": "green", "failed": "red", "not run": "red", "skipped": "yellow"}
+
+
+@click.command()
+@click.argument("config", required=False)
+@click.option("--ranks", type=click.IntRange(2), default=3, show_default=True, help="How many local processes.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of the tensors.")
+@click.option("--check", "names", multiple=True, metavar="NAME", help="Only this check; may be given again.")
+@click.option("--thorough", is_flag=True, help="Also the checks that are too long for every day.")
+@click.option("--register", is_flag=True, help="Register every tensor first, for backends that move no others.")
+@click.option("--list", "list_only", is_flag=True, help="Only list the checks and what each promises.")
+@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.pass_context
+def conformance(
+    ctx: click.Context,
+    config: str | None,
+    ranks: int,
+    device: str,
+    names: tuple[str, ...],
+    thorough: bool,
+    register: bool,
+    list_only: bool,
+    json_path: str | None,
+) -> None:
+    """Check whether the backend of CONFIG keeps the communicator contract, in real processes on this machine.
+
+    Every byte that is compared comes from the check, not from the backend. A check that hangs is cut, with a stack
+    dump of every rank.
+    """
+    from eplb_core.testing.contract import all_checks, checks_named
+
+    console = human_console(json_path)
+    checks = checks_named(*names) if names else all_checks(thorough=thorough)
+    if list_only:
+        _print_list(console)
+        return
+    if config is None:
+        raise click.UsageError("Missing argument 'CONFIG', such as nixl or 'torch_gloo?timeout=5s'.")
+    from eplb_core.testing.runner import run_conformance
+    from eplb_core.testing.subject import Subject
+
+    subject = Subject.declared(config, device, must_register=register)
+    with console.status(f"checking {config} with {ranks} ranks on {device}"):
+        report = run_conformance([subject], ranks, checks, on_result=lambda result: _print_result(console, result))
+    _print_summary(console, report, config, ranks, device)
+    if json_path is not None:
+        write_json({"config": config, "ranks": ranks, "device": device, **report.document()}, json_path)
+    if not report.conforms:
+        ctx.exit(EXIT_PROBLEM)
+
+
+def _print_list(console: Console) -> None:
+    from rich.table import Table
+
+    from eplb_core.testing.contract import all_checks
+
+    table = Table("check", "promise", "")
+    for check in all_checks():
+        table.add_row(check.name, check.promise, "thorough" if check.thorough else "")
+    console.print(table)
+
+
+def _print_result(console: Console, result: Result) -> None:
+    from rich.text import Text
+
+    line = Text(f"{result.status:8}", style=_STYLES[result.status]).append(f" {result.check}", style="default")
+    if result.detail and result.status != "failed":
+        line.append(f" ({result.detail})", style="dim")
+    console.print(line)
+    if result.status == "failed":
+        console.print(Text(f"  promised: {result.promise}"))
+        console.print(Text("\n".join(f"  {row}" for row in result.detail.splitlines())))
+
+
+def _print_summary(console: Console, report: Report, config: str, ranks: int, device: str) -> None:
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(report.counts.items()))
+    verdict = "conforms" if report.conforms else "does not conform"
+    console.print(f"{config} with {ranks} ranks on {device} {verdict}: {counts}", markup=False, highlight=False)

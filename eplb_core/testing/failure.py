@@ -1,0 +1,122 @@
+"""What happens when a rank does not do its part: no wait without an end, and the right rank is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+from eplb_core.communicator import EplbCommunicator
+from eplb_core.errors import CommunicatorClosedError, TransferError, TransferTimeoutError
+from eplb_core.testing.check import Check, expect, raised_by
+from eplb_core.testing.context import RankContext
+from eplb_core.testing.traffic import Traffic, exchange, ring
+
+_TIMEOUT_S = 1.0
+_KILL_TIMEOUT_S = 3.0
+_PATIENCE_S = 2.0  # what a rank may need beyond the timeout
+
+
+def a_rank_that_does_not_execute_is_named_within_the_timeout(context: RankContext) -> None:
+    """If a rank does not take part, the others raise TransferTimeoutError with its number, within timeout + 2 s."""
+    communicator = context.fresh(timeout_s=_TIMEOUT_S, own_groups=True)
+    error, seconds = _without_the_last_rank(context, communicator)
+    if error is None:
+        return
+    absent = context.world_size - 1
+    expect(isinstance(error, TransferTimeoutError), f"it was {type(error).__name__}: {error}")
+    expect(error.peers == (absent,), f"it names the ranks {error.peers}, and rank {absent} was absent")
+    expect(seconds < _TIMEOUT_S + _PATIENCE_S, f"it took {seconds:.1f} s with a timeout of {_TIMEOUT_S:g} s")
+
+
+def after_a_failure_it_says_whether_it_can_be_used(context: RankContext) -> None:
+    """After a timeout, `usable` tells the truth: if it is false, every further use raises CommunicatorClosedError."""
+    communicator = context.fresh(timeout_s=_TIMEOUT_S, own_groups=True)
+    error, _ = _without_the_last_rank(context, communicator)
+    if error is None or error.usable:
+        return
+    traffic = Traffic(context, ring(context.world_size, 64))
+    raised_by(lambda: traffic.queue(communicator), CommunicatorClosedError)
+    raised_by(communicator.execute, CommunicatorClosedError)
+
+
+def a_killed_rank_is_named_by_every_survivor(context: RankContext) -> None:
+    """A rank killed amid transfers makes every survivor raise a TransferError with its number, within timeout + 2 s."""
+    victim = context.world_size - 1
+    communicator = context.fresh(timeout_s=_KILL_TIMEOUT_S)
+    exchange(context, communicator, ring(context.world_size, 1 << 20))
+    context.meet("all work")
+    if context.rank == victim:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    ends = time.monotonic() + 20.0
+    traffic = Traffic(context, ring(context.world_size, 4 << 20))
+    while True:
+        began = time.monotonic()
+        expect(began < ends, "transfers with a dead rank go on succeeding")
+        traffic.queue(communicator)
+        try:
+            communicator.execute()
+        except TransferError as error:
+            seconds = time.monotonic() - began
+            expect(victim in error.peers, f"it names the ranks {error.peers}, not {victim}: {error}")
+            expect(seconds < _KILL_TIMEOUT_S + _PATIENCE_S, f"it took {seconds:.1f} s, timeout {_KILL_TIMEOUT_S:g} s")
+            break
+    traffic.verify_sent()
+
+
+def a_stopped_rank_holds_nobody_up_beyond_the_timeout(context: RankContext) -> None:
+    """While a rank is stopped amid transfers, the others raise a TransferError within timeout + 2 s."""
+    victim = context.world_size - 1
+    communicator = context.fresh(timeout_s=_KILL_TIMEOUT_S, own_groups=True)
+    exchange(context, communicator, ring(context.world_size, 1 << 20))
+    context.tell(f"process {context.rank}", str(os.getpid()))
+    victim_process = int(context.ask(f"process {victim}"))
+    context.meet("all work")
+    if context.rank == 0:
+        threading.Timer(0.1, os.kill, (victim_process, signal.SIGSTOP)).start()
+    traffic = Traffic(context, ring(context.world_size, 4 << 20))
+    ends = time.monotonic() + 20.0
+    try:
+        while True:
+            began = time.monotonic()
+            expect(began < ends, "transfers with a stopped rank go on succeeding")
+            traffic.queue(communicator)
+            communicator.execute()
+    except TransferError:
+        seconds = time.monotonic() - began
+        late = seconds >= _KILL_TIMEOUT_S + _PATIENCE_S and context.rank != victim
+        expect(not late, f"it took {seconds:.1f} s, timeout {_KILL_TIMEOUT_S:g} s")
+    finally:
+        if context.rank != victim:
+            context.meet("all but the stopped one failed", range(victim))
+            os.kill(victim_process, signal.SIGCONT)
+    traffic.verify_sent()
+
+
+def _without_the_last_rank(context: RankContext, communicator: EplbCommunicator) -> tuple[TransferError | None, float]:
+    """Execute on all ranks but the last; return what it raised and how long it took, or None on the last rank."""
+    absent = context.world_size - 1
+    traffic = Traffic(context, ring(context.world_size, 4096))
+    traffic.queue(communicator)
+    if context.rank == absent:
+        for rank in range(absent):
+            context.ask(f"rank {rank} is through")
+        return None, 0.0
+    began = time.monotonic()
+    try:
+        error: TransferError = raised_by(communicator.execute, TransferError)
+    finally:
+        context.tell(f"rank {context.rank} is through")
+    seconds = time.monotonic() - began
+    traffic.verify_sent()
+    return error, seconds
+
+
+CHECKS = (
+    Check(a_rank_that_does_not_execute_is_named_within_the_timeout, deadline_s=20.0),
+    Check(after_a_failure_it_says_whether_it_can_be_used, deadline_s=20.0),
+    Check(a_killed_rank_is_named_by_every_survivor, least_ranks=3, kills=True),
+    Check(a_stopped_rank_holds_nobody_up_beyond_the_timeout, least_ranks=3, thorough=True),
+)
+"""The checks of this module."""
