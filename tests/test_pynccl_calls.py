@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_backends.pynccl.bootstrap import open_transport
-from eplb_backends.pynccl.communicator import PyNcclCommunicator
+from eplb_backends.pynccl.communicator import PyNcclCommunicator, create
 from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.transport import EngineTransport, OwnTransport, Transport
 from eplb_core.backend import BackendContext, Duration
@@ -275,6 +275,21 @@ def test_its_bytes_travel_where_reinterpret_is_bytes(dtype: torch.dtype, monkeyp
     communicator.add_send(torch.zeros(80_000, dtype=torch.uint8).view(dtype), 1)
     communicator.execute()
     assert "send 80000 to 1" in fake.calls
+
+
+def test_the_factory_lists_what_nccl_cannot_carry_sorted_and_once() -> None:
+    context = BackendContext(
+        rank=0, world_size=1, device=torch.device("cuda", 0), control=ControlPlane(dist.HashStore(), 0, 1)
+    )
+    weights = [torch.zeros(1, dtype=dtype) for dtype in (torch.int16, torch.float32, torch.complex64, torch.int16)]
+    with pytest.raises(BackendUnavailableError, match=r"dtypes complex64, int16\n.*reinterpret=bytes") as raised:
+        create(context, PyNcclOptions(), weights)
+    assert isinstance(raised.value, RuntimeError)
+
+
+def test_the_factory_refuses_other_devices_by_name() -> None:
+    with pytest.raises(BackendUnavailableError, match="CUDA-like devices only: these lie on cpu"):
+        create(context_of(), PyNcclOptions(), [])
 
 
 # --- whose communicator it is -----------------------------------------------------------------------------------------
