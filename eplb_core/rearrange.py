@@ -25,7 +25,8 @@ from eplb_core.weights import ExpertWeights
 AGREE_TIMEOUT_S = 60.0
 """How long a rank waits for the others to begin the same rearrangement, in seconds."""
 
-_STEPS_UNDER_WAY = 4  # more parts of the window are smaller ones, and cost more than they hide
+STEPS_UNDER_WAY = 2
+"""Into how many parts a `Rearranger` cuts its window unless it is told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +75,8 @@ class Rearranger:
         weights: `weights[layer][tensor]`, first dimension = local slots. Layers may differ in shapes and dtypes.
         window_bytes: staging memory of this rank; None takes what the communicator's configuration allows.
         node_of_rank: node number of each rank, so that sources on the same node are preferred.
+        steps_under_way: into how many parts the window is cut, so that one step is received while another is
+            committed. More parts are smaller ones, and every step costs a round of messages.
 
     Raises:
         InputError: the weights, or the window, cannot be used.
@@ -86,6 +89,7 @@ class Rearranger:
         *,
         window_bytes: int | None = None,
         node_of_rank: Sequence[int] | None = None,
+        steps_under_way: int = STEPS_UNDER_WAY,
     ) -> None:
         context = communicator.binding.context
         self._communicator = communicator
@@ -94,6 +98,9 @@ class Rearranger:
             raise InputError(
                 f"the weights lie on {self._weights.device}, the communicator moves tensors on {context.device}"
             )
+        if steps_under_way < 1:
+            raise InputError(f"steps_under_way has to be at least 1, not {steps_under_way}")
+        self._steps_under_way = steps_under_way
         self._rank = context.rank
         self._world_size = context.world_size
         self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
@@ -196,7 +203,9 @@ class Rearranger:
     def _parts(self) -> list[torch.Tensor]:
         """Cut the window into one part for each step that may be under way: one is read while another is committed."""
         largest = int((-(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT).max())
-        count = max(1, min(self._communicator.max_in_flight, _STEPS_UNDER_WAY, self.window_bytes // max(largest, 1)))
+        count = max(
+            1, min(self._communicator.max_in_flight, self._steps_under_way, self.window_bytes // max(largest, 1))
+        )
         part = self.window_bytes // count // ALIGNMENT * ALIGNMENT if count > 1 else self.window_bytes
         return [self._window[number * part : (number + 1) * part] for number in range(count)]
 

@@ -15,7 +15,7 @@ from eplb_core.control import ControlPlane
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.launch import RankEnvironment
-from eplb_core.rearrange import Rearranger
+from eplb_core.rearrange import STEPS_UNDER_WAY, Rearranger
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
 
@@ -28,7 +28,8 @@ class BenchJob:
         workload: the placements to go through.
         backend: a config string.
         device: "cpu" or "cuda"; there, rank r uses GPU r modulo their number.
-        window_bytes: the most staging memory of a rank; None for what the backend's configuration allows.
+        window_bytes: what received experts are staged in; None for what the backend's configuration allows.
+        steps_under_way: into how many parts that window is cut; None for the default.
         timeout_s: the longest that the run may take, in seconds.
     """
 
@@ -36,6 +37,7 @@ class BenchJob:
     backend: str
     device: str = "cpu"
     window_bytes: int | None = None
+    steps_under_way: int | None = None
     timeout_s: float = 1800.0
 
 
@@ -101,7 +103,12 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
         _synchronize(device)
         # The ranks fill at different speeds: the rearrangement, with its shorter deadlines, waits.
         control.barrier("that every rank has filled its slots", job.timeout_s)
-        rearranger = Rearranger(communicator, weights, window_bytes=job.window_bytes)
+        rearranger = Rearranger(
+            communicator,
+            weights,
+            window_bytes=job.window_bytes,
+            steps_under_way=job.steps_under_way or STEPS_UNDER_WAY,
+        )
         seconds: list[float] = []
         phases: list[dict[str, float]] = []
         paths: dict[int, str] = {}

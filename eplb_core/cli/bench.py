@@ -46,8 +46,12 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
 @click.option("--seed", type=int, help="Without --workload: of the random placements.  [default: 0]")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each backend, in turn.")
 @click.option(
-    "--window", "window_bytes", callback=_parse_size, help="The most staging of a rank.  [default: the backend's]"
+    "--window",
+    "window_bytes",
+    callback=_parse_size,
+    help="What received experts are staged in.  [default: what the backend's own windows leave]",
 )
+@click.option("--steps-under-way", type=click.IntRange(1), help="Into how many parts that window is cut.  [default: 2]")
 @click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that each run may take.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.pass_context
@@ -59,6 +63,7 @@ def bench(
     device: str,
     rounds: int,
     window_bytes: int | None,
+    steps_under_way: int | None,
     timeout_s: float,
     json_path: str | None,
     **sizes: Any,
@@ -80,7 +85,14 @@ def bench(
     work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
     names = list(dict.fromkeys(backends)) or [backend_from_environment(None) or AUTO]
     jobs = [
-        BenchJob(workload=work, backend=name, device=device, window_bytes=window_bytes, timeout_s=timeout_s)
+        BenchJob(
+            workload=work,
+            backend=name,
+            device=device,
+            window_bytes=window_bytes,
+            steps_under_way=steps_under_way,
+            timeout_s=timeout_s,
+        )
         for name in names
     ]
     for job in jobs:
