@@ -119,11 +119,13 @@ def exchange(control: ControlPlane, what: str, message: bytes, timeout_s: float)
     try:
         return control.all_gather(what, message, timeout_s)
     except ControlPlaneError as error:
-        answered = ["no" if rank in error.missing else "yes" for rank in range(control.world_size)]
-        table = {"answered": answered} if error.missing else {}
-        raise HandshakeError(
-            f"not every rank answered within {timeout_s:g} s, while gathering {what}", table=table, why=error.why
-        ) from error
+        raise not_all_answered(error, control.world_size) from error
+
+
+def not_all_answered(error: ControlPlaneError, world_size: int) -> HandshakeError:
+    """Return the error to raise where ranks did not answer, with a table of those that did and did not."""
+    answered = ["no" if rank in error.missing else "yes" for rank in range(world_size)]
+    return HandshakeError(error.what, table={"answered": answered} if error.missing else {}, why=error.why)
 
 
 def _cut(proposal: Proposal) -> Proposal:

@@ -7,19 +7,14 @@ torch.distributed groups, `StatelessGroup` out of a store alone.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import socket
-import uuid
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
 
 from eplb_core.control import ControlPlane
-from eplb_core.errors import ControlPlaneError, InputError
-
-_ID_BYTES = 16
+from eplb_core.errors import InputError
+from eplb_core.meeting import meet
 
 
 @runtime_checkable
@@ -123,70 +118,33 @@ def is_stateless(group: GroupCoordinator | StatelessGroup) -> bool:
 
 
 def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: float) -> ControlPlane:
-    """Return a new control plane for the ranks of `group`. Every rank has to call it, equally often.
+    """Return a new control plane for the ranks of `group`. Every rank has to call it.
 
-    It runs over the group's own store; without one, over a connection of its own to the store of the default process
-    group, which torchrun hosts outside the workers; failing that, over a store that rank 0 of the group hosts.
+    It runs over a connection of its own to the group's store; without one, to the store of the default process group,
+    which torchrun hosts outside the workers. No collective is used: one that a rank does not join would leave the
+    engine's process group out of step.
 
     Raises:
-        ControlPlaneError: the ranks cannot reach one another.
-        InputError: the group offers neither a store nor a CPU process group.
+        ControlPlaneError: a rank did not come in time (`missing` says which), or the store is gone.
+        InputError: the group offers no store.
     """
     store = getattr(group, "store", None)
-    if isinstance(store, dist.Store):
-        number = store.add(f"eplb/opened/{group.rank_in_group}", 1)
-        prefixed = dist.PrefixStore(f"eplb/{number}", _own_connection(store))
-        return ControlPlane(prefixed, group.rank_in_group, group.world_size)
-    if is_stateless(group):
+    place = "eplb/meeting"
+    if not isinstance(store, dist.Store):
+        store = None
+        if group.cpu_group is not None and not is_stateless(group):
+            place += f"/{group.cpu_group.group_name}"
+            with contextlib.suppress(ValueError, RuntimeError):
+                # There is no public way to the store; engines and torch's own extensions use this one.
+                store = dist.distributed_c10d._get_default_store()
+    if store is None:
         raise InputError(
             "the group has neither a store nor a CPU process group that torch.distributed knows",
             remedy="give a group coordinator with cpu_group, or a StatelessGroup with a store",
         )
-    shared = None
-    with contextlib.suppress(ValueError, RuntimeError):
-        # There is no public way to the store; engines and torch's own extensions use this one.
-        shared = dist.distributed_c10d._get_default_store()
-    return _meet(group, shared, timeout_s)
-
-
-def _meet(group: GroupCoordinator | StatelessGroup, shared: dist.Store | None, timeout_s: float) -> ControlPlane:
-    """Agree over the CPU group on a prefix, and on the address of a store where there is no shared one."""
-    address = ("", 0)
-    hosted = None
-    token = uuid.uuid4().bytes
-    if group.rank_in_group == 0 and shared is None:
-        hosted = dist.TCPStore(socket.getfqdn(), 0, is_master=True, wait_for_workers=False)
-        address = (hosted.host, hosted.port)
-    message = token + address[1].to_bytes(4, "big") + address[0].encode()
-    token_, port, host = _broadcast(group, message, timeout_s)
-    if shared is not None:
-        base = _own_connection(shared)
-    elif hosted is not None:
-        base = hosted
-    else:
-        base = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout_s)
-        )
-    return ControlPlane(dist.PrefixStore(f"eplb/{token_.hex()}", base), group.rank_in_group, group.world_size)
-
-
-def _broadcast(group: GroupCoordinator | StatelessGroup, message: bytes, timeout_s: float) -> tuple[bytes, int, str]:
-    """Send rank 0's message to all: 16 bytes of token, 4 of port, the rest a host name; 256 bytes in all."""
-    buffer = torch.zeros(256, dtype=torch.uint8)
-    if group.rank_in_group == 0:
-        buffer[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-    try:
-        work = dist.broadcast(buffer, group=group.cpu_group, group_src=0, async_op=True)
-        if work is not None:
-            work.wait(datetime.timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        raise ControlPlaneError(
-            f"the ranks of the group did not meet within {timeout_s:g} s, in the CPU process group",
-            why=str(error).splitlines()[0],
-        ) from error
-    received = bytes(buffer.tolist())
-    host = received[_ID_BYTES + 4 :].rstrip(b"\0").decode()
-    return received[:_ID_BYTES], int.from_bytes(received[_ID_BYTES : _ID_BYTES + 4], "big"), host
+    connection = _own_connection(store)
+    name = meet(connection, place, group.rank_in_group, group.world_size, timeout_s)
+    return ControlPlane(dist.PrefixStore(f"eplb/{name}", connection), group.rank_in_group, group.world_size)
 
 
 def _own_connection(store: dist.Store) -> dist.Store:
