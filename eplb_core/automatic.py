@@ -12,7 +12,7 @@ from eplb_core.agreement import exchange
 from eplb_core.backend_entry import BackendEntry, BackendState
 from eplb_core.config import BackendConfig, ConfigOption
 from eplb_core.control import ControlPlane
-from eplb_core.errors import BackendUnavailableError, HandshakeError
+from eplb_core.errors import BackendUnavailableError, EplbError, HandshakeError
 from eplb_core.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.hooks import BackendCandidate, PluginHost
 from eplb_core.probing import run_probe
@@ -32,6 +32,28 @@ class _Finding(msgspec.Struct, array_like=True, frozen=True):
     available: bool
     reason: str
     priority: int
+
+
+def wanted_by_all(
+    control: ControlPlane, config: BackendConfig | None, problem: EplbError | None, timeout_s: float
+) -> bool:
+    """Return whether every rank asks for `auto`, which takes messages of its own; False if none does.
+
+    Raises:
+        HandshakeError: some ask for it and others do not, or a rank did not answer; the same table on every rank.
+    """
+    asked = "!" + str(problem) if config is None or problem is not None else config.name
+    said = [value.decode() for value in exchange(control, "which backend is asked for", asked.encode(), timeout_s)]
+    if AUTO not in said:
+        return False
+    if set(said) == {AUTO}:
+        return True
+    table = {"backend": ["?" if value.startswith("!") else value for value in said]}
+    if any(value.startswith("!") for value in said):
+        table["cannot build"] = [value[1:] if value.startswith("!") else "-" for value in said]
+    raise HandshakeError(
+        "the ranks do not agree on the communicator", table=table, remedy="make these the same on every rank"
+    ) from problem
 
 
 def choose(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from eplb_core.agreement import Proposal, agree, agree_on_outcome, describe_layout
-from eplb_core.automatic import AUTO, choose
+from eplb_core.agreement import Proposal, agree, agree_on_outcome, describe_layout, not_all_answered
+from eplb_core.automatic import AUTO, choose, wanted_by_all
 from eplb_core.backend import BackendContext, CommonOptions
 from eplb_core.backend_entry import BackendEntry
 from eplb_core.communicator import Binding, EplbCommunicator
@@ -20,6 +20,7 @@ from eplb_core.control import ControlPlane
 from eplb_core.errors import (
     BackendBrokenError,
     BackendUnavailableError,
+    ControlPlaneError,
     EplbError,
     NotACommunicatorError,
     StatelessGroupError,
@@ -67,10 +68,10 @@ def create_eplb_communicator(
         plugins: who is told of transfers and asked what `auto` means; the installed ones by default.
 
     Raises:
-        HandshakeError: the ranks do not agree, or only some of them can build it; the same table on every rank.
+        HandshakeError: the ranks do not agree, only some of them can build it, or some did not come; the same table on
+            every rank.
         ConfigError: the config string, an option in it, or one in the environment is wrong on every rank.
         BackendError: no rank can build it; the sub-class says why.
-        ControlPlaneError: the ranks do not reach one another.
     """
     registry = registry or default_registry()
     plugins = plugins or default_plugins()
@@ -85,8 +86,11 @@ def create_eplb_communicator(
         timeout_s = _handshake_timeout(config, arguments, registry)
     except EplbError as error:
         problem = error
-    control = open_control_plane(group_coordinator, timeout_s)
-    if config is not None and config.name == AUTO:
+    try:
+        control = open_control_plane(group_coordinator, timeout_s)
+    except ControlPlaneError as error:
+        raise not_all_answered(error, group_coordinator.world_size) from error
+    if wanted_by_all(control, config, problem, timeout_s) and config is not None:
         config = choose(control.scoped("auto"), config, device, group_coordinator, registry, plugins, timeout_s)
     selection: Selection | None = None
     if config is not None and problem is None:
