@@ -252,9 +252,11 @@ def _load(device: torch.device) -> Any:
     for package in _PACKAGES:
         try:
             return importlib.import_module(f"{package}._api")
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
+        except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and the other ranks have to know
+            if isinstance(error, ModuleNotFoundError) and error.name == package:
+                continue
+            kind = type(error).__name__
+            raise NixlError(f"the package {package} cannot be imported", why=f"{kind}: {error}") from error
     raise BackendNotInstalledError(
         "the nixl backend needs the NIXL package", name="nixl", remedy='pip install "eplb[nixl]"'
     )
