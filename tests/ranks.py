@@ -76,54 +76,63 @@ class Member:
 
 
 class Report:
-    """What became of each scenario on each rank."""
+    """What became of each scenario on each rank, also of those that a rank could report before it died."""
 
-    def __init__(self, outcomes: list[Outcome]) -> None:
+    def __init__(self, outcomes: list[Outcome], results: list[dict[str, tuple[Any, str]]]) -> None:
         self.outcomes = outcomes
+        self.results = results
 
     def returned(self, name: str) -> list[Any]:
         """Return what the scenario returned on each rank; fails with the tracebacks of the ranks that raised."""
         problems = []
-        for outcome in self.outcomes:
-            if outcome.result is None:
-                problems.append(f"rank {outcome.rank}: {outcome.error} {outcome.message}\n{outcome.trace}")
-            elif name not in outcome.result:
-                problems.append(f"rank {outcome.rank} did not come as far as this: {list(outcome.result)[-1:]}")
-            elif outcome.result[name][1]:
-                problems.append(f"rank {outcome.rank}: {outcome.result[name][1]}")
+        for outcome, results in zip(self.outcomes, self.results, strict=True):
+            if name not in results:
+                last = next(reversed(results), "none")
+                told = outcome.trace or outcome.message
+                problems.append(f"rank {outcome.rank} did not end it; the last one that it ended is {last!r}. {told}")
+            elif results[name][1]:
+                problems.append(f"rank {outcome.rank}: {results[name][1]}")
         assert not problems, "\n".join(problems)
-        return [outcome.result[name][0] for outcome in self.outcomes]
+        return [results[name][0] for results in self.results]
 
     @property
     def exit_codes(self) -> list[int | None]:
         return [outcome.exit_code for outcome in self.outcomes]
 
 
-def run_scenarios(num_ranks: int, scenarios: Iterable[Scenario], *, device: str = "cpu") -> Report:
+def run_scenarios(
+    num_ranks: int, scenarios: Iterable[Scenario], *, device: str = "cpu", timeout_s: float = LAUNCH_S
+) -> Report:
     """Run the scenarios one after the other on `num_ranks` ranks."""
-    return Report(collect_local_ranks(perform, num_ranks, (list(scenarios), device), timeout_s=LAUNCH_S))
+    results: list[dict[str, tuple[Any, str]]] = [{} for _ in range(num_ranks)]
+
+    def take(rank: int, event: tuple[str, object, str]) -> None:
+        results[rank][event[0]] = event[1:]
+
+    arguments = (list(scenarios), device)
+    outcomes = collect_local_ranks(perform, num_ranks, arguments, timeout_s=timeout_s, on_event=take)
+    return Report(outcomes, results)
 
 
-def perform(environment: RankEnvironment, scenarios: list[Scenario], device: str) -> dict[str, tuple[object, str]]:
-    """Run in each rank: scenario name -> what it returned, and the traceback of what it raised."""
+def perform(environment: RankEnvironment, scenarios: list[Scenario], device: str) -> None:
+    """Run in each rank: report the name of each scenario, what it returned, and the traceback of what it raised."""
     environment.init_process_group(MEET_S)
     member = Member(environment, torch.device(device))
-    results: dict[str, tuple[object, str]] = {}
     for scenario in scenarios:
         returned, problem = None, ""
         try:
             returned = scenario.function(member, *scenario.arguments)
         except BaseException:  # noqa: BLE001 - the test that the scenario belongs to fails, the others go on
             problem = traceback.format_exc()
-        results[scenario.name] = (returned, problem)
         try:
             if not member.meet(scenario.name, not problem):
                 member.let_go()
         except dist.DistError:
-            results[scenario.name] = (None, problem + "\nanother rank did not come to the end of this scenario")
+            problem += "\nanother rank did not come to the end of this scenario"
             break
+        finally:
+            environment.report((scenario.name, returned, problem))
     member.let_go()
-    return results
 
 
 def error_of(call: Callable[[], object]) -> dict[str, Any]:
