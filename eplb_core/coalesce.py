@@ -68,6 +68,8 @@ def coalesce(transfers: Sequence[Transfer], small_bytes: int = SMALL_BYTES) -> l
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as uint8 `[bytes]`, without a copy."""
+    if tensor.dtype is torch.uint8 and tensor.dim() == 1:
+        return tensor  # what a rearrangement queues: a view of a view for each of thousands would show
     if not tensor.numel():  # the strides of a tensor without elements may be such that it cannot be viewed
         return tensor.new_empty(0, dtype=torch.uint8)
     return tensor.reshape(-1).view(torch.uint8)

@@ -19,7 +19,7 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     """
     small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for target, source in zip(targets, sources, strict=True):
-        if len(target) >= _LARGE_BYTES:
+        if target.nbytes >= _LARGE_BYTES:
             target.copy_(source)
         else:
             small[0].append(target)

@@ -114,28 +114,32 @@ class TransferQueue:
             )
         if not isinstance(tensor, torch.Tensor):
             raise InvalidTransferError(f"cannot {verb} a {type(tensor).__name__}", why="it is not a torch.Tensor")
-        what = f"a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        if tensor.layout != torch.strided or not tensor.is_contiguous():
+        fault = self._fault(tensor)
+        if fault is not None:
+            why, remedy = fault
             raise InvalidTransferError(
-                f"cannot {verb} {what}",
+                f"cannot {verb} a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}",
                 where=f"{preposition} rank {peer}",
-                why=f"it is not contiguous (layout {tensor.layout})",
-                remedy="give a contiguous tensor; its memory is read and written as it lies",
-            )
-        if tensor.is_conj() or tensor.is_neg():
-            raise InvalidTransferError(
-                f"cannot {verb} {what}",
-                where=f"{preposition} rank {peer}",
-                why="it is a lazily conjugated or negated view, whose memory holds other values than it shows",
-                remedy="give tensor.resolve_conj().resolve_neg()",
-            )
-        if self.device is not None and tensor.device != self.device:
-            raise InvalidTransferError(
-                f"cannot {verb} {what}",
-                where=f"{preposition} rank {peer}",
-                why=f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}",
+                why=why,
+                remedy=remedy,
             )
         return Transfer(tensor, peer)
+
+    def _fault(self, tensor: torch.Tensor) -> tuple[str, str | None] | None:
+        """Return why a tensor cannot be moved as it lies, and the remedy."""
+        if tensor.layout != torch.strided or not tensor.is_contiguous():
+            return (
+                f"it is not contiguous (layout {tensor.layout})",
+                "give a contiguous tensor; its memory is read and written as it lies",
+            )
+        if tensor.is_conj() or tensor.is_neg():
+            return (
+                "it is a lazily conjugated or negated view, whose memory holds other values than it shows",
+                "give tensor.resolve_conj().resolve_neg()",
+            )
+        if self.device is not None and tensor.device != self.device:
+            return f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}", None
+        return None
 
 
 def check_match(

@@ -53,7 +53,7 @@ class Incoming:
 
     def __post_init__(self) -> None:
         """Note the sizes."""
-        self.lengths = np.array([len(target) for target in self.targets], np.int64)
+        self.lengths = np.array([target.nbytes for target in self.targets], np.int64)
         self.left_bytes = int(self.lengths.sum())
 
 
@@ -70,7 +70,7 @@ class _Job:
 
     @property
     def nbytes(self) -> int:
-        return sum(len(target) for _, target in self.pieces)
+        return sum(target.nbytes for _, target in self.pieces)
 
 
 class Inbox:
@@ -194,8 +194,8 @@ class Inbox:
         job, room = _Job(source, [], None, through_slot=True), self._pool.slot_bytes
         for address, target in pieces:
             offset = 0
-            while offset < len(target):
-                take = min(room, len(target) - offset)
+            while offset < target.nbytes:
+                take = min(room, target.nbytes - offset)
                 job.pieces.append((address + offset, target[offset : offset + take]))
                 offset, room = offset + take, room - take
                 if room == 0:
@@ -205,7 +205,7 @@ class Inbox:
             self._waiting.append(job)
 
     def _post(self, job: _Job) -> None:
-        lengths = np.array([len(target) for _, target in job.pieces], np.int64)
+        lengths = np.array([target.nbytes for _, target in job.pieces], np.int64)
         remote = np.array([address for address, _ in job.pieces], np.int64)
         if job.slot is not None:
             local = job.slot.memory.data_ptr() + np.cumsum(lengths) - lengths
@@ -231,8 +231,8 @@ class Inbox:
     def _unpack(self, job: _Job, slot: Slot) -> None:
         sources, offset = [], 0
         for _, target in job.pieces:
-            sources.append(slot.memory[offset : offset + len(target)])
-            offset += len(target)
+            sources.append(slot.memory[offset : offset + target.nbytes])
+            offset += target.nbytes
         with on_stream(self._device, self._stream):
             copy_all([target for _, target in job.pieces], sources)
             if self._device.type != "cpu":

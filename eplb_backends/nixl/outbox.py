@@ -40,7 +40,7 @@ class Outgoing:
 
     def __post_init__(self) -> None:
         """Lay the packed messages end to end."""
-        self.stream = ByteStream(np.array([len(tensor) for tensor in self.packed], np.int64))
+        self.stream = ByteStream(np.array([tensor.nbytes for tensor in self.packed], np.int64))
 
 
 class Outbox:
