@@ -39,8 +39,11 @@ python_maximum_signature_line_length = 100
 # Objects of other projects and of the standard library. Their inventories would have to be fetched from the network,
 # and building these pages needs none.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|click|pluggy|collections|types)\..*"),
-    ("py:class", r"eplb_core\.deadline\.Result"),  # a type variable
+    ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|types)\..*"),
+    (
+        "py:class",
+        r"eplb_core\.(deadline\.Result|testing\.context\._T)",
+    ),  # type variables
 ]
 
 T = TypeVar("T")
