@@ -101,22 +101,28 @@ class Report:
 
 
 def run_scenarios(
-    num_ranks: int, scenarios: Iterable[Scenario], *, device: str = "cpu", timeout_s: float = LAUNCH_S
+    num_ranks: int,
+    scenarios: Iterable[Scenario],
+    *,
+    device: str = "cpu",
+    timeout_s: float = LAUNCH_S,
+    process_group: bool = True,
 ) -> Report:
-    """Run the scenarios one after the other on `num_ranks` ranks."""
+    """Run the scenarios one after the other on `num_ranks` ranks, which have a default process group unless told so."""
     results: list[dict[str, tuple[Any, str]]] = [{} for _ in range(num_ranks)]
 
     def take(rank: int, event: tuple[str, object, str]) -> None:
         results[rank][event[0]] = event[1:]
 
-    arguments = (list(scenarios), device)
+    arguments = (list(scenarios), device, process_group)
     outcomes = collect_local_ranks(perform, num_ranks, arguments, timeout_s=timeout_s, on_event=take)
     return Report(outcomes, results)
 
 
-def perform(environment: RankEnvironment, scenarios: list[Scenario], device: str) -> None:
+def perform(environment: RankEnvironment, scenarios: list[Scenario], device: str, process_group: bool) -> None:
     """Run in each rank: report the name of each scenario, what it returned, and the traceback of what it raised."""
-    environment.init_process_group(MEET_S)
+    if process_group:
+        environment.init_process_group(MEET_S)
     member = Member(environment, torch.device(device))
     for scenario in scenarios:
         returned, problem = None, ""
