@@ -1,0 +1,219 @@
+"""Local ranks are started, heard, and ended, whatever they do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import psutil
+import pytest
+
+from eplb_core.errors import InputError
+from eplb_core.launch import LocalRankError, Outcome, RankEnvironment, collect_local_ranks, run_local_ranks
+
+TIMEOUT_S = 60.0
+SHORT_S = 6.0  # enough for a process to come up
+
+
+# --- what ranks may do ------------------------------------------------------------------------------------------------
+
+
+def returns(environment: RankEnvironment, factor: int) -> tuple[int, int, int, int]:
+    key = "arrived"
+    environment.store.add(key, 1)
+    return (environment.rank * factor, environment.world_size, environment.local_rank, environment.local_world_size)
+
+
+def reports(environment: RankEnvironment) -> None:
+    for number in range(3):
+        environment.report({"number": number})
+
+
+def raises(environment: RankEnvironment) -> str:
+    if environment.rank == 1:
+        raise ValueError("no such expert")
+    return "well"
+
+
+def raises_while_others_wait(environment: RankEnvironment) -> None:
+    if environment.rank == 1:
+        raise ValueError("no such expert")
+    threading.Event().wait(TIMEOUT_S)
+
+
+def is_killed(environment: RankEnvironment) -> str:
+    if environment.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "well"
+
+
+def leaves_silently(environment: RankEnvironment) -> str:
+    if environment.rank == 1:
+        os._exit(0)
+    return "well"
+
+
+def returns_what_cannot_be_sent(environment: RankEnvironment) -> Any:
+    return threading.Lock()
+
+
+def hangs(environment: RankEnvironment) -> str:
+    if environment.rank == 1:
+        waiting_for_something_that_never_comes()
+    return "well"
+
+
+def waiting_for_something_that_never_comes() -> None:
+    threading.Event().wait(TIMEOUT_S)
+
+
+def does_not_exit(environment: RankEnvironment) -> str:
+    if environment.rank == 0:
+        threading.Thread(target=waiting_for_something_that_never_comes).start()
+    return "well"
+
+
+def exits_with_a_status(environment: RankEnvironment) -> None:
+    sys.exit(3)
+
+
+def joins_a_process_group(environment: RankEnvironment) -> list[int]:
+    import torch
+    import torch.distributed as dist
+
+    environment.init_process_group(TIMEOUT_S)
+    total = torch.tensor([environment.rank + 1])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+# --- the tests -------------------------------------------------------------------------------------------------------
+
+
+class Watched:
+    """Starts ranks and remembers their processes."""
+
+    def __init__(self) -> None:
+        self.pids: list[int] = []
+
+    def collect(self, target: Any, num_ranks: int = 2, *, timeout_s: float = TIMEOUT_S, **more: Any) -> list[Outcome]:
+        return collect_local_ranks(target, num_ranks, timeout_s=timeout_s, on_start=self.pids.extend, **more)
+
+
+@pytest.fixture
+def watched() -> Any:
+    """Starts ranks; afterwards none of them is left."""
+    ranks = Watched()
+    yield ranks
+    assert ranks.pids
+    assert not [pid for pid in ranks.pids if psutil.pid_exists(pid)]
+
+
+def test_results_come_in_rank_order() -> None:
+    assert run_local_ranks(returns, 3, (10,), timeout_s=TIMEOUT_S) == [(0, 3, 0, 3), (10, 3, 1, 3), (20, 3, 2, 3)]
+
+
+def test_ranks_can_form_a_process_group() -> None:
+    assert run_local_ranks(joins_a_process_group, 2, timeout_s=TIMEOUT_S) == [[3], [3]]
+
+
+def test_events_arrive_in_the_order_in_which_each_rank_sent_them(watched: Watched) -> None:
+    events: list[tuple[int, Any]] = []
+    watched.collect(reports, on_event=lambda rank, event: events.append((rank, event)))
+    for rank in range(2):
+        assert [event for source, event in events if source == rank] == [{"number": n} for n in range(3)]
+
+
+def test_a_rank_that_raises_is_named_with_its_traceback() -> None:
+    with pytest.raises(LocalRankError, match="rank 1 failed with ValueError") as error:
+        run_local_ranks(raises, 2, timeout_s=TIMEOUT_S)
+    assert error.value.rank == 1
+    assert "in raises" in str(error.value)
+    assert "no such expert" in str(error.value)
+
+
+def test_the_others_are_ended_soon_after_a_rank_has_failed(watched: Watched) -> None:
+    waiting, failed = watched.collect(raises_while_others_wait, grace_s=0.2)
+    assert (failed.error, failed.message) == ("ValueError", "no such expert")
+    assert not waiting.succeeded
+    assert waiting.message == "ended because another rank failed"
+
+
+def test_a_rank_that_was_killed_is_told_from_one_that_ended_well(watched: Watched) -> None:
+    killed, well = watched.collect(is_killed)
+    assert (killed.exit_code, killed.reported, killed.succeeded) == (-signal.SIGKILL, False, False)
+    assert (well.result, well.succeeded) == ("well", True)
+
+
+def test_the_rank_that_was_killed_is_the_one_that_is_named() -> None:
+    with pytest.raises(LocalRankError, match="rank 0 failed") as error:
+        run_local_ranks(is_killed, 2, timeout_s=TIMEOUT_S)
+    assert error.value.rank == 0
+    assert "-9" in str(error.value) or "SIGKILL" in str(error.value)
+
+
+def test_a_rank_that_exits_without_a_word_has_failed(watched: Watched) -> None:
+    well, silent = watched.collect(leaves_silently)
+    assert well.succeeded
+    assert not silent.succeeded
+    assert "without a word" in silent.message
+
+
+def test_a_rank_that_calls_exit_has_failed(watched: Watched) -> None:
+    for outcome in watched.collect(exits_with_a_status):
+        assert (outcome.error, outcome.message) == ("SystemExit", "3")
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_and_no_hang(watched: Watched) -> None:
+    for outcome in watched.collect(returns_what_cannot_be_sent):
+        assert outcome.error == "TypeError"
+        assert "pickle" in outcome.message
+
+
+def test_a_rank_that_hangs_is_ended_at_the_deadline_and_shows_where_it_hung(
+    watched: Watched, capfd: pytest.CaptureFixture[str]
+) -> None:
+    well, hung = watched.collect(hangs, timeout_s=SHORT_S)
+    assert well.succeeded
+    assert (hung.exit_code, hung.reported) == (None, False)
+    assert f"did not end within {SHORT_S:g} s" in hung.message
+    assert "waiting_for_something_that_never_comes" in capfd.readouterr().err
+
+
+def test_a_rank_that_reported_but_does_not_exit_is_ended_and_has_failed(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eplb_core.launch._JOIN_S", 1.0)
+    stuck, well = watched.collect(does_not_exit)
+    assert well.succeeded
+    assert (stuck.result, stuck.succeeded) == ("well", False)
+    assert "did not exit" in stuck.message
+
+
+def test_the_ranks_do_not_outlive_an_error_of_the_caller() -> None:
+    pids: list[int] = []
+
+    def complain(rank: int, event: Any) -> None:
+        raise RuntimeError("the caller's own fault")
+
+    with pytest.raises(RuntimeError, match="the caller's own fault"):
+        collect_local_ranks(reports, 2, timeout_s=TIMEOUT_S, on_event=complain, on_start=pids.extend)
+    assert len(pids) == 2
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+def test_torchrun_s_environment_has_to_be_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE"):
+        RankEnvironment.from_torchrun()
+
+
+def test_nothing_is_left_open_in_this_process() -> None:
+    open_before = set(os.listdir("/proc/self/fd"))
+    run_local_ranks(returns, 2, (1,), timeout_s=TIMEOUT_S)
+    assert len(set(os.listdir("/proc/self/fd")) - open_before) <= 1
+    assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
