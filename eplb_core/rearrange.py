@@ -8,14 +8,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from eplb_core.agreement import not_all_answered
 from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.control import ControlPlane
 from eplb_core.copies import copy_all
-from eplb_core.errors import HandshakeError, InputError, TransferError
+from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError, InputError, TransferError
 from eplb_core.placement import IntArray
 from eplb_core.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.schedule import ALIGNMENT, SLOT, Step, schedule_steps
@@ -137,15 +139,15 @@ class Rearranger:
             progress: called after every step with the bytes that this rank has received and those that it will.
 
         Raises:
-            PlacementError: a placement is not valid, or the window is too small for one expert.
-            HandshakeError: the ranks were given different placements or weights. Nothing was moved.
+            PlacementError: a placement is not valid on any rank, or the window is too small for one expert.
+            InputError: the placements do not fit the weights, on any rank.
+            HandshakeError: the ranks were given different placements or weights, or one did not call. Nothing was
+                moved.
             TransferError: a step failed. `error.placement` is what this rank's slots hold; other ranks may be one
                 step ahead of it or behind.
         """
         began = time.perf_counter()
-        plan = plan_rearrangement(old, new, self._world_size, self._node_of_rank)
-        self._check_shape(plan)
-        self._agree(plan)
+        plan = self._agreed_plan(old, new)
         sizes = self._weights.payload_bytes
         limit = self._communicator.transfer_limit_bytes
         parts = self._parts()
@@ -269,6 +271,42 @@ class Rearranger:
         everything = int(one_each.sum()) * self._weights.num_slots
         return torch.empty(min(allowed, everything), dtype=torch.uint8, device=self._weights.device)
 
+    def _agreed_plan(self, old: npt.ArrayLike, new: npt.ArrayLike) -> RearrangementPlan:
+        """Return the plan, once all ranks have the same one. A rank that cannot make one does not let others wait."""
+        plan: RearrangementPlan | None = None
+        problem: EplbError | None = None
+        try:
+            plan = plan_rearrangement(old, new, self._world_size, self._node_of_rank)
+            self._check_shape(plan)
+        except EplbError as error:
+            plan, problem = None, error
+        asked = {
+            "old placement": "-" if plan is None else hashlib.sha256(plan.old.tobytes()).hexdigest()[:16],
+            "new placement": "-" if plan is None else hashlib.sha256(plan.new.tobytes()).hexdigest()[:16],
+            "weights": self._weights.describe(),
+            "window": f"{self.window_bytes} bytes",
+            "nodes": str(self._node_of_rank),
+            "problem": str(problem or "-"),
+        }
+        try:
+            said = self._control.all_gather(
+                "the placements to rearrange", msgspec.msgpack.encode(asked), AGREE_TIMEOUT_S
+            )
+            ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
+        except ControlPlaneError as error:
+            raise not_all_answered(error, self._world_size) from error
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
+        table = {item: [rank.get(item, "?") for rank in ranks] for item in asked}
+        table = {item: values for item, values in table.items() if len(set(values)) > 1}
+        if table:
+            raise HandshakeError(
+                "the ranks were asked for different rearrangements", table=table, why="nothing was moved"
+            ) from problem
+        if plan is None:
+            raise problem or EplbError("there is no plan")
+        return plan
+
     def _check_shape(self, plan: RearrangementPlan) -> None:
         here = (len(self._weights.layers), self._weights.num_slots)
         there = (plan.num_layers, plan.slots_per_rank)
@@ -277,26 +315,6 @@ class Rearranger:
                 f"the placements have {there[0]} layers of {there[1]} slots a rank, "
                 f"the weights {here[0]} layers of {here[1]} slots"
             )
-
-    def _agree(self, plan: RearrangementPlan) -> None:
-        digests = {
-            "old placement": hashlib.sha256(plan.old.tobytes()).hexdigest()[:16],
-            "new placement": hashlib.sha256(plan.new.tobytes()).hexdigest()[:16],
-            "weights": self._weights.describe(),
-            "window": f"{self.window_bytes} bytes",
-            "nodes": str(self._node_of_rank),
-        }
-        text = "\n".join(f"{item}={value}" for item, value in digests.items())
-        said = self._control.all_gather("the placements to rearrange", text.encode(), AGREE_TIMEOUT_S)
-        if len(set(said)) == 1:
-            return
-        lines = [dict(line.split("=", 1) for line in value.decode().splitlines()) for value in said]
-        table = {item: [rank.get(item, "?") for rank in lines] for item in digests}
-        raise HandshakeError(
-            "the ranks were asked for different rearrangements",
-            table={item: values for item, values in table.items() if len(set(values)) > 1},
-            why="nothing was moved",
-        )
 
 
 def _add(phases: dict[str, float], phase: str, seconds: float) -> None:

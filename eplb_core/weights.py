@@ -72,8 +72,13 @@ class ExpertWeights:
 
     def describe(self) -> str:
         """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
-        sizes = [[rows.shape[1] for rows in layer.rows] for layer in self.layers]
-        return f"{self.num_slots} slots, bytes {sizes}"
+        tensors = iter(self.tensors)
+        layers = [
+            # The rows come first: zip then takes no tensor too many.
+            " + ".join(f"{row.shape[1]} B {tensor.dtype}" for row, tensor in zip(layer.rows, tensors, strict=False))
+            for layer in self.layers
+        ]
+        return f"{self.num_slots} slots, " + "; ".join(layers)
 
     def _layout(self, number: int, layer: Sequence[torch.Tensor]) -> LayerLayout:
         rows = []
@@ -91,6 +96,13 @@ class ExpertWeights:
                     where=where,
                     why=f"strides {tuple(tensor.stride())}",
                     remedy="give weights whose rows are contiguous, such as .contiguous() or a view per slot",
+                )
+            if self.num_slots > 1 and tensor.numel() and abs(tensor.stride(0)) < tensor[0].numel():
+                raise InputError(
+                    "slots lie on top of one another",
+                    where=where,
+                    why=f"strides {tuple(tensor.stride())}",
+                    remedy="give every slot memory of its own; an expanded tensor has one for all",
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
