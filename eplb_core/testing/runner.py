@@ -60,28 +60,36 @@ def run_conformance(
     Raises:
         InputError: there is nothing to check, or fewer than 2 ranks.
     """
-    chosen = tuple(checks if checks is not None else all_checks(thorough=False))
-    if not chosen or not subjects:
-        raise InputError("there is nothing to check", why="no check was chosen" if subjects else "no backend was named")
+    chosen = checks if checks is not None else all_checks(thorough=False)
+    return run_steps([Step(subject, check) for subject in subjects for check in chosen], ranks, on_result=on_result)
+
+
+def run_steps(steps: Sequence[Step], ranks: int, *, on_result: Callable[[Result], None] | None = None) -> Report:
+    """As `run_conformance`, with other checks for each subject; those of one subject follow one another.
+
+    Raises:
+        InputError: as `run_conformance`.
+    """
+    if not steps:
+        raise InputError("there is nothing to check", why="no check, or no backend, was named")
     if ranks < 2:
         raise InputError("a transfer takes 2 ranks", why=f"{ranks} was given")
     run = _Run(ranks, on_result)
     shared: list[Step] = []
     alone: list[Step] = []
-    for subject in subjects:
-        unfit = _why_not_at_all(subject, ranks)
-        for check in chosen:
-            reason = unfit or _why_not(subject, check, ranks)
-            if reason:
-                run.finish(Step(subject, check), Status.SKIPPED, reason)
-            elif check.place is Place.INSTALLED:
-                run.look_at(subject, check)
-            else:
-                (alone if check.kills else shared).append(Step(subject, check))
+    unfit = {subject: _why_not_at_all(subject, ranks) for subject in {step.subject for step in steps}}
+    for step in steps:
+        reason = unfit[step.subject] or _why_not(step.subject, step.check, ranks)
+        if reason:
+            run.finish(step, Status.SKIPPED, reason)
+        elif step.check.place is Place.INSTALLED:
+            run.look_at(step)
+        else:
+            (alone if step.check.kills else shared).append(step)
     run.launch_all(shared)
     for step in alone:
         run.launch_all([step])
-    return run.report(subjects, chosen)
+    return run.report(steps)
 
 
 @dataclass(slots=True)
@@ -114,11 +122,10 @@ class _Run:
         self._restarts: Counter[Subject] = Counter()
         self._never_closes: set[Subject] = set()
 
-    def report(self, subjects: Sequence[Subject], checks: Sequence[Check]) -> Report:
-        """Return the results in the order in which they were asked for."""
-        names = list(dict.fromkeys([*(check.name for check in checks), _CLOSE_CHECK]))
-        keys = [(subject, name) for subject in subjects for name in names]
-        return Report([self._results[key] for key in keys if key in self._results])
+    def report(self, steps: Sequence[Step]) -> Report:
+        """Return the results in the order in which they were asked for; behind them what else was found."""
+        asked = [(step.subject, step.check.name) for step in steps]
+        return Report([self._results[key] for key in dict.fromkeys([*asked, *self._results])])
 
     def finish(self, step: Step, status: Status, detail: str = "", seconds: float = 0.0) -> None:
         """Note a result; a failure is not taken back."""
@@ -131,13 +138,12 @@ class _Run:
         if self._on_result is not None:
             self._on_result(result)
 
-    def look_at(self, subject: Subject, check: Check) -> None:
+    def look_at(self, step: Step) -> None:
         """Run a check that needs no ranks."""
-        step = Step(subject, check)
         began = time.monotonic()
         status, detail = Status.PASSED, ""
         try:
-            check.function(subject)
+            step.check.function(step.subject)
         except SkippedError as reason:
             status, detail = Status.SKIPPED, str(reason)
         except (BrokenPromiseError, EplbError) as error:
