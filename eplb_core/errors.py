@@ -261,7 +261,3 @@ class IntegrityError(TransferError):
     ) -> None:
         self.wrong = list(wrong)
         super().__init__(what, peers=peers, phase=phase, usable=usable, where=where, why=why, remedy=remedy)
-
-
-class VerificationError(EplbError, RuntimeError):
-    """After a rearrangement, a slot does not hold the expert that the placement says."""

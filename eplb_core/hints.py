@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 KNOWN_BACKENDS: Final = {
-    "cuda_ipc": "pip install eplb-cuda-ipc",
-    "mooncake": "pip install eplb-mooncake",
     "nixl": 'pip install "eplb[nixl]"',
     "pynccl": 'pip install "eplb[nccl]"',
     "shm": "pip install eplb-shm",

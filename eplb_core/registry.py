@@ -121,7 +121,7 @@ class Registry:
                 f"backend {name!r} is not installed", name=name, remedy=KNOWN_BACKENDS[name]
             )
         installed = self.names()
-        near = did_you_mean(name, [*installed, *KNOWN_BACKENDS, AUTO])
+        near = did_you_mean(name, sorted({*installed, *KNOWN_BACKENDS, AUTO}))
         return UnknownBackendError(
             f"there is no backend {name!r}{near}",
             name=name,

@@ -363,7 +363,7 @@ def test_a_name_is_never_taken_for_something_to_import(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("shm", "pip install eplb-shm"), ("cuda-ipc", "pip install eplb-cuda-ipc")]
+    ("name", "command"), [("shm", "pip install eplb-shm")]
 )
 def test_a_backend_that_is_known_but_not_installed_is_refused_with_the_command(name: str, command: str):
     code = """

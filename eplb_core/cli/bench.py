@@ -51,7 +51,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     callback=_parse_size,
     help="What received experts are staged in.  [default: what the backend's own windows leave]",
 )
-@click.option("--steps-under-way", type=click.IntRange(1), help="Into how many parts that window is cut.  [default: 2]")
+@click.option("--steps-under-way", type=click.IntRange(1), help="Into how many parts that window is cut.  [default: 1]")
 @click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that each run may take.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.pass_context
