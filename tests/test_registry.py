@@ -362,9 +362,7 @@ def test_a_name_is_never_taken_for_something_to_import(tmp_path: Path):
     assert refusal("evil", tmp_path)[0] == "UnknownBackendError"
 
 
-@pytest.mark.parametrize(
-    ("name", "command"), [("shm", "pip install eplb-shm")]
-)
+@pytest.mark.parametrize(("name", "command"), [("shm", "pip install eplb-shm")])
 def test_a_backend_that_is_known_but_not_installed_is_refused_with_the_command(name: str, command: str):
     code = """
     from eplb_core.config import parse_config
