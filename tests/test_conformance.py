@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eplb_core.testing import Report, Status, Subject, all_checks, run_conformance
+from eplb_core.testing import Report, Status, Subject, all_checks, delivery, refusal, run_conformance
 from eplb_core.testing.contract import checks_named
 from eplb_core.testing.in_rank import Step
 from eplb_core.testing.runner import run_steps
@@ -19,19 +19,26 @@ SUBJECTS = {
         Subject(config="nixl?mode=direct", stateless=True, background=True, must_register=True),
     )
 }
+MODES = ("nixl?mode=packed", "nixl?mode=direct")
+"""What differs between them and `nixl` is how bytes move; their lifetimes are looked at by night."""
+
 LETHAL = [check for check in all_checks(thorough=False) if check.kills]
-CHECKS = [check for check in all_checks(thorough=False) if not check.kills]
-DIE_EVERY_DAY = ("torch_gloo", "nixl")  # processes of their own for each: the others do it by night
+MOVING = [*delivery.CHECKS, *refusal.CHECKS]
+STEPS = [
+    Step(subject, check)
+    for config, subject in SUBJECTS.items()
+    for check in (MOVING if config in MODES else all_checks(thorough=False))
+    if not check.kills
+]
 
 
 @pytest.fixture(scope="module", params=(2, 3), ids=("2 ranks", "3 ranks"))
 def report(request: pytest.FixtureRequest) -> Report:
-    return run_conformance(list(SUBJECTS.values()), request.param, CHECKS)
+    return run_steps(STEPS, request.param)
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("check", [check.name for check in CHECKS])
-@pytest.mark.parametrize("config", SUBJECTS)
+@pytest.mark.parametrize(("config", "check"), [(step.subject.config, step.check.name) for step in STEPS])
 def test_contract(report: Report, config: str, check: str) -> None:
     result = report.of(check, config)
     if result.status is Status.SKIPPED:
@@ -39,10 +46,7 @@ def test_contract(report: Report, config: str, check: str) -> None:
     assert result.status is Status.PASSED, result.detail
 
 
-@pytest.mark.parametrize(
-    "config",
-    [pytest.param(config, marks=() if config in DIE_EVERY_DAY else pytest.mark.nightly) for config in SUBJECTS],
-)
+@pytest.mark.parametrize("config", [config for config in SUBJECTS if config not in MODES])
 def test_a_killed_rank_is_named_by_every_survivor(config: str) -> None:
     report = run_conformance([SUBJECTS[config]], 3, LETHAL)
     assert report.conforms, [result.detail for result in report]

@@ -250,10 +250,13 @@ def several_transfers_may_be_under_way(context: RankContext) -> None:
 
 def a_plan_that_all_trust_is_moved_all_the_same(context: RankContext) -> None:
     """After trust_matching(True) the same bytes arrive."""
-    communicator = context.fresh()
-    communicator.trust_matching(True)
-    for epoch, nbytes in enumerate((64, 300_032)):
-        exchange(context, communicator, [Message(*pair, nbytes) for pair in all_pairs(context.world_size)], epoch)
+    context.communicator.trust_matching(True)
+    try:
+        for epoch, nbytes in enumerate((64, 300_032)):
+            messages = [Message(*pair, nbytes) for pair in all_pairs(context.world_size)]
+            exchange(context, context.communicator, messages, epoch)
+    finally:
+        context.communicator.trust_matching(False)
 
 
 def the_statistics_count_the_payload(context: RankContext) -> None:
