@@ -1,7 +1,7 @@
 """eplb moves mixture-of-experts weights between the ranks of an expert-parallel group.
 
-What this package exports here is promised. Every name loads on first use, so that importing the package is cheap and
-imports neither torch nor any backend.
+What this package exports here is promised, and so are `eplb_core.errors`, `eplb_core.hooks` and `eplb_core.testing`.
+Every name loads on first use, so that importing the package is cheap and imports neither torch nor any backend.
 """
 
 from __future__ import annotations
@@ -18,40 +18,64 @@ if TYPE_CHECKING:
     from eplb_core.backend import CommonOptions as CommonOptions
     from eplb_core.backend import Duration as Duration
     from eplb_core.backend import ProbeResult as ProbeResult
+    from eplb_core.coalesce import as_bytes as as_bytes
     from eplb_core.communicator import EplbCommunicator as EplbCommunicator
+    from eplb_core.communicator import PendingTransfer as PendingTransfer
     from eplb_core.communicator import TransferStats as TransferStats
+    from eplb_core.errors import BackendUnavailableError as BackendUnavailableError
+    from eplb_core.errors import CommunicatorClosedError as CommunicatorClosedError
+    from eplb_core.errors import ControlPlaneError as ControlPlaneError
     from eplb_core.errors import EplbError as EplbError
     from eplb_core.errors import HandshakeError as HandshakeError
+    from eplb_core.errors import InvalidTransferError as InvalidTransferError
+    from eplb_core.errors import PeerLostError as PeerLostError
     from eplb_core.errors import TransferError as TransferError
+    from eplb_core.errors import TransferMismatchError as TransferMismatchError
+    from eplb_core.errors import TransferOverflowError as TransferOverflowError
+    from eplb_core.errors import TransferTimeoutError as TransferTimeoutError
     from eplb_core.factory import create_eplb_communicator as create_eplb_communicator
     from eplb_core.groups import StatelessGroup as StatelessGroup
     from eplb_core.groups import TorchGroups as TorchGroups
     from eplb_core.plan import plan_rearrangement as plan_rearrangement
+    from eplb_core.queues import Transfer as Transfer
     from eplb_core.queues import TransferQueue as TransferQueue
+    from eplb_core.queues import check_match as check_match
     from eplb_core.rearrange import Rearranger as Rearranger
     from eplb_core.rearrange import RearrangeResult as RearrangeResult
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PLUGIN_API_VERSION": "backend",
     "BackendContext": "backend",
     "BackendSpec": "backend",
+    "BackendUnavailableError": "errors",
     "ByteSize": "backend",
     "Capabilities": "backend",
     "CommonOptions": "backend",
+    "CommunicatorClosedError": "errors",
+    "ControlPlaneError": "errors",
     "Duration": "backend",
     "EplbCommunicator": "communicator",
     "EplbError": "errors",
     "HandshakeError": "errors",
+    "InvalidTransferError": "errors",
+    "PLUGIN_API_VERSION": "backend",
+    "PeerLostError": "errors",
+    "PendingTransfer": "communicator",
     "ProbeResult": "backend",
     "RearrangeResult": "rearrange",
     "Rearranger": "rearrange",
     "StatelessGroup": "groups",
     "TorchGroups": "groups",
+    "Transfer": "queues",
     "TransferError": "errors",
+    "TransferMismatchError": "errors",
+    "TransferOverflowError": "errors",
     "TransferQueue": "queues",
     "TransferStats": "communicator",
+    "TransferTimeoutError": "errors",
+    "as_bytes": "coalesce",
+    "check_match": "queues",
     "create_eplb_communicator": "factory",
     "plan_rearrangement": "plan",
 }
