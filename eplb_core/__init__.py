@@ -22,17 +22,9 @@ if TYPE_CHECKING:
     from eplb_core.communicator import EplbCommunicator as EplbCommunicator
     from eplb_core.communicator import PendingTransfer as PendingTransfer
     from eplb_core.communicator import TransferStats as TransferStats
-    from eplb_core.errors import BackendUnavailableError as BackendUnavailableError
-    from eplb_core.errors import CommunicatorClosedError as CommunicatorClosedError
-    from eplb_core.errors import ControlPlaneError as ControlPlaneError
     from eplb_core.errors import EplbError as EplbError
     from eplb_core.errors import HandshakeError as HandshakeError
-    from eplb_core.errors import InvalidTransferError as InvalidTransferError
-    from eplb_core.errors import PeerLostError as PeerLostError
     from eplb_core.errors import TransferError as TransferError
-    from eplb_core.errors import TransferMismatchError as TransferMismatchError
-    from eplb_core.errors import TransferOverflowError as TransferOverflowError
-    from eplb_core.errors import TransferTimeoutError as TransferTimeoutError
     from eplb_core.factory import create_eplb_communicator as create_eplb_communicator
     from eplb_core.groups import StatelessGroup as StatelessGroup
     from eplb_core.groups import TorchGroups as TorchGroups
@@ -48,19 +40,14 @@ __version__ = "0.1.0"
 _HOME = {
     "BackendContext": "backend",
     "BackendSpec": "backend",
-    "BackendUnavailableError": "errors",
     "ByteSize": "backend",
     "Capabilities": "backend",
     "CommonOptions": "backend",
-    "CommunicatorClosedError": "errors",
-    "ControlPlaneError": "errors",
     "Duration": "backend",
     "EplbCommunicator": "communicator",
     "EplbError": "errors",
     "HandshakeError": "errors",
-    "InvalidTransferError": "errors",
     "PLUGIN_API_VERSION": "backend",
-    "PeerLostError": "errors",
     "PendingTransfer": "communicator",
     "ProbeResult": "backend",
     "RearrangeResult": "rearrange",
@@ -69,11 +56,8 @@ _HOME = {
     "TorchGroups": "groups",
     "Transfer": "queues",
     "TransferError": "errors",
-    "TransferMismatchError": "errors",
-    "TransferOverflowError": "errors",
     "TransferQueue": "queues",
     "TransferStats": "communicator",
-    "TransferTimeoutError": "errors",
     "as_bytes": "coalesce",
     "check_match": "queues",
     "create_eplb_communicator": "factory",
