@@ -43,14 +43,18 @@ def _checksum(message: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted(words: torch.Tensor, salt: int) -> torch.Tensor:
-    """Return one number for int64 words `[rows, columns]`."""
+    """Return one number for int64 words `[rows, columns]`.
+
+    A word counts with the weights of its row and its column together. That has to be odd, or changes of a word's
+    highest bits vanish modulo 2^64; so rows have even weights and columns odd ones.
+    """
     rows, columns = words.sum(1), words.sum(0)
-    return (rows * _weights(len(rows), salt, words.device)).sum() + (
-        columns * _weights(len(columns), salt + 1, words.device)
+    return (rows * (_odd_weights(len(rows), salt, words.device) - 1)).sum() + (
+        columns * _odd_weights(len(columns), salt + 1, words.device)
     ).sum()
 
 
-def _weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
+def _odd_weights(count: int, salt: int, device: torch.device) -> torch.Tensor:
     index = torch.arange(1, count + 1, dtype=torch.int64, device=device)
     mixed = (index + salt * 1_000_003) * _ODD
     return (mixed ^ (mixed >> 29)) | 1
