@@ -134,12 +134,12 @@ class Engine:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """When this rank gives up, say so to all that may be waiting for it."""
+        """When this rank gives up, say so to all that may be waiting for it, also to those that it blames."""
         try:
             yield
         except TransferError as error:
             for this in self._rounds:
-                self._tell(this.partners.difference(error.peers), this.writer.failed(error.peers, error.what))
+                self._tell(this.partners, this.writer.failed(error.peers, error.what))
             raise
 
     def _tell(self, ranks: Iterable[int], raw: bytes) -> None:

@@ -46,6 +46,7 @@ class Peers:
 
     def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float) -> None:
         self.agent = agent
+        self.rank = control.rank
         self._links = links
         self.version = 0
         self.token = b""

@@ -132,7 +132,7 @@ class Round:
         self._note({rank})
         match message.kind:
             case Kind.FAILED:
-                raise _gave_up(rank, *message.failure())
+                raise self._gave_up(rank, *message.failure())
             case Kind.DIFFER:
                 raise TransferMismatchError(
                     f"rank {rank} expects something else than it is sent",
@@ -198,8 +198,10 @@ class Round:
         if ranks:
             self.progress.update(dict.fromkeys(ranks & self.partners, time.monotonic()))
 
-
-def _gave_up(rank: int, blamed: list[int], text: str) -> TransferError:
-    if not blamed:
-        return TransferError(f"rank {rank} gave up", peers=[rank], phase="read", why=text)
-    return PeerLostError(f"{ranks_text(blamed)} failed, as rank {rank} found out", peers=blamed, phase="read", why=text)
+    def _gave_up(self, rank: int, blamed: list[int], text: str) -> TransferError:
+        others = [other for other in blamed if other != self._peers.rank]
+        if others:
+            what = f"{ranks_text(others)} failed, as rank {rank} found out"
+            return PeerLostError(what, peers=others, phase="read", why=text)
+        on_whom = " on this rank" if blamed else ""
+        return TransferError(f"rank {rank} gave up{on_whom}", peers=[rank], phase="read", why=text)
