@@ -15,7 +15,7 @@ from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.inbox import Incoming
 from eplb_backends.nixl.integrity import checksums
 from eplb_backends.nixl.links import Links
-from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, left_for_staging
+from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, joined, left_for_staging
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
@@ -114,6 +114,7 @@ class NixlCommunicator(EplbCommunicator):
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Register the allocations behind `tensors`, each once; peers learn of them when they first need them.
 
+        An allocation that overlaps an earlier one without lying in it is not registered: its tensors are packed.
         Registered memory can be read, and written, by every peer of the group.
 
         Raises:
@@ -121,31 +122,31 @@ class NixlCommunicator(EplbCommunicator):
             TransferError: NIXL cannot register the memory.
         """
         self._queue.check_open()
-        fresh: dict[int, tuple[int, torch.Tensor]] = {}
-        for tensor in tensors:
-            if tensor.device != self._device:
-                raise InvalidTransferError(
-                    f"cannot register a tensor on {tensor.device}",
-                    why=f"this communicator moves tensors on {self._device}",
-                )
-            address, nbytes = allocation_of(tensor)
-            if nbytes and not self._registered.contain(address, nbytes):
-                fresh[address] = (nbytes, tensor)
-            if landing and nbytes and not self._landing.contain(address, nbytes):
-                self._landing.add(address, nbytes)
-        if not fresh or self._agent is None:
-            return
-        try:
-            self._agent.register(
-                [(address, nbytes) for address, (nbytes, _) in fresh.items()], [tensor for _, tensor in fresh.values()]
+        elsewhere = next((tensor.device for tensor in tensors if tensor.device != self._device), None)
+        if elsewhere is not None:
+            raise InvalidTransferError(
+                f"cannot register a tensor on {elsewhere}", why=f"this communicator moves tensors on {self._device}"
             )
-        except NixlError as error:
-            raise TransferError(
-                "the tensors cannot be registered", phase="register", usable=True, why=str(error)
-            ) from error
-        for address, (nbytes, _) in fresh.items():
-            self._registered.add(address, nbytes)
-        self._unpublished = True
+        ranges = [allocation_of(tensor) for tensor in tensors]
+        # NIXL does not find memory that two registrations overlap in, so what overlaps an earlier one is left out.
+        fresh = [
+            (address, nbytes)
+            for address, nbytes in joined((at, size) for at, size in ranges if size)
+            if not self._registered.overlap(address, nbytes)
+        ]
+        if fresh and self._agent is not None:
+            try:
+                self._agent.register(fresh, tensors)
+            except NixlError as error:
+                raise TransferError(
+                    "the tensors cannot be registered", phase="register", usable=True, why=str(error)
+                ) from error
+            for address, nbytes in fresh:
+                self._registered.add(address, nbytes)
+            self._unpublished = True
+        for address, nbytes in ranges if landing else ():
+            if nbytes and self._registered.contain(address, nbytes) and not self._landing.contain(address, nbytes):
+                self._landing.add(address, nbytes)
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         """Queue a send."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import itertools
+from collections.abc import Iterable
 
 import torch
 
@@ -15,28 +17,47 @@ _WINDOW_SHARE = 8  # either window has one part in so many of the staging memory
 
 
 class Regions:
-    """Disjoint ranges of registered memory, `(address, bytes)`."""
+    """Ranges of memory, `(address, bytes)`. They may overlap: storages made from slices of one array do."""
 
     def __init__(self) -> None:
+        self._ranges: list[tuple[int, int]] = []
         self._starts: list[int] = []
-        self._ends: list[int] = []
+        self._reach: list[int] = []
 
     def add(self, address: int, nbytes: int) -> None:
-        """Add a range that overlaps none of those here."""
-        at = bisect.bisect(self._starts, address)
-        self._starts.insert(at, address)
-        self._ends.insert(at, address + nbytes)
+        """Add a range."""
+        bisect.insort(self._ranges, (address, address + nbytes))
+        self._starts = [start for start, _ in self._ranges]
+        self._reach = list(itertools.accumulate((end for _, end in self._ranges), max))
 
     def contain(self, address: int, nbytes: int) -> bool:
         """Return whether one range holds all of these bytes."""
         at = bisect.bisect(self._starts, address) - 1
-        return at >= 0 and address + nbytes <= self._ends[at]
+        # The range that reaches furthest, of those that start at or before the address.
+        return at >= 0 and address + nbytes <= self._reach[at]
+
+    def overlap(self, address: int, nbytes: int) -> bool:
+        """Return whether a range holds any of these bytes."""
+        at = bisect.bisect_left(self._starts, address + nbytes) - 1
+        return at >= 0 and self._reach[at] > address
 
 
 def allocation_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Return address and bytes of the allocation that `tensor` is a view of."""
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return disjoint ranges `(address, bytes)` that cover the same bytes: those that overlap are joined."""
+    disjoint: list[tuple[int, int]] = []
+    for address, nbytes in sorted(ranges):
+        if disjoint and address < sum(disjoint[-1]):
+            start, size = disjoint[-1]
+            disjoint[-1] = (start, max(size, address + nbytes - start))
+        else:
+            disjoint.append((address, nbytes))
+    return disjoint
 
 
 def left_for_staging(staging_bytes: int) -> int:
