@@ -252,7 +252,7 @@ def _load(device: torch.device) -> Any:
     for package in _PACKAGES:
         try:
             return importlib.import_module(f"{package}._api")
-        except Exception as error:  # noqa: BLE001 - a broken library may raise anything, and the other ranks have to know
+        except Exception as error:  # a broken library may raise anything, and the other ranks have to know
             if isinstance(error, ModuleNotFoundError) and error.name == package:
                 continue
             kind = type(error).__name__
