@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import weakref
 from typing import Any
 
@@ -23,8 +25,10 @@ from ranks import (
     run_scenarios,
 )
 
+from eplb_backends.torch_gloo import communicator as gloo_communicator
 from eplb_core.communicator import EplbCommunicator
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError
+from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
 
 BACKENDS = (
     "torch_gloo",
@@ -406,3 +410,64 @@ def test_a_rank_that_does_not_execute_is_named_within_the_timeout(report: Report
 
 def test_every_rank_exits_in_order(report: Report) -> None:
     assert report.exit_codes == [0] * len(report.outcomes)
+
+
+# --- ranks that die --------------------------------------------------------------------------------------------------
+
+DEATHS = ("torch_gloo", "torch_nccl", "nixl?window=1MiB")
+
+
+def dies_before_executing(environment: RankEnvironment) -> dict[str, dict[str, Any]]:
+    """All ranks make a communicator of each backend and use it; then rank 1 is gone."""
+    environment.init_process_group(30)
+    member = Member(environment, torch.device("cpu"))
+    communicators = {}
+    for config in DEATHS:
+        separator = "&" if "?" in config else "?"
+        communicators[config] = member.communicator(f"{config}{separator}timeout={TIMEOUT_S:g}s")
+        exchange(member, communicators[config], ring(3, 1000))
+    if environment.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    errors = {}
+    for config, communicator in communicators.items():
+        error = error_of(lambda: exchange(member, communicator, ring(3, 1000)))  # noqa: B023 - called at once
+        errors[config] = {**error, "later": error_of(communicator.execute)["type"]}
+        communicator.close()
+    return errors
+
+
+def dies_after_agreeing(environment: RankEnvironment, config: str) -> dict[str, Any]:
+    """Rank 1 dies when all have compared what they queued, and the others begin to send."""
+    environment.init_process_group(30)
+    member = Member(environment, torch.device("cpu"))
+    with member.communicator(f"{config}?timeout=3s") as communicator:
+        exchange(member, communicator, ring(3, 1000))
+        if environment.rank == 1:
+            gloo_communicator.exchange = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        error = error_of(lambda: exchange(member, communicator, ring(3, 3 << 20)))
+        return {**error, "later": error_of(communicator.execute)["type"]}
+
+
+@pytest.fixture(scope="module")
+def bereaved() -> list[Outcome]:
+    return collect_local_ranks(dies_before_executing, 3, timeout_s=60, grace_s=30)
+
+
+@pytest.mark.parametrize("config", DEATHS)
+def test_survivors_name_the_rank_that_died_and_exit_in_order(bereaved: list[Outcome], config: str) -> None:
+    assert [outcome.exit_code for outcome in bereaved] == [0, -signal.SIGKILL, 0]
+    for outcome in (bereaved[0], bereaved[2]):
+        error = outcome.result[config]
+        assert error["type"] in ("TransferTimeoutError", "PeerLostError")
+        assert error["peers"] == (1,)
+        assert error["seconds"] < TIMEOUT_S + PATIENCE_S
+        assert error["later"] == "CommunicatorClosedError"
+
+
+def test_survivors_of_a_death_in_the_middle_name_the_rank_that_died() -> None:
+    outcomes = collect_local_ranks(dies_after_agreeing, 3, ("torch_gloo",), timeout_s=60, grace_s=30)
+    assert [outcome.exit_code for outcome in outcomes] == [0, -signal.SIGKILL, 0]
+    for outcome in (outcomes[0], outcomes[2]):
+        assert outcome.result["type"] in ("TransferTimeoutError", "PeerLostError")
+        assert outcome.result["peers"] == (1,)
+        assert outcome.result["later"] == "CommunicatorClosedError"

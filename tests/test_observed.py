@@ -1,0 +1,163 @@
+"""Plugins hear of every transfer, with the right numbers, and cannot harm one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ranks import Member, Report, Scenario, Sent, error_of, exchange, ring, run_scenarios
+
+from eplb_core.hooks import PluginHost, hookimpl
+from eplb_core.observed import ObservedCommunicator
+from eplb_core.rearrange import Rearranger
+
+BACKENDS = ("torch_gloo", "nixl?window=1MiB")
+
+
+class Recorder:
+    """Writes down what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def _write(self, what: str, event: Any, *more: Any) -> None:
+        about = (event.backend, event.rank, event.world_size, event.bytes_sent, event.bytes_received, event.messages)
+        self.heard.append((what, *about, *more))
+
+    @hookimpl
+    def eplb_transfer_started(self, event: Any) -> None:
+        self._write("started", event)
+
+    @hookimpl
+    def eplb_transfer_finished(self, event: Any) -> None:
+        self._write("finished", event, event.stats.bytes_sent, event.stats.bytes_received)
+
+    @hookimpl
+    def eplb_transfer_failed(self, event: Any) -> None:
+        self._write("failed", event, type(event.error).__name__)
+
+
+class Fails:
+    """A plugin whose every hook raises."""
+
+    @hookimpl
+    def eplb_transfer_started(self) -> None:
+        raise OSError("the metrics server is gone")
+
+    eplb_transfer_finished = eplb_transfer_failed = eplb_transfer_started
+
+
+def host_with(*plugins: object) -> PluginHost:
+    host = PluginHost()
+    for number, plugin in enumerate(plugins):
+        host.register(plugin, f"plugin {number}")
+    return host
+
+
+def a_transfer_that_ends_well(member: Member, config: str) -> list[tuple[Any, ...]]:
+    recorder = Recorder()
+    with member.communicator(config, plugins=host_with(recorder)) as communicator:
+        exchange(member, communicator, [Sent(0, 1, 1000), Sent(0, 1, 24), Sent(1, 0, 7), Sent(0, 1, 0)])
+        communicator.execute()
+    return recorder.heard
+
+
+def a_transfer_that_fails(member: Member, config: str) -> list[tuple[Any, ...]]:
+    recorder = Recorder()
+    with member.communicator(config, plugins=host_with(recorder)) as communicator:
+        if member.rank == 0:
+            communicator.add_send(torch.zeros(10), 1)
+        assert error_of(communicator.execute)["type"] == "TransferMismatchError"
+        refused = error_of(lambda: communicator.add_send(torch.zeros(10), member.rank))
+        assert refused["type"] == "InvalidTransferError"
+        exchange(member, communicator, ring(2, 5))
+    return recorder.heard
+
+
+def plugins_that_raise(member: Member, config: str) -> tuple[list[str], bool]:
+    first, last = Recorder(), Recorder()
+    with member.communicator(config, plugins=host_with(first, Fails(), last)) as communicator:
+        for epoch in range(3):
+            exchange(member, communicator, ring(2, 50_000), epoch)
+    return [entry[0] for entry in first.heard], first.heard == last.heard
+
+
+def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: str) -> list[int]:
+    """It rearranges weights, registered and in several steps, and tells the same about itself."""
+    recorder = Recorder()
+    old, new = np.array([[0, 1, 2, 3]]), np.array([[3, 2, 1, 0]])
+    weights = [[torch.tensor([2.0 * member.rank, 2.0 * member.rank + 1]).unsqueeze(1).repeat(1, 5000)]]
+    with (
+        member.communicator(config, plugins=host_with(recorder)) as communicator,
+        member.communicator(config, plugins=host_with()) as plain,
+    ):
+        assert isinstance(communicator, ObservedCommunicator)
+        assert not isinstance(plain, ObservedCommunicator)
+        for name in (
+            "needs_profile_buffer_reservation",
+            "transfer_limit_bytes",
+            "staging_bytes",
+            "staging_limit_bytes",
+            "max_in_flight",
+        ):
+            assert getattr(communicator, name) == getattr(plain, name), name
+        Rearranger(communicator, weights, window_bytes=20_224).run(old, new)
+        assert communicator.last_stats == communicator.inner.last_stats
+    assert {entry[0] for entry in recorder.heard} == {"started", "finished"}
+    assert sum(entry[4] for entry in recorder.heard if entry[0] == "finished") == 2 * 5000 * 4
+    return weights[0][0][:, 0].int().tolist()
+
+
+SCENARIOS = (
+    a_transfer_that_ends_well,
+    a_transfer_that_fails,
+    plugins_that_raise,
+    an_observed_communicator_is_as_good_as_a_plain_one,
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    scenarios = [Scenario(f"{each.__name__} {config}", each, (config,)) for config in BACKENDS for each in SCENARIOS]
+    return run_scenarios(2, scenarios)
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_start_and_end_are_told_with_the_payload_of_this_rank(report: Report, config: str) -> None:
+    name = config.partition("?")[0]
+    for rank, heard in enumerate(report.returned(f"a_transfer_that_ends_well {config}")):
+        sent, received = ((1024, 7), (7, 1024))[rank]
+        assert heard == [
+            ("started", name, rank, 2, sent, received, 4),
+            ("finished", name, rank, 2, sent, received, 4, sent, received),
+            ("started", name, rank, 2, 0, 0, 0),
+            ("finished", name, rank, 2, 0, 0, 0, 0, 0),
+        ]
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_a_failure_is_told_with_its_error_and_not_counted_again(report: Report, config: str) -> None:
+    for rank, heard in enumerate(report.returned(f"a_transfer_that_fails {config}")):
+        assert [(entry[0], *entry[4:7]) for entry in heard] == [
+            ("started", 40 * (rank == 0), 0, int(rank == 0)),
+            ("failed", 40 * (rank == 0), 0, int(rank == 0)),
+            ("started", 5, 5, 2),
+            ("finished", 5, 5, 2),
+        ]
+        assert heard[1][-1] == "TransferMismatchError"
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_a_plugin_that_raises_harms_neither_the_transfer_nor_other_plugins(report: Report, config: str) -> None:
+    assert report.returned(f"plugins_that_raise {config}") == [(["started", "finished"] * 3, True)] * 2
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_an_observed_communicator_does_all_that_a_plain_one_does(report: Report, config: str) -> None:
+    assert report.returned(f"an_observed_communicator_is_as_good_as_a_plain_one {config}") == [[3, 2], [1, 0]]
+
+
+def test_every_rank_exits_in_order(report: Report) -> None:
+    assert report.exit_codes == [0, 0]
