@@ -22,6 +22,7 @@ TIMEOUT_S = 15.0
 """The `timeout` option of communicators whose peers all take part."""
 
 _MEET_S = 60.0
+_LOOK_AROUND_S = 1.0  # waiting for ranks, a look at whether one of them has failed
 
 _T = TypeVar("_T")
 
@@ -144,8 +145,23 @@ class RankContext:
         return self.environment.store.get(f"step {self.step}/{name}").decode()
 
     def wait_for(self, keys: Sequence[str]) -> None:
-        """Wait for keys of the store at which the ranks meet."""
-        self.environment.store.wait(list(keys), datetime.timedelta(seconds=_MEET_S))
+        """Wait for keys of the store at which the ranks meet.
+
+        Raises:
+            BrokenPromiseError: another rank has failed this check, and will not set them.
+        """
+        store = self.environment.store
+        while True:
+            try:
+                store.wait(list(keys), datetime.timedelta(seconds=_LOOK_AROUND_S))
+                return
+            except dist.DistError:
+                expect(not store.check([self.failure_key]), "another rank failed while this one waited for it")
+
+    @property
+    def failure_key(self) -> str:
+        """The key that a rank sets when it has failed the check at hand."""
+        return f"step {self.step} failed"
 
     def once(self, name: str, measure: Callable[[], _T]) -> _T:
         """Return what `measure` returned when it was first asked for under this name: several checks share one."""

@@ -42,6 +42,14 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """Told to the parent at once: this rank has failed the step. The others may hang because of it."""
+
+    step: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class Closing:
     """Told to the parent: this rank now closes what the step has left open."""
 
@@ -87,6 +95,9 @@ def perform(
             status, detail = _outcome(context, step.check)
             seconds = time.monotonic() - began
             failed_somewhere = status is Status.FAILED
+            if failed_somewhere:
+                environment.report(Failed(number, detail))
+                environment.store.set(context.failure_key, "")
             if not step.check.kills:
                 failed_somewhere = _meet(environment, number, failed_somewhere)
             environment.report(Ended(number, status, detail, seconds))

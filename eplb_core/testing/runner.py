@@ -25,7 +25,7 @@ from eplb_core.launch import Outcome, collect_local_ranks
 from eplb_core.registry import Registry
 from eplb_core.testing.check import BrokenPromiseError, Check, Place, SkippedError
 from eplb_core.testing.contract import all_checks
-from eplb_core.testing.in_rank import Closed, Closing, Ended, Step, perform, stacks_file
+from eplb_core.testing.in_rank import Closed, Closing, Ended, Failed, Step, perform, stacks_file
 from eplb_core.testing.report import Report, Result, Status
 from eplb_core.testing.subject import Subject
 
@@ -97,6 +97,7 @@ class _Rank:
     """What one rank has told."""
 
     ended: dict[int, Ended] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)
     closing: int | None = None
     close_problems: dict[int, str] = field(default_factory=dict)
 
@@ -104,6 +105,8 @@ class _Rank:
         """Take one event."""
         if isinstance(event, Ended):
             self.ended[event.step] = event
+        elif isinstance(event, Failed):
+            self.failed[event.step] = event.detail
         elif isinstance(event, Closing):
             self.closing = event.step
         elif isinstance(event, Closed):
@@ -201,7 +204,7 @@ class _Run:
             self._note_exits([step for step in steps if step.check.place is Place.EXIT], outcomes)
             return []
         # A rank that ended a step but not its closing was stopped there, and the step itself is not to blame.
-        how = _how_it_ended(outcomes, stacks)
+        how = _how_it_ended(outcomes, stacks, [rank.failed.get(noted, "") for rank in told])
         closing = next((rank.closing for rank in told if rank.closing is not None and rank.closing < noted), None)
         if closing is not None and noted and closing >= noted - 1:
             self._blame_close(steps[closing], f"close() did not return.\n{how}")
@@ -237,7 +240,9 @@ class _Run:
         if all(0 in rank.ended for rank in survivors):
             self._note(step, 0, survivors)
         else:
-            self.finish(step, Status.FAILED, _how_it_ended(outcomes[:-1], stacks))
+            self.finish(
+                step, Status.FAILED, _how_it_ended(outcomes[:-1], stacks, [rank.failed.get(0, "") for rank in told])
+            )
 
     def _note_exits(self, steps: Sequence[Step], outcomes: Sequence[Outcome]) -> None:
         wrong = {outcome.rank: _exit_words(outcome) for outcome in outcomes if outcome.exit_code != 0 or outcome.error}
@@ -285,10 +290,13 @@ def _why_not(subject: Subject, check: Check, ranks: int) -> str:
     return ""
 
 
-def _how_it_ended(outcomes: Sequence[Outcome], stacks: Sequence[str]) -> str:
-    """Say of each rank how it ended, and where it was if it was cut."""
+def _how_it_ended(outcomes: Sequence[Outcome], stacks: Sequence[str], failures: Sequence[str]) -> str:
+    """Say of each rank what it saw, else how it ended and where it was if it was cut."""
     words = {}
     for outcome in outcomes:
+        if failures[outcome.rank]:
+            words[outcome.rank] = failures[outcome.rank]
+            continue
         stack = stacks[outcome.rank] if outcome.rank < len(stacks) else ""
         words[outcome.rank] = f"it did not come to an end; it was at\n{stack}" if stack else _exit_words(outcome)
     return _by_rank(words)

@@ -1,0 +1,1 @@
+"""Shared memory between the CPU ranks of one host, as a backend of `eplb`."""

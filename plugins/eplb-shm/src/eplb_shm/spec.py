@@ -1,0 +1,18 @@
+"""How the `shm` backend registers itself. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from eplb_core import PLUGIN_API_VERSION, BackendSpec, Capabilities
+
+BACKEND = BackendSpec(
+    name="shm",
+    summary="shared memory between CPU ranks of one host: one copy in, one copy out",
+    api_version=PLUGIN_API_VERSION,
+    factory="eplb_shm.communicator:create",
+    options="eplb_shm.options:ShmOptions",
+    capabilities=Capabilities(device_types=("cpu",), stateless_groups=True, background=True),
+    requires=("torch",),
+    install="pip install eplb-shm",
+    probe="eplb_shm.window:probe",
+    priority=0,
+)
