@@ -205,6 +205,7 @@ class NixlCommunicator(EplbCommunicator):
     def finish(self, pending: _Pending) -> TransferStats:
         """Wait for one transfer; `_Pending.wait` calls it."""
         phases = pending.phases
+        self._queue.check_open()
         with self._breaking():
             _, engine = self._connected()
             with _timed(phases, "read"):
@@ -227,12 +228,15 @@ class NixlCommunicator(EplbCommunicator):
         return self._stats
 
     def close(self) -> None:
-        """Release READs, peers, registrations, agent and windows, in this order."""
+        """Wait a moment for the peers; release READs, peers, registrations, agent and windows, in this order."""
         self._queue.close("it was closed")
-        self._shared = None
-        self._engine = None
-        if self._agent is not None:
-            self._agent.close()
+        shared, self._shared, self._engine = self._shared, None, None
+        try:
+            if shared is not None:
+                shared.peers.part()
+        finally:
+            if self._agent is not None:
+                self._agent.close()
 
     # --- steps of a transfer ----------------------------------------------------------------------------------------
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from eplb_backends.nixl.agent import NixlError
 from eplb_backends.nixl.messages import Kind, Message
 from eplb_backends.nixl.naming import ranks_text
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.round import Round
-from eplb_core.errors import TransferError, TransferTimeoutError
+from eplb_core.errors import EplbError, PeerLostError, TransferError, TransferTimeoutError
 
 _SPINS = 20  # polls in a row before the first nap
 _NAP_S = 20e-6
 _LONGEST_NAP_S = 500e-6  # while nothing happens a rank leaves the core to those that have work
+_LOOK_S = 0.05  # between two looks at who is late
 _ANSWER_S = 1.0  # how long a suspect may take to say that it is alive, and then half of it to say who is to blame
+_LAST_WORDS_S = 0.02  # how long to look for what a rank said before it was gone
 
 
 class Engine:
@@ -33,13 +35,16 @@ class Engine:
         self._timeout_s = timeout_s
         self._rounds: deque[Round] = deque()
         self._early: list[tuple[int, Message]] = []
-        self._alive: set[int] = set()
+        self._gone: dict[int, Message] = {}
+        self._answers: dict[int, float] = {}
+        self._ask_again: dict[int, float] = {}
 
     def start(self, this: Round) -> None:
         """Put a round under way. Rounds are started in the order of their epochs."""
         self._rounds.append(this)
         early, self._early = self._early, []
         with self._telling():
+            self._refuse_gone()
             for rank, message in early:
                 self._hand_out(rank, message)
             self._advance()
@@ -55,21 +60,14 @@ class Engine:
         """
         with self._telling():
             idle = 0
+            look_at = time.monotonic() + _LOOK_S
             while not this.ended:
-                if self._advance():
-                    idle = 0
-                    continue
-                idle += 1
+                idle = 0 if self._advance() else idle + 1
+                # By the clock, since other peers may keep this rank busy for as long as they like.
+                if time.monotonic() > look_at:
+                    self._look(this)
+                    look_at = time.monotonic() + _LOOK_S
                 if idle > _SPINS:
-                    late = self._late()
-                    if late:
-                        self._give_up(late)
-                    if not this.begun and time.monotonic() > this.created_at + self._timeout_s:
-                        raise TransferTimeoutError(
-                            f"what was enqueued before the transfer did not end within {self._timeout_s:g} s",
-                            phase="begin",
-                            why="the stream of this rank is stuck, or very busy",
-                        )
                     time.sleep(min(_NAP_S * (idle - _SPINS), _LONGEST_NAP_S))
         self._rounds.remove(this)
 
@@ -86,18 +84,56 @@ class Engine:
         return happened
 
     def _hand_out(self, rank: int, message: Message) -> None:
-        if message.kind == Kind.PING:
-            self._tell([rank], self._rounds[0].writer.pong() if self._rounds else b"")
-        elif message.kind == Kind.PONG:
-            self._alive.add(rank)
-        else:
-            this = next((r for r in self._rounds if r.epoch == message.epoch), None)
-            if this is not None:
-                this.handle(rank, message)
-            elif not self._rounds or message.epoch > self._rounds[-1].epoch:
-                self._early.append((rank, message))
+        match message.kind:
+            case Kind.PING:
+                self._tell([rank], self._rounds[0].writer.pong(self._idle_s()))
+            case Kind.PONG:
+                self._answers[rank] = message.idle_s()
+            case Kind.BYE:
+                pass  # `Peers` remembers who left
+            case Kind.FAILED:
+                self._gone[rank] = message
+                self._refuse_gone()
+            case _:
+                this = next((r for r in self._rounds if r.epoch == message.epoch), None)
+                if this is not None:
+                    this.handle(rank, message)
+                elif message.epoch > self._rounds[-1].epoch:
+                    self._early.append((rank, message))
 
     # --- giving up --------------------------------------------------------------------------------------------------
+
+    def _refuse_gone(self) -> None:
+        """Raise if a rank that takes part in a round has given up, in this round or in any other."""
+        for rank, message in self._gone.items():
+            if any(rank in this.partners for this in self._rounds):
+                raise self._gave_up(rank, message)
+
+    def _gave_up(self, rank: int, message: Message) -> TransferError:
+        blamed, text = message.failure()
+        others = [other for other in blamed if other != self._peers.rank]
+        if others:
+            what = f"{ranks_text(others)} failed, as rank {rank} found out"
+            return PeerLostError(what, peers=others, phase="read", why=text)
+        on_whom = " on this rank" if blamed else ""
+        return TransferError(f"rank {rank} gave up{on_whom}", peers=[rank], phase="read", why=text)
+
+    def _idle_s(self) -> float:
+        """Return the seconds since any rank did anything for any round."""
+        return time.monotonic() - max(max(this.progress.values(), default=this.created_at) for this in self._rounds)
+
+    def _look(self, this: Round) -> None:
+        """Give up on peers that have something to do and did nothing for too long, or on this rank's own stream."""
+        now = time.monotonic()
+        late = {rank: r for rank, r in self._late().items() if now > self._ask_again.get(rank, 0.0)}
+        if late:
+            self._ask(late)
+        if not this.begun and now > this.created_at + self._timeout_s:
+            raise TransferTimeoutError(
+                f"what was enqueued before the transfer did not end within {self._timeout_s:g} s",
+                phase="begin",
+                why="the stream of this rank is stuck, or very busy",
+            )
 
     def _late(self) -> dict[int, Round]:
         """Return the peers that have something to do and did nothing for too long, with the round they are late in."""
@@ -109,38 +145,81 @@ class Engine:
                     late.setdefault(rank, this)
         return late
 
-    def _give_up(self, late: dict[int, Round]) -> None:
-        """Raise an error that names those of the late peers that do not even answer, or else all of them."""
-        undone = {rank: this.undone(rank) for rank, this in sorted(late.items())}
-        self._alive.clear()
+    def _ask(self, late: dict[int, Round]) -> None:
+        """Ask the late peers whether they are there.
+
+        One that does not answer is to blame. One whose own transfers get on, or did until less than the timeout ago,
+        waits for somebody itself: it finds out who is to blame before this rank could, and tells (FAILED), so it is
+        asked again later. One that stands still as long as this rank has to tell at once.
+
+        Raises:
+            TransferTimeoutError: it names the peers that do not answer, or else those that stand still.
+        """
+        asked = time.monotonic()
+        self._answers.clear()
         self._tell(late, self._rounds[0].writer.ping())
-        deadline = time.monotonic() + _ANSWER_S
-        while time.monotonic() < deadline and not self._alive.issuperset(late):
+        self._advance_until(asked + _ANSWER_S, lambda: self._answers.keys() >= late.keys())
+        late = {rank: this for rank, this in self._late().items() if rank in late}
+        silent = late.keys() - self._answers.keys()
+        if silent:
+            raise self._timed_out(late, silent, "dead, stopped, or not in this transfer")
+        for rank, idle_s in self._answers.items():
+            self._ask_again[rank] = asked + max(self._timeout_s - idle_s, _LOOK_S)
+        still = {rank for rank in late if self._answers[rank] >= self._timeout_s}
+        if still:
+            self._advance_until(asked + _ANSWER_S * 1.5, lambda: not still & self._late().keys())
+            still &= self._late().keys()
+            if still:
+                raise self._timed_out(late, still, "alive, but waiting or slow")
+
+    def _advance_until(self, deadline: float, done: Callable[[], bool]) -> None:
+        while time.monotonic() < deadline and not done():
             self._advance()  # raises if a peer says FAILED, which names the rank that is really to blame
             time.sleep(_LONGEST_NAP_S)
-        silent = [rank for rank in undone if rank not in self._alive]
-        while not silent and time.monotonic() < deadline + _ANSWER_S / 2:
-            self._advance()
-            time.sleep(_LONGEST_NAP_S)
-        named = silent or list(undone)
-        raise TransferTimeoutError(
+
+    def _timed_out(self, late: Mapping[int, Round], named: Iterable[int], state: str) -> TransferTimeoutError:
+        undone = [late[rank].undone(rank) for rank in sorted(named)]
+        return TransferTimeoutError(
             f"{ranks_text(named)} did nothing for {self._timeout_s:g} s",
             peers=named,
-            phase=undone[named[0]][0],
-            why="; ".join(text for _, text in undone.values())
-            + (" (dead, stopped, or not in this transfer)" if silent else " (alive, but waiting or slow)"),
+            phase=undone[0][0],
+            why="; ".join(text for _, text in undone) + f" ({state})",
             remedy="look at the log of that rank; if it was only slow, raise the timeout option",
         )
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """When this rank gives up, say so to all that may be waiting for it, also to those that it blames."""
+        """When this rank gives up, say so to all that it knows: they may be waiting for it, now or in a later round."""
         try:
             yield
-        except TransferError as error:
-            for this in self._rounds:
-                self._tell(this.partners, this.writer.failed(error.peers, error.what))
+        except PeerLostError as error:
+            explained = self._last_words(error)
+            self._leave(explained)
+            if explained is error:
+                raise
+            raise explained from error
+        except BaseException as error:
+            self._leave(error)
             raise
+
+    def _last_words(self, lost: PeerLostError) -> TransferError:
+        """Return who a lost peer blamed before it left, if it did; a connection may end before that is looked at."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(TransferError):
+                for rank, message in self._peers.receive():
+                    if message.kind == Kind.FAILED and rank in lost.peers:
+                        return self._gave_up(rank, message)
+            time.sleep(_LONGEST_NAP_S)
+        return lost
+
+    def _leave(self, error: BaseException) -> None:
+        """Tell all others why, and let go of the rounds."""
+        blamed = error.peers if isinstance(error, TransferError) else ()
+        text = error.what if isinstance(error, EplbError) else f"{type(error).__name__}: {error}"
+        others = self._peers.known.union(*(this.partners for this in self._rounds))
+        self._tell(others, self._rounds[0].writer.failed(blamed, text))
+        self._rounds.clear()
 
     def _tell(self, ranks: Iterable[int], raw: bytes) -> None:
         """Send to each rank, as far as that is possible."""

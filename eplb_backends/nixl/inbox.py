@@ -23,6 +23,8 @@ from eplb_core.streams import on_stream
 SCATTER_BYTES = 64 << 10
 """Pieces below this many bytes are read together into a slot and copied out: a descriptor costs about 10 us."""
 
+_HIGHEST_ADDRESS = 1 << 63
+
 Piece = tuple[int, torch.Tensor]
 """An address at the source, and the uint8 tensor here that its bytes belong in."""
 
@@ -156,7 +158,8 @@ class Inbox:
         if incoming.stream is None or sequence in incoming.chunks:
             raise ValueError(f"chunk {sequence} came before the messages were announced, or twice")
         start = sequence * self._pool.slot_bytes
-        if not 0 < nbytes == min(self._pool.slot_bytes, incoming.stream.nbytes - start):
+        fits = 0 < nbytes == min(self._pool.slot_bytes, incoming.stream.nbytes - start)
+        if not fits or address + nbytes >= _HIGHEST_ADDRESS:
             raise ValueError(f"chunk {sequence} of {nbytes} bytes is not what was announced")
         incoming.chunks.add(sequence)
         pieces, in_place = [], True

@@ -16,7 +16,9 @@ DONE    nothing: all was read
 SUMS    int64 checksums of the messages that have bytes, in order
 DIFFER  text: what the receiver expects instead of what READY says
 FAILED  uint8 count, uint16 ranks that are to blame, text
-PING, PONG  nothing: is anybody there?
+PING    nothing: is anybody there?
+PONG    uint32 milliseconds since this rank's transfers last got on
+BYE     nothing: this rank closes, and reads no more
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ _READY = struct.Struct("<II16s")
 _CHUNK = struct.Struct("<IQQ")
 _TAKEN = struct.Struct("<I")
 _RANK = struct.Struct("<H")
+_IDLE = struct.Struct("<I")
 _NUMBERS_PER_PART = 400  # a notification should stay under a few KB
 _LONGEST_TEXT = 1500
 
@@ -51,6 +54,7 @@ class Kind(IntEnum):
     FAILED = 7
     PING = 8
     PONG = 9
+    BYE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,10 @@ class Message:
     def sums(self) -> IntArray:
         """Return SUMS' checksums."""
         return np.frombuffer(self.payload, "<i8")
+
+    def idle_s(self) -> float:
+        """Return PONG's seconds."""
+        return float(_IDLE.unpack(self.payload)[0]) / 1000
 
     def text(self) -> str:
         """Return DIFFER's text."""
@@ -134,9 +142,13 @@ class Writer:
         """Return PING."""
         return self._write(Kind.PING)
 
-    def pong(self) -> bytes:
+    def pong(self, idle_s: float) -> bytes:
         """Return PONG."""
-        return self._write(Kind.PONG)
+        return self._write(Kind.PONG, _IDLE.pack(min(int(idle_s * 1000), 2**32 - 1)))
+
+    def bye(self) -> bytes:
+        """Return BYE."""
+        return self._write(Kind.BYE)
 
     def _write(self, kind: Kind, payload: bytes = b"", part: int = 0) -> bytes:
         return _HEADER.pack(self._token, self._epoch, kind, 0, part) + payload
@@ -162,7 +174,8 @@ _FITS: dict[int, Callable[[bytes], bool]] = {
     Kind.DIFFER: lambda payload: True,
     Kind.FAILED: lambda payload: bool(payload) and len(payload) >= 1 + payload[0] * _RANK.size,
     Kind.PING: lambda payload: not payload,
-    Kind.PONG: lambda payload: not payload,
+    Kind.PONG: lambda payload: len(payload) == _IDLE.size,
+    Kind.BYE: lambda payload: not payload,
 }
 
 

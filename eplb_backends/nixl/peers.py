@@ -6,16 +6,21 @@ exchanges no experts with.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
 
 import msgspec
 
 from eplb_backends.nixl import messages
 from eplb_backends.nixl.agent import Agent, NixlError
 from eplb_backends.nixl.links import Links, Place
-from eplb_backends.nixl.messages import Message
+from eplb_backends.nixl.messages import Kind, Message, Writer
 from eplb_core.control import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
+
+_PARTING_S = 1.0  # how long a rank that closes waits for the others to do so too
+_NAP_S = 1e-3
 
 
 class Identity(msgspec.Struct, array_like=True, frozen=True):
@@ -55,6 +60,7 @@ class Peers:
         self._identities: dict[int, Identity] = {}
         self._versions: dict[int, int] = {}
         self._ranks: dict[str, int] = {}
+        self._left: set[int] = set()
 
     def meet(self, names: list[str]) -> None:
         """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
@@ -99,17 +105,45 @@ class Peers:
         """Return the name of a rank's agent, which is made known if it is not."""
         return self.know(rank, max(1, self._versions.get(rank, 0)))
 
+    @property
+    def known(self) -> set[int]:
+        """Return the ranks that this one has met."""
+        return set(self._identities)
+
     def send(self, rank: int, raw: bytes) -> None:
         """Send one notification."""
         self.agent.notify(self.name(rank), raw)
 
     def receive(self) -> list[tuple[int, Message]]:
-        """Return `(rank, message)` of all that came, in the order in which each rank sent them."""
+        """Return `(rank, message)` of all that came, in the order in which each rank sent them.
+
+        Raises:
+            TransferError: NIXL failed.
+        """
+        try:
+            received = self.agent.notifications()
+        except NixlError as error:
+            raise TransferError("this rank cannot receive notifications", phase="notify", why=str(error)) from error
         arrived: list[tuple[int, Message]] = []
-        for name, raws in self.agent.notifications().items():
+        for name, raws in received.items():
             rank = self._ranks.get(name)
             if rank is None:
                 continue
             parsed = (messages.parse(self.token, raw) for raw in raws)
             arrived.extend((rank, message) for message in parsed if message is not None)
+        self._left.update(rank for rank, message in arrived if message.kind == Kind.BYE)
         return arrived
+
+    def part(self) -> None:
+        """Say goodbye to all that this rank has met, and wait a moment until they have said so too.
+
+        Until then one of them may be reading memory of this rank, or wait for progress that only polling here makes.
+        """
+        for rank in self.known:
+            with contextlib.suppress(NixlError, TransferError):
+                self.send(rank, Writer(self.token, 0).bye())
+        deadline = time.monotonic() + _PARTING_S
+        while not self._left.issuperset(self.known) and time.monotonic() < deadline:
+            with contextlib.suppress(TransferError):
+                self.receive()
+            time.sleep(_NAP_S)

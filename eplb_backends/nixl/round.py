@@ -19,10 +19,10 @@ import torch
 from eplb_backends.nixl.inbox import Inbox, Incoming
 from eplb_backends.nixl.memory import SlotPool
 from eplb_backends.nixl.messages import Kind, Message, Writer
-from eplb_backends.nixl.naming import naming, ranks_text
+from eplb_backends.nixl.naming import naming
 from eplb_backends.nixl.outbox import Outbox, Outgoing
 from eplb_backends.nixl.peers import Peers
-from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError
+from eplb_core.errors import TransferError, TransferMismatchError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Round:
         self.epoch = epoch
         self.writer = Writer(shared.peers.token, epoch)
         self._peers = shared.peers
+        self._outgoing = outgoing
         self._incoming = incoming
         self._expects = expects
         self._after = after
@@ -131,8 +132,6 @@ class Round:
         """Take a notification of this round."""
         self._note({rank})
         match message.kind:
-            case Kind.FAILED:
-                raise self._gave_up(rank, *message.failure())
             case Kind.DIFFER:
                 raise TransferMismatchError(
                     f"rank {rank} expects something else than it is sent",
@@ -142,7 +141,7 @@ class Round:
                 )
             case Kind.DONE:
                 self._outbox.unconfirmed.discard(rank)
-            case Kind.TAKEN:
+            case Kind.TAKEN if rank in self._outgoing:
                 self._outbox.taken(rank, message.taken())
             case Kind.READY | Kind.CHUNK | Kind.SUMS:
                 self._receive(rank, message)
@@ -197,11 +196,3 @@ class Round:
     def _note(self, ranks: set[int]) -> None:
         if ranks:
             self.progress.update(dict.fromkeys(ranks & self.partners, time.monotonic()))
-
-    def _gave_up(self, rank: int, blamed: list[int], text: str) -> TransferError:
-        others = [other for other in blamed if other != self._peers.rank]
-        if others:
-            what = f"{ranks_text(others)} failed, as rank {rank} found out"
-            return PeerLostError(what, peers=others, phase="read", why=text)
-        on_whom = " on this rank" if blamed else ""
-        return TransferError(f"rank {rank} gave up{on_whom}", peers=[rank], phase="read", why=text)
