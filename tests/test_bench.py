@@ -211,7 +211,8 @@ def test_one_backend_writes_the_documented_fields(tmp_path: Path) -> None:
     assert found["seconds_min"] == min(first, last)
     assert math.isclose(found["gb_per_s"], 2 * 101_001 / last / 1e9)
     assert 0 < found["staging_bytes_max"] <= 256 * 2**20
-    assert found["phases"]
+    assert list(found["phases"]) == ["plan", "pack", "wait", "commit"]
+    assert math.isclose(sum(found["phases"].values()), sum(found["phases_in_detail"].values()))
     assert all(seconds >= 0 for seconds in found["phases"].values())
     assert {rank: set(peers) for rank, peers in found["paths"].items()} == {"0": {"1"}, "1": {"0"}}
 

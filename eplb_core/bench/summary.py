@@ -69,8 +69,10 @@ def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
     for row in rows:
         done = [run for run in runs if run["backend"] == row["backend"] and "error" not in run]
         if done:
-            names = dict.fromkeys(name for run in done for name in run["phases"])
-            medians = {name: statistics.median(run["phases"].get(name, 0.0) for run in done) for name in names}
+            names = dict.fromkeys(name for run in done for name in run["phases_in_detail"])
+            medians = {
+                name: statistics.median(run["phases_in_detail"].get(name, 0.0) for run in done) for name in names
+            }
             text = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in medians.items())
             console.print(f"{row['backend']}: milliseconds in {text}", markup=False)
     for run in runs:
