@@ -25,7 +25,7 @@ from eplb_core.registry import Registry
 
 RANKS = 3
 ODD = 1  # the rank that differs
-PATIENCE_S = 3.0
+PATIENCE_S = 8.0  # far below the timeouts that are configured, far above what any step takes
 
 
 class ChangedRegistry(Registry):
@@ -103,7 +103,7 @@ def differing(member: Member, usual: dict[str, Any], odd: dict[str, Any]) -> dic
     """Ask for `usual`, on one rank for `odd`; return the error, and check that the group can be used afterwards."""
     asked = {**usual, **(odd if member.rank == ODD else {})}
     weights = asked.pop("weights", ())
-    config = asked.pop("config", "torch_gloo?timeout=10s")
+    config = asked.pop("config", "torch_gloo?timeout=30s")
     error = error_of(lambda: member.communicator(config, weights, **asked))
     with member.shared("torch_gloo") as communicator:
         exchange(member, communicator, ring(RANKS, 100))
@@ -126,7 +126,7 @@ def without_a_part_of_the_package(member: Member) -> dict[str, Any]:
         hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("nixl.")}
         sys.modules["nixl._api"] = None  # type: ignore[assignment]
     try:
-        return differing(member, {"config": "nixl?window=1MiB&timeout=5s"}, {})
+        return differing(member, {"config": "nixl?window=1MiB&timeout=30s"}, {})
     finally:
         if member.rank == ODD:
             del sys.modules["nixl._api"]
@@ -166,7 +166,7 @@ DIFFERENCES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str, str, str]
         "window=2MiB",
         "window=1MiB",
     ),
-    "another timeout": (differing, ({}, {"config": "torch_gloo?timeout=11s"}), "options", "timeout=11s", "timeout=10s"),
+    "another timeout": (differing, ({}, {"config": "torch_gloo?timeout=31s"}), "options", "timeout=31s", "timeout=30s"),
     "another shape": (
         differing,
         ({"weights": [F32]}, {"weights": [F32.reshape(4, 2)]}),

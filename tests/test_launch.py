@@ -44,20 +44,25 @@ def raises_while_others_wait(environment: RankEnvironment) -> None:
     threading.Event().wait(TIMEOUT_S)
 
 
+def each_ends_in_its_own_way(environment: RankEnvironment) -> Any:
+    match environment.rank:
+        case 0:
+            return "well"
+        case 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case 2:
+            os._exit(0)
+        case 3:
+            sys.exit(3)
+        case 4:
+            return threading.Lock()  # cannot be sent
+    return None
+
+
 def is_killed(environment: RankEnvironment) -> str:
     if environment.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return "well"
-
-
-def leaves_silently(environment: RankEnvironment) -> str:
-    if environment.rank == 1:
-        os._exit(0)
-    return "well"
-
-
-def returns_what_cannot_be_sent(environment: RankEnvironment) -> Any:
-    return threading.Lock()
 
 
 def hangs(environment: RankEnvironment) -> str:
@@ -74,20 +79,6 @@ def does_not_exit(environment: RankEnvironment) -> str:
     if environment.rank == 0:
         threading.Thread(target=waiting_for_something_that_never_comes).start()
     return "well"
-
-
-def exits_with_a_status(environment: RankEnvironment) -> None:
-    sys.exit(3)
-
-
-def joins_a_process_group(environment: RankEnvironment) -> list[int]:
-    import torch
-    import torch.distributed as dist
-
-    environment.init_process_group(TIMEOUT_S)
-    total = torch.tensor([environment.rank + 1])
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------
@@ -116,10 +107,6 @@ def test_results_come_in_rank_order() -> None:
     assert run_local_ranks(returns, 3, (10,), timeout_s=TIMEOUT_S) == [(0, 3, 0, 3), (10, 3, 1, 3), (20, 3, 2, 3)]
 
 
-def test_ranks_can_form_a_process_group() -> None:
-    assert run_local_ranks(joins_a_process_group, 2, timeout_s=TIMEOUT_S) == [[3], [3]]
-
-
 def test_events_arrive_in_the_order_in_which_each_rank_sent_them(watched: Watched) -> None:
     events: list[tuple[int, Any]] = []
     watched.collect(reports, on_event=lambda rank, event: events.append((rank, event)))
@@ -142,10 +129,33 @@ def test_the_others_are_ended_soon_after_a_rank_has_failed(watched: Watched) -> 
     assert waiting.message == "ended because another rank failed"
 
 
-def test_a_rank_that_was_killed_is_told_from_one_that_ended_well(watched: Watched) -> None:
-    killed, well = watched.collect(is_killed)
-    assert (killed.exit_code, killed.reported, killed.succeeded) == (-signal.SIGKILL, False, False)
-    assert (well.result, well.succeeded) == ("well", True)
+@pytest.fixture(scope="module")
+def ended() -> list[Outcome]:
+    """Five ranks, of which only the first ends as it should."""
+    return collect_local_ranks(each_ends_in_its_own_way, 5, timeout_s=TIMEOUT_S, grace_s=20)
+
+
+def test_a_rank_that_ends_well_is_told_from_those_that_do_not(ended: list[Outcome]) -> None:
+    assert [outcome.succeeded for outcome in ended] == [True, False, False, False, False]
+    assert (ended[0].result, ended[0].exit_code) == ("well", 0)
+
+
+def test_a_rank_that_was_killed_tells_the_signal(ended: list[Outcome]) -> None:
+    assert (ended[1].exit_code, ended[1].reported) == (-signal.SIGKILL, False)
+
+
+def test_a_rank_that_exits_without_a_word_has_failed(ended: list[Outcome]) -> None:
+    assert (ended[2].exit_code, ended[2].reported) == (0, False)
+    assert "without a word" in ended[2].message
+
+
+def test_a_rank_that_calls_exit_has_failed(ended: list[Outcome]) -> None:
+    assert (ended[3].error, ended[3].message) == ("SystemExit", "3")
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_and_no_hang(ended: list[Outcome]) -> None:
+    assert ended[4].error == "TypeError"
+    assert "pickle" in ended[4].message
 
 
 def test_the_rank_that_was_killed_is_the_one_that_is_named() -> None:
@@ -153,24 +163,6 @@ def test_the_rank_that_was_killed_is_the_one_that_is_named() -> None:
         run_local_ranks(is_killed, 2, timeout_s=TIMEOUT_S)
     assert error.value.rank == 0
     assert "-9" in str(error.value) or "SIGKILL" in str(error.value)
-
-
-def test_a_rank_that_exits_without_a_word_has_failed(watched: Watched) -> None:
-    well, silent = watched.collect(leaves_silently)
-    assert well.succeeded
-    assert not silent.succeeded
-    assert "without a word" in silent.message
-
-
-def test_a_rank_that_calls_exit_has_failed(watched: Watched) -> None:
-    for outcome in watched.collect(exits_with_a_status):
-        assert (outcome.error, outcome.message) == ("SystemExit", "3")
-
-
-def test_a_result_that_cannot_be_sent_is_an_error_and_no_hang(watched: Watched) -> None:
-    for outcome in watched.collect(returns_what_cannot_be_sent):
-        assert outcome.error == "TypeError"
-        assert "pickle" in outcome.message
 
 
 def test_a_rank_that_hangs_is_ended_at_the_deadline_and_shows_where_it_hung(

@@ -40,7 +40,7 @@ BACKENDS = (
 WINDOW_BYTES = {BACKENDS[2]: 4 << 20, BACKENDS[3]: 1 << 20, BACKENDS[4]: 1 << 20}
 DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 TIMEOUT_S = 1.0
-PATIENCE_S = 2.0  # what a rank may need beyond the timeout to notice
+PATIENCE_S = 4.0  # what a rank may need beyond the timeout to notice, on a busy machine
 
 
 # --- what arrives ----------------------------------------------------------------------------------------------------
