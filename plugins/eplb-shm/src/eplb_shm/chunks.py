@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import torch
-
 from eplb_core import Transfer, as_bytes
+from eplb_shm.window import Bytes
 
-Chunk = list[torch.Tensor]
-"""Pieces of tensors, uint8 `[bytes]` each, that lie one after the other in a slot."""
+Chunk = list[Bytes]
+"""The memory of pieces of tensors, which lie one after the other in a slot."""
 
 
 def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk]]:
@@ -18,7 +17,7 @@ def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk
     cut_up: dict[int, deque[Chunk]] = {}
     room: dict[int, int] = {}
     for transfer in transfers:
-        rest = as_bytes(transfer.tensor)
+        rest = as_bytes(transfer.tensor.detach()).numpy()
         while len(rest):
             chunks = cut_up.setdefault(transfer.peer, deque())
             if not room.get(transfer.peer):
@@ -31,17 +30,17 @@ def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk
     return cut_up
 
 
-def pack(chunk: Chunk, slot: torch.Tensor) -> None:
+def pack(chunk: Chunk, slot: Bytes) -> None:
     """Copy the pieces into the slot."""
     offset = 0
     for piece in chunk:
-        slot[offset : offset + len(piece)].copy_(piece)
+        slot[offset : offset + len(piece)] = piece
         offset += len(piece)
 
 
-def unpack(slot: torch.Tensor, chunk: Chunk) -> None:
+def unpack(slot: Bytes, chunk: Chunk) -> None:
     """Copy the slot out to the pieces."""
     offset = 0
     for piece in chunk:
-        piece.copy_(slot[offset : offset + len(piece)])
+        piece[:] = slot[offset : offset + len(piece)]
         offset += len(piece)

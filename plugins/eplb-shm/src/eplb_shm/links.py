@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-import torch
-
 from eplb_core import BackendContext
 from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
-from eplb_shm.window import Window, map_window
+from eplb_shm.window import Bytes, Window, map_window
 
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"<{_TOKEN_BYTES}sI")  # the listener's token, the rank that connects
@@ -53,7 +51,7 @@ class Link:
 
     peer: int
     connection: socket.socket
-    window: torch.Tensor
+    window: Bytes
 
     def send(self, kind: Kind, number: int, text: str = "") -> None:
         """Send one message. Raises `OSError` if the peer is gone."""

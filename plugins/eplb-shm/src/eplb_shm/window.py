@@ -9,17 +9,20 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import warnings
 
-import torch
+import numpy as np
+import numpy.typing as npt
 
 from eplb_core import ProbeResult
 from eplb_core.errors import BackendUnavailableError
 
+Bytes = npt.NDArray[np.uint8]
+"""Memory, uint8 `[bytes]`. numpy copies it faster than torch does, and lets other threads run meanwhile as well."""
+
 MAX_SLOTS = 64
 """Few enough that the messages about all of them fit into a socket's buffer, so that sending one never blocks."""
 
-_LARGEST_SLOT = 256 << 10  # what is packed here is still in the cache when the peer copies it out
+_LARGEST_SLOT = 1 << 20  # telling the peer of a smaller one costs more than packing it
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -37,14 +40,14 @@ class Window:
             os.ftruncate(self.handle, nbytes)
             # Whoever maps memory that somebody else can shrink risks a SIGBUS.
             fcntl.fcntl(self.handle, fcntl.F_ADD_SEALS, _SEALS)
-            self.memory: torch.Tensor | None = map_window(self.handle, nbytes, writable=True)
+            self.memory: Bytes | None = map_window(self.handle, nbytes, writable=True)
         except BaseException:
             os.close(self.handle)
             raise
         self.slot_bytes = slot_bytes(nbytes)
         self.free = list(range(min(nbytes // self.slot_bytes, MAX_SLOTS)))
 
-    def slot(self, number: int) -> torch.Tensor:
+    def slot(self, number: int) -> Bytes:
         """Return a slot, uint8 `[slot_bytes]`."""
         if self.memory is None:
             raise RuntimeError("the window is closed")
@@ -62,8 +65,8 @@ def slot_bytes(window_bytes: int) -> int:
     return min(_LARGEST_SLOT, window_bytes // 4)
 
 
-def map_window(handle: int, nbytes: int, *, writable: bool) -> torch.Tensor:
-    """Return shared memory as uint8 `[nbytes]`; it is unmapped when the tensor goes.
+def map_window(handle: int, nbytes: int, *, writable: bool) -> Bytes:
+    """Return shared memory as uint8 `[nbytes]`; it is unmapped when the array goes.
 
     Raises:
         BackendUnavailableError: it is smaller than it should be, or can still be made smaller.
@@ -71,17 +74,14 @@ def map_window(handle: int, nbytes: int, *, writable: bool) -> torch.Tensor:
     if os.fstat(handle).st_size != nbytes or fcntl.fcntl(handle, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
         raise BackendUnavailableError(f"the shared memory is not a window of {nbytes} bytes", name="shm")
     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    mapped = mmap.mmap(handle, nbytes, mmap.MAP_SHARED, access)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # that is the point of it
-        return torch.frombuffer(mapped, dtype=torch.uint8)
+    return np.frombuffer(mmap.mmap(handle, nbytes, mmap.MAP_SHARED, access), np.uint8)
 
 
 def probe(device_type: str) -> ProbeResult:
     """Write into a window and read it through a second mapping; a `BackendProbe`."""
     window = Window(1 << 16)
     seen = map_window(window.handle, window.nbytes, writable=False)
-    window.slot(1).fill_(7)
+    window.slot(1)[:] = 7
     works = bool((seen[window.slot_bytes :][: window.slot_bytes] == 7).all())
     window.close()
     return ProbeResult(works, "shared memory was written and read" if works else "a second mapping showed other bytes")
