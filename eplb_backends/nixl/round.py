@@ -10,6 +10,7 @@ may overwrite everything         <----   DONE
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,13 +76,15 @@ class Round:
         self._expects = expects
         self._after = after
         self.begun = False
-        self._outbox = Outbox(outgoing, shared.send_window, self.writer, self.send, shared.device, stream)
+        # Not a method of this round: a cycle would keep tensors, and device memory, until the next garbage collection.
+        send = functools.partial(_send, shared.peers)
+        self._outbox = Outbox(outgoing, shared.send_window, self.writer, send, shared.device, stream)
         self._inbox = Inbox(
             incoming,
             shared.receive_window,
             shared.peers,
             self.writer,
-            self.send,
+            send,
             shared.device,
             stream,
             shared.on_read,
@@ -148,8 +151,7 @@ class Round:
 
     def send(self, rank: int, raw: bytes) -> None:
         """Send a notification to a rank."""
-        with naming(rank, "notify"):
-            self._peers.send(rank, raw)
+        _send(self._peers, rank, raw)
 
     def undone(self, rank: int) -> tuple[str, str]:
         """Return the phase that a rank is late in, and what it has not done, in words."""
@@ -196,3 +198,8 @@ class Round:
     def _note(self, ranks: set[int]) -> None:
         if ranks:
             self.progress.update(dict.fromkeys(ranks & self.partners, time.monotonic()))
+
+
+def _send(peers: Peers, rank: int, raw: bytes) -> None:
+    with naming(rank, "notify"):
+        peers.send(rank, raw)
