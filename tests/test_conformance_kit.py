@@ -89,7 +89,7 @@ def test_faults_that_take_three_ranks_fail_their_own_check_only() -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_every_broken_transport_passes_all_checks_but_its_own() -> None:
-    everything = [check.name for check in all_checks(thorough=False)]
+    everything = [check.name for check in all_checks(thorough=False) if not check.kills]
     failed = {}
     for names in (TOGETHER, *([name] for name in ALONE)):
         report = run_steps([step for name in names for step in steps_of(name, everything)], 3)
