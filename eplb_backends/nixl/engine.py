@@ -216,6 +216,7 @@ class Engine:
     def _leave(self, error: BaseException) -> None:
         """Tell all others why, and let go of the rounds."""
         blamed = error.peers if isinstance(error, TransferError) else ()
+        self._peers.lost.update(blamed)
         text = error.what if isinstance(error, EplbError) else f"{type(error).__name__}: {error}"
         others = self._peers.known.union(*(this.partners for this in self._rounds))
         self._tell(others, self._rounds[0].writer.failed(blamed, text))

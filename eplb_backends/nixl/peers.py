@@ -47,6 +47,9 @@ class Peers:
         control: where identities are published.
         links: told where each peer is.
         timeout_s: how long a peer may take to publish its identity, in seconds.
+
+    Attributes:
+        lost: ranks that nobody should wait for any more.
     """
 
     def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float) -> None:
@@ -61,6 +64,7 @@ class Peers:
         self._versions: dict[int, int] = {}
         self._ranks: dict[str, int] = {}
         self._left: set[int] = set()
+        self.lost: set[int] = set()
 
     def meet(self, names: list[str]) -> None:
         """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
@@ -143,7 +147,7 @@ class Peers:
             with contextlib.suppress(NixlError, TransferError):
                 self.send(rank, Writer(self.token, 0).bye())
         deadline = time.monotonic() + _PARTING_S
-        while not self._left.issuperset(self.known) and time.monotonic() < deadline:
+        while self.known - self._left - self.lost and time.monotonic() < deadline:
             with contextlib.suppress(TransferError):
                 self.receive()
             time.sleep(_NAP_S)
