@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from eplb_core.testing import Report, Status, Subject, all_checks, delivery, refusal, run_conformance
 from eplb_core.testing.contract import checks_named
@@ -66,3 +67,12 @@ def test_the_smallest_window_moves_everything_that_a_large_one_does() -> None:
         [Step(subject, check) for check in checks_named("odd_sizes_arrive", "uneven_traffic_arrives")], 2
     )
     assert report.conforms, [result.detail for result in report]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("config", [config for config in SUBJECTS if config != "torch_nccl"])
+def test_the_contract_with_tensors_on_one_gpu(config: str) -> None:
+    report = run_conformance([SUBJECTS[config].on("cuda")], 2)
+    assert report.conforms, [result.detail for result in report if result.status is not Status.PASSED]
