@@ -25,7 +25,7 @@ import torch.distributed as dist
 from eplb_core.errors import EplbError, InputError
 
 _GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
-_JOIN_S = 10.0  # a rank that reported has this long to exit
+_JOIN_S = 30.0  # a rank that reported has this long to exit
 _DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
 _START_S = 120.0  # for all ranks to meet
 
