@@ -49,11 +49,6 @@ class NixlError(EplbError, RuntimeError):
         super().__init__(what, why=why)
 
 
-def has_nixl() -> bool:
-    """Return whether a NIXL package, the CUDA or the ROCm build, can be found. Imports nothing."""
-    return any(importlib.util.find_spec(package) is not None for package in _PACKAGES)
-
-
 class Agent:
     """A NIXL agent with the UCX backend.
 
@@ -173,6 +168,11 @@ class Read:
         """Whether it has neither ended nor failed, as far as is known."""
         return self._state == "PROC"
 
+    @property
+    def failed(self) -> bool:
+        """Whether NIXL said that it failed."""
+        return self._state == "ERR"
+
     def post(self) -> None:
         """Start it."""
         self._note(self._agent.transfer)
@@ -224,12 +224,9 @@ class _Held:
             return
         in_flight = []
         for read in self.reads:
-            failed = False
-            try:
+            with contextlib.suppress(NixlError):
                 read.poll()
-            except NixlError:
-                failed = True
-            if read.in_flight or (failed and self._stays_after_failure):
+            if read.in_flight or (read.failed and self._stays_after_failure):
                 in_flight.append(read)
             else:
                 self._try("release a READ", Read.release, read)
