@@ -17,7 +17,7 @@ from ranks import Member, Report, Scenario, Sent, all_pairs, error_of, exchange,
 
 from eplb_backends.nixl import communicator as nixl_communicator
 from eplb_backends.nixl.communicator import NixlCommunicator
-from eplb_backends.nixl.integrity import checksums
+from eplb_core.checksums import checksums
 from eplb_backends.nixl.memory import Regions, joined
 from eplb_backends.nixl.messages import Kind, Writer, parse
 from eplb_backends.nixl.pieces import ByteStream, merge

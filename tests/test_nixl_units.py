@@ -25,12 +25,12 @@ from eplb_backends.nixl import layout
 from eplb_backends.nixl.agent import NixlError, Read, Registration, mapped
 from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.inbox import SCATTER_BYTES, Inbox, Incoming
-from eplb_backends.nixl.integrity import checksums
 from eplb_backends.nixl.links import Links, Place, link_between
 from eplb_backends.nixl.memory import Regions, SlotPool, left_for_staging
 from eplb_backends.nixl.messages import Kind, Message, Writer, parse
 from eplb_backends.nixl.outbox import Outbox
 from eplb_backends.nixl.round import Round, Shared
+from eplb_core.checksums import checksums
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.queues import Transfer
 

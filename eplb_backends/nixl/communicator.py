@@ -13,7 +13,6 @@ from eplb_backends.nixl import layout
 from eplb_backends.nixl.agent import Agent, NixlError
 from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.inbox import Incoming
-from eplb_backends.nixl.integrity import checksums
 from eplb_backends.nixl.links import Links
 from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, joined, left_for_staging
 from eplb_backends.nixl.options import NixlOptions
@@ -22,6 +21,7 @@ from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, read_from_every_peer
 from eplb_core.backend import BackendContext
+from eplb_core.checksums import checksums
 from eplb_core.coalesce import as_bytes
 from eplb_core.communicator import EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.control import ControlPlane
