@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from eplb_core.backend import BackendContext
+    from eplb_core.hooks import PluginHost
 
 DEFAULT_STAGING_BYTES = 256 << 20
 """The staging memory that a rank uses where nothing else is configured, in bytes."""
@@ -54,10 +55,12 @@ class Binding:
     Attributes:
         config: the canonical config string.
         context: the group that it was made for.
+        plugins: who is told of what is done with it; None for the installed plugins.
     """
 
     config: str
     context: BackendContext
+    plugins: PluginHost | None = field(default=None, repr=False)
     _scopes: int = field(default=0, repr=False)
 
     def next_scope(self, name: str) -> str:

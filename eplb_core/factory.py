@@ -112,7 +112,7 @@ def create_eplb_communicator(
         device_communicator=group_coordinator.device_communicator,
     )
     communicator = _build(selection, context, tensors, control)
-    communicator.bind(Binding(selection.options.canonical(), context))
+    communicator.bind(Binding(selection.options.canonical(), context, plugins))
     if _is_first_local_rank(context.rank):
         logger.info("initialized, %s (%s)", type(communicator).__name__, selection.options.canonical())
     return observed(communicator, plugins)

@@ -14,14 +14,26 @@ A hook takes any subset of the arguments of its specification, by name. There is
 from __future__ import annotations
 
 import logging
+import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
-from eplb_core.communicator import TransferStats
+from eplb_core.delivery import EVENT_LIMIT, EventDelivery, Listener
 from eplb_core.discovery import Registration, discover
+from eplb_core.events import HOOK_OF_EVENT, Event
+from eplb_core.events import RearrangeEvent as RearrangeEvent
+from eplb_core.events import RearrangeFailed as RearrangeFailed
+from eplb_core.events import RearrangeFinished as RearrangeFinished
+from eplb_core.events import RearrangeStarted as RearrangeStarted
+from eplb_core.events import StepCommitted as StepCommitted
+from eplb_core.events import TransferEvent as TransferEvent
+from eplb_core.events import TransferFailed as TransferFailed
+from eplb_core.events import TransferFinished as TransferFinished
+from eplb_core.events import TransferStarted as TransferStarted
 from eplb_core.options import did_you_mean
 
 if TYPE_CHECKING:
@@ -35,46 +47,6 @@ hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
 """Marks a plugin's function as an implementation of the hook of the same name."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferEvent:
-    """What all transfer events tell.
-
-    Attributes:
-        backend: the backend's name.
-        rank: this process's rank in the group.
-        world_size: the number of ranks in the group.
-        bytes_sent: payload bytes queued to leave this rank.
-        bytes_received: payload bytes queued to reach it.
-        messages: tensors queued, both ways.
-    """
-
-    backend: str
-    rank: int
-    world_size: int
-    bytes_sent: int
-    bytes_received: int
-    messages: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferStarted(TransferEvent):
-    """`execute()` was called."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferFinished(TransferEvent):
-    """`execute()` is about to return. `stats` says what it did."""
-
-    stats: TransferStats
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferFailed(TransferEvent):
-    """`execute()` is about to raise `error`."""
-
-    error: BaseException
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +69,11 @@ class BackendCandidate:
 
 
 class HookSpecifications:
-    """Every hook there is. Hooks run on the thread that does the work: be quick, and never wait for another rank."""
+    """Every hook there is.
+
+    Hooks that are told an event run on one thread of the plugin host, later than the event but in the order of events:
+    neither a slow one nor one that raises harms a transfer. The others run where they are asked.
+    """
 
     @hookspec
     def eplb_transfer_started(self, event: TransferStarted) -> None:
@@ -110,6 +86,22 @@ class HookSpecifications:
     @hookspec
     def eplb_transfer_failed(self, event: TransferFailed) -> None:
         """A transfer failed on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_started(self, event: RearrangeStarted) -> None:
+        """A rearrangement starts on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_step_committed(self, event: StepCommitted) -> None:
+        """This rank has committed a step of a rearrangement. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_finished(self, event: RearrangeFinished) -> None:
+        """A rearrangement finished on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_failed(self, event: RearrangeFailed) -> None:
+        """A rearrangement failed on this rank. An exception is logged and otherwise ignored."""
 
     @hookspec(firstresult=True)
     def eplb_choose_backend(self, candidates: tuple[BackendCandidate, ...]) -> str | None:
@@ -129,20 +121,55 @@ class HookSpecifications:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstalledPlugin:
+    """One plugin that was found or registered, whether it works or not.
+
+    Attributes:
+        name: the name of its entry point, or the one that it was registered with.
+        distribution: the distribution that it comes from; empty if it was registered by hand.
+        version: the distribution's version.
+        location: the folder that holds the distribution's metadata.
+        entry_point: `module:attribute`.
+        hooks: the hooks that it implements, in the order of `HookSpecifications`.
+        problem: why it is not used, or the hooks of it that do not exist; empty if nothing is wrong.
+        loaded: whether its hooks are called.
+    """
+
+    name: str
+    distribution: str = ""
+    version: str = ""
+    location: str = ""
+    entry_point: str = ""
+    hooks: tuple[str, ...] = ()
+    problem: str = ""
+    loaded: bool = True
+
+
 class PluginHost:
     """Loads plugins one at a time and calls their hooks, so that none of them can harm a transfer or another plugin.
 
+    Args:
+        group: the entry-point group that `load` searches.
+        event_limit: how many events may wait for hooks before further ones are dropped.
+
     Attributes:
         failures: one line for each plugin that could not be loaded, and each hook that does not exist.
+        plugins: every plugin that was found or registered, in that order, also those that failed.
     """
 
-    def __init__(self, group: str = PLUGIN_GROUP) -> None:
+    def __init__(self, group: str = PLUGIN_GROUP, *, event_limit: int = EVENT_LIMIT) -> None:
         self.failures: list[str] = []
+        self.plugins: list[InstalledPlugin] = []
         self._group = group
+        self._event_limit = event_limit
         self._loaded = False
         self._manager = _new_manager()
-        self._listeners: dict[str, list[tuple[str, Callable[..., Any]]]] = {}
+        self._listeners: dict[str, list[Listener]] = {}
         self._reported: set[tuple[str, str]] = set()
+        self._deliveries: dict[
+            int, EventDelivery
+        ] = {}  # by process: a forked child has a thread and a queue of its own
 
     def load(self) -> PluginHost:
         """Load every installed plugin, once, and return this host. Never raises because of a plugin."""
@@ -155,13 +182,14 @@ class PluginHost:
     def register(self, plugin: object, name: str) -> None:
         """Add a plugin that is no installed distribution, such as an engine's own metrics.
 
+        A communicator tells of its transfers only if there was somebody to listen when it was made.
+
         Raises:
             ValueError: the plugin or the name is registered already.
             pluggy.PluginValidationError: a hook takes an argument that its specification does not have.
         """
-        misspelt = _check(plugin, name)
-        self._manager.register(plugin, name)
-        self._listeners.clear()
+        hooks, misspelt = self._add(plugin, name)
+        self.plugins.append(InstalledPlugin(name=name, hooks=hooks, problem=misspelt))
         if misspelt:
             self.failures.append(f"plugin {name}: {misspelt}")
 
@@ -170,10 +198,34 @@ class PluginHost:
         """The names of all plugins that are loaded, sorted."""
         return sorted(name for name, _ in self._manager.list_name_plugin())
 
-    def notify(self, event: TransferStarted | TransferFinished | TransferFailed) -> None:
-        """Tell every plugin of a transfer. Never raises; a failing hook is logged once."""
-        hook = _HOOK_OF_EVENT[type(event)]
-        self._call_each(hook, event=event)
+    def listens(self, *events: type[Event]) -> bool:
+        """Return whether a plugin has a hook for one of these events."""
+        return any(self._calls(HOOK_OF_EVENT[event]) for event in events)
+
+    def notify(self, event: Event) -> None:
+        """Have every plugin told of an event, in the order of the calls, on a thread of this host.
+
+        Returns at once and never raises, whatever the hooks do. One that raises is logged once. If more than
+        `event_limit` events wait, further ones are counted in `events_dropped`, with one warning.
+        """
+        hook = HOOK_OF_EVENT[type(event)]
+        if listeners := self._calls(hook):
+            self._delivery().put(hook, event, listeners)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every plugin was told of all events so far; return whether that happened in time.
+
+        Called by a hook it returns False at once. When the interpreter exits, it waits for hooks like this for up to
+        a second.
+        """
+        delivery = self._deliveries.get(os.getpid())
+        return delivery is None or delivery.flush(timeout_s)
+
+    @property
+    def events_dropped(self) -> int:
+        """Events that this process's hooks were not told of, since too many were waiting."""
+        delivery = self._deliveries.get(os.getpid())
+        return 0 if delivery is None else delivery.dropped
 
     def choose_backend(self, candidates: Sequence[BackendCandidate]) -> str | None:
         """Return the name that `auto` stands for, or None if no candidate can be used on every rank.
@@ -214,14 +266,54 @@ class PluginHost:
 
     def _load_one(self, registration: Registration) -> None:
         name = f"{registration.name}@{registration.distribution}"
-        if registration.problem:
-            self.failures.append(f"plugin {name} {registration.version}: {registration.problem}")
-            return
-        try:
-            self.register(registration.load(), name)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin never breaks another
-            text = " ".join(str(error).split())
-            self.failures.append(f"plugin {name} {registration.version}: {type(error).__name__}: {text}")
+        hooks: tuple[str, ...] = ()
+        problem, loaded = registration.problem or "", False
+        if not problem:
+            try:
+                hooks, problem = self._add(registration.load(), name)
+                loaded = True
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin never breaks another
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.plugins.append(
+            InstalledPlugin(
+                name=registration.name,
+                distribution=registration.distribution,
+                version=registration.version,
+                location=registration.location,
+                entry_point=registration.value,
+                hooks=hooks,
+                problem=problem,
+                loaded=loaded,
+            )
+        )
+        if problem:
+            self.failures.append(f"plugin {name} {registration.version}: {problem}")
+
+    def _add(self, plugin: object, name: str) -> tuple[tuple[str, ...], str]:
+        """Have a plugin's hooks called from now on; return them, and what is misspelt among its functions."""
+        hooks, misspelt = _check(plugin, name)
+        self._manager.register(plugin, name)
+        self._listeners.clear()
+        return hooks, misspelt
+
+    def _delivery(self) -> EventDelivery:
+        process = os.getpid()
+        delivery = self._deliveries.get(process)
+        if delivery is None:
+            reported = self._reported  # and not this host, which the thread would keep alive
+
+            def call(hook: str, listener: Listener, event: Event) -> None:
+                try:
+                    listener[1](event=event)
+                except BaseException:  # noqa: BLE001 - on this thread nobody else could do anything about it
+                    _report_once(reported, hook, listener[0])
+
+            # setdefault, since two threads may both find none, and no lock survives a fork in every state.
+            ours = EventDelivery(call, self._event_limit)
+            delivery = self._deliveries.setdefault(process, ours)
+            if delivery is ours:
+                weakref.finalize(self, ours.close).atexit = False
+        return delivery
 
     def _call_each(self, hook: str, **arguments: object) -> list[Any]:
         """Call one hook of each plugin by itself, so that an exception in one does not keep it from the next."""
@@ -229,10 +321,8 @@ class PluginHost:
         for name, call in self._calls(hook):
             try:
                 results.extend(call(**arguments))
-            except Exception:  # noqa: BLE001 - a plugin's fault must not harm a transfer
-                if (name, hook) not in self._reported:
-                    self._reported.add((name, hook))
-                    _log.exception("%s of plugin %s failed; it is ignored from now on in the log", hook, name)
+            except Exception:  # noqa: BLE001 - a plugin's fault must not harm who asks
+                _report_once(self._reported, hook, name)
         return results
 
     def _calls(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
@@ -255,31 +345,36 @@ def highest_priority(candidates: Sequence[BackendCandidate]) -> str | None:
     return min(usable, key=lambda candidate: (-candidate.priority, candidate.name)).name if usable else None
 
 
-_HOOK_OF_EVENT: Final[dict[type, str]] = {
-    TransferStarted: "eplb_transfer_started",
-    TransferFinished: "eplb_transfer_finished",
-    TransferFailed: "eplb_transfer_failed",
-}
-
-
 def _new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(PROJECT_NAME)
     manager.add_hookspecs(HookSpecifications)
     return manager
 
 
-def _check(plugin: object, name: str) -> str | None:
-    """Try a plugin in a manager of its own, which a failure can leave half done; return what is misspelt, if anything.
+def _report_once(reported: set[tuple[str, str]], hook: str, plugin: str) -> None:
+    """Log the exception at hand, unless this hook of this plugin has failed before."""
+    if (plugin, hook) not in reported:
+        reported.add((plugin, hook))
+        _log.exception("%s of plugin %s failed; it is ignored from now on in the log", hook, plugin)
+
+
+def _check(plugin: object, name: str) -> tuple[tuple[str, ...], str]:
+    """Try a plugin in a manager of its own, which a failure can leave half done.
+
+    Returns:
+        The hooks that it implements, and what is misspelt, or an empty text.
 
     Raises:
         pluggy.PluginValidationError: a hook takes an argument that its specification does not have.
     """
     scratch = _new_manager()
     scratch.register(plugin, name)
+    known = [hook for hook in vars(HookSpecifications) if hook.startswith("eplb_")]
+    implemented = {caller.name for caller in scratch.get_hookcallers(plugin) or ()}
     try:
         scratch.check_pending()
+        unknown = []
     except pluggy.PluginValidationError:
-        known = [hook for hook in vars(HookSpecifications) if hook.startswith("eplb_")]
         unknown = [caller.name for caller in scratch.get_hookcallers(plugin) or () if not caller.has_spec()]
-        return "; ".join(f"there is no hook {hook!r}{did_you_mean(hook, known)}" for hook in unknown)
-    return None
+    misspelt = "; ".join(f"there is no hook {hook!r}{did_you_mean(hook, known)}" for hook in unknown)
+    return tuple(hook for hook in known if hook in implemented), misspelt

@@ -19,9 +19,33 @@ def default_plugins() -> PluginHost:
     return PluginHost().load()
 
 
+def plugins_of(communicator: EplbCommunicator) -> PluginHost:
+    """Return the host that a communicator was made with, or that of the installed plugins.
+
+    Raises:
+        EplbError: the communicator is not bound to a group.
+    """
+    return communicator.binding.plugins or default_plugins()
+
+
+def about_group(communicator: EplbCommunicator) -> dict[str, Any]:
+    """Return what all events tell of a communicator: `backend`, `rank` and `world_size`, as keyword arguments.
+
+    Raises:
+        EplbError: the communicator is not bound to a group.
+    """
+    binding = communicator.binding
+    return {
+        "backend": binding.config.partition("?")[0],
+        "rank": binding.context.rank,
+        "world_size": binding.context.world_size,
+    }
+
+
 def observed(communicator: EplbCommunicator, plugins: PluginHost) -> EplbCommunicator:
-    """Return a communicator that tells `plugins` of each transfer, or the same one if there are none."""
-    return ObservedCommunicator(communicator, plugins) if plugins.plugin_names else communicator
+    """Return a communicator that tells `plugins` of each transfer, or the same one if nobody listens."""
+    listens = plugins.listens(TransferStarted, TransferFinished, TransferFailed)
+    return ObservedCommunicator(communicator, plugins) if listens else communicator
 
 
 class ObservedCommunicator(EplbCommunicator):
@@ -34,9 +58,9 @@ class ObservedCommunicator(EplbCommunicator):
 
     def __init__(self, inner: EplbCommunicator, plugins: PluginHost) -> None:
         self.inner = inner
-        self._plugins = plugins
-        self._sent = 0
-        self._received = 0
+        self.plugins = plugins
+        self._sent: dict[int, int] = {}
+        self._received: dict[int, int] = {}
         self._messages = 0
         self.bind(inner.binding)
 
@@ -48,13 +72,13 @@ class ObservedCommunicator(EplbCommunicator):
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         """Queue a send."""
         self.inner.add_send(tensor, dst_rank)
-        self._sent += tensor.numel() * tensor.element_size()
+        self._sent[dst_rank] = self._sent.get(dst_rank, 0) + tensor.nbytes
         self._messages += 1
 
     def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
         """Queue a receive."""
         self.inner.add_recv(tensor, src_rank)
-        self._received += tensor.numel() * tensor.element_size()
+        self._received[src_rank] = self._received.get(src_rank, 0) + tensor.nbytes
         self._messages += 1
 
     def execute(self) -> None:
@@ -63,23 +87,21 @@ class ObservedCommunicator(EplbCommunicator):
 
     def start(self) -> PendingTransfer:
         """Begin all that is queued."""
-        context = self.binding.context
-        about: dict[str, Any] = {
-            "backend": self.binding.config.partition("?")[0],
-            "rank": context.rank,
-            "world_size": context.world_size,
-            "bytes_sent": self._sent,
-            "bytes_received": self._received,
+        about = about_group(self) | {
+            "bytes_sent": sum(self._sent.values()),
+            "bytes_received": sum(self._received.values()),
             "messages": self._messages,
+            "bytes_sent_to": self._sent,
+            "bytes_received_from": self._received,
         }
-        self._sent = self._received = self._messages = 0
-        self._plugins.notify(TransferStarted(**about))
+        self._sent, self._received, self._messages = {}, {}, 0
+        self.plugins.notify(TransferStarted(**about))
         try:
             pending = self.inner.start()
         except BaseException as error:
-            self._plugins.notify(TransferFailed(**about, error=error))
+            self.plugins.notify(TransferFailed(**about, error=error))
             raise
-        return _ObservedTransfer(pending, self._plugins, about)
+        return _ObservedTransfer(pending, self, about)
 
     @property
     def max_in_flight(self) -> int:
@@ -129,16 +151,18 @@ class ObservedCommunicator(EplbCommunicator):
 
 
 class _ObservedTransfer(PendingTransfer):
-    def __init__(self, inner: PendingTransfer, plugins: PluginHost, about: dict[str, Any]) -> None:
-        self._inner = inner
-        self._plugins = plugins
+    def __init__(self, pending: PendingTransfer, communicator: ObservedCommunicator, about: dict[str, Any]) -> None:
+        self._pending = pending
+        self._communicator = communicator
         self._about = about
 
     def wait(self) -> TransferStats | None:
+        plugins = self._communicator.plugins
         try:
-            stats = self._inner.wait()
+            stats = self._pending.wait()
         except BaseException as error:
-            self._plugins.notify(TransferFailed(**self._about, error=error))
+            plugins.notify(TransferFailed(**self._about, error=error))
             raise
-        self._plugins.notify(TransferFinished(**self._about, stats=stats or TransferStats()))
+        staging_bytes = self._communicator.staging_bytes
+        plugins.notify(TransferFinished(**self._about, stats=stats or TransferStats(), staging_bytes=staging_bytes))
         return stats

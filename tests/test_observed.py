@@ -13,6 +13,7 @@ from eplb_core.hooks import PluginHost, hookimpl
 from eplb_core.observed import ObservedCommunicator
 from eplb_core.rearrange import Rearranger
 
+FLUSH_S = 20.0
 BACKENDS = ("torch_gloo", "nixl?window=1MiB")
 
 
@@ -49,6 +50,11 @@ class Fails:
     eplb_transfer_finished = eplb_transfer_failed = eplb_transfer_started
 
 
+def told(host: PluginHost) -> None:
+    """Wait until the hooks have heard of everything."""
+    assert host.flush(FLUSH_S)
+
+
 def host_with(*plugins: object) -> PluginHost:
     host = PluginHost()
     for number, plugin in enumerate(plugins):
@@ -58,39 +64,46 @@ def host_with(*plugins: object) -> PluginHost:
 
 def a_transfer_that_ends_well(member: Member, config: str) -> list[tuple[Any, ...]]:
     recorder = Recorder()
-    with member.communicator(config, plugins=host_with(recorder)) as communicator:
+    host = host_with(recorder)
+    with member.communicator(config, plugins=host) as communicator:
         exchange(member, communicator, [Sent(0, 1, 1000), Sent(0, 1, 24), Sent(1, 0, 7), Sent(0, 1, 0)])
         communicator.execute()
+    told(host)
     return recorder.heard
 
 
 def a_transfer_that_fails(member: Member, config: str) -> list[tuple[Any, ...]]:
     recorder = Recorder()
-    with member.communicator(config, plugins=host_with(recorder)) as communicator:
+    host = host_with(recorder)
+    with member.communicator(config, plugins=host) as communicator:
         if member.rank == 0:
             communicator.add_send(torch.zeros(10), 1)
         assert error_of(communicator.execute)["type"] == "TransferMismatchError"
         refused = error_of(lambda: communicator.add_send(torch.zeros(10), member.rank))
         assert refused["type"] == "InvalidTransferError"
         exchange(member, communicator, ring(2, 5))
+    told(host)
     return recorder.heard
 
 
 def plugins_that_raise(member: Member, config: str) -> tuple[list[str], bool]:
     first, last = Recorder(), Recorder()
-    with member.communicator(config, plugins=host_with(first, Fails(), last)) as communicator:
+    host = host_with(first, Fails(), last)
+    with member.communicator(config, plugins=host) as communicator:
         for epoch in range(3):
             exchange(member, communicator, ring(2, 50_000), epoch)
+    told(host)
     return [entry[0] for entry in first.heard], first.heard == last.heard
 
 
 def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: str) -> list[int]:
     """It rearranges weights, registered and in several steps, and tells the same about itself."""
     recorder = Recorder()
+    host = host_with(recorder)
     old, new = np.array([[0, 1, 2, 3]]), np.array([[3, 2, 1, 0]])
     weights = [[torch.tensor([2.0 * member.rank, 2.0 * member.rank + 1]).unsqueeze(1).repeat(1, 5000)]]
     with (
-        member.communicator(config, plugins=host_with(recorder)) as communicator,
+        member.communicator(config, plugins=host) as communicator,
         member.communicator(config, plugins=host_with()) as plain,
     ):
         assert isinstance(communicator, ObservedCommunicator)
@@ -105,6 +118,7 @@ def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: s
             assert getattr(communicator, name) == getattr(plain, name), name
         Rearranger(communicator, weights, window_bytes=20_224).run(old, new)
         assert communicator.last_stats == communicator.inner.last_stats
+    told(host)
     assert {entry[0] for entry in recorder.heard} == {"started", "finished"}
     assert sum(entry[4] for entry in recorder.heard if entry[0] == "finished") == 2 * 5000 * 4
     return weights[0][0][:, 0].int().tolist()
