@@ -6,14 +6,17 @@ an error neither the traceback nor anything else that keeps the frames of the tr
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType
 from typing import Any, Final
 
 from eplb_core.communicator import TransferStats
 
 _SCALARS: Final = (str, int, float, bool, type(None))
+_OF_THE_SYSTEM: Final = ("errno", "strerror", "filename", "filename2")  # what an OSError holds beside its arguments
 _MOST_ITEMS: Final = 4096  # of a container in an error's attribute; a longer one is left out
 
 
@@ -198,16 +201,27 @@ def detached(error: BaseException) -> BaseException:
     Attributes that are plain values (`peers`, `phase`, `usable`, ...) come along. What is not, such as a placement, is
     left out; in the arguments its type stands in its place.
     """
-    kind = type(error)
     arguments = tuple(each if _is_plain(each) else f"<{type(each).__qualname__}>" for each in error.args)
-    try:
-        copy: BaseException = kind.__new__(kind, *arguments)
-    except Exception:  # noqa: BLE001 - a third party's class may want anything
-        copy = RuntimeError(f"{kind.__qualname__}: {' '.join(map(str, arguments))}")
-        arguments = copy.args
+    copy = _blank(type(error)) or RuntimeError()
+    if type(copy) is not type(error):
+        arguments = (f"{type(error).__qualname__}: {' '.join(map(str, arguments))}",)
     copy.args = arguments
     vars(copy).update({name: value for name, value in vars(error).items() if _is_plain(value)})
+    for name in _OF_THE_SYSTEM if isinstance(error, OSError) else ():
+        if (value := getattr(error, name)) is not None and _is_plain(value):
+            setattr(copy, name, value)
     return copy
+
+
+def _blank(kind: type[BaseException]) -> BaseException | None:
+    """Return an exception that nothing was told, made by the built-in class that lays it out, past `__init__`."""
+    for base in kind.__mro__:
+        make = vars(base).get("__new__")
+        if isinstance(make, BuiltinFunctionType):
+            with contextlib.suppress(TypeError):  # another base lays it out
+                blank: BaseException = make(kind)
+                return blank
+    return None
 
 
 def _is_plain(value: Any) -> bool:

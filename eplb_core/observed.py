@@ -103,6 +103,12 @@ class ObservedCommunicator(EplbCommunicator):
             raise
         return _ObservedTransfer(pending, self, about)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what only the inner one has: a backend may offer more than the contract."""
+        if name == "inner":  # not there yet
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
     @property
     def max_in_flight(self) -> int:
         """As the inner one says."""

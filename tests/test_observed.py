@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from ranks import Member, Report, Scenario, Sent, error_of, exchange, ring, run_scenarios
 
 from eplb_core.hooks import PluginHost, hookimpl
-from eplb_core.observed import ObservedCommunicator
+from eplb_core.observed import ObservedCommunicator, about_group, plugins_of
 from eplb_core.rearrange import Rearranger
 
 FLUSH_S = 20.0
@@ -38,6 +39,30 @@ class Recorder:
     @hookimpl
     def eplb_transfer_failed(self, event: Any) -> None:
         self._write("failed", event, type(event.error).__name__)
+
+
+class Keeps:
+    """Keeps the events of transfers that finished."""
+
+    def __init__(self, events: list[Any]) -> None:
+        self.events = events
+
+    @hookimpl
+    def eplb_transfer_finished(self, event: Any) -> None:
+        self.events.append(event)
+
+
+class Blocks:
+    """A plugin whose hook does not return before it is let."""
+
+    def __init__(self) -> None:
+        self.let = threading.Event()
+        self.heard = 0
+
+    @hookimpl
+    def eplb_transfer_finished(self) -> None:
+        assert self.let.wait(FLUSH_S)
+        self.heard += 1
 
 
 class Fails:
@@ -96,6 +121,34 @@ def plugins_that_raise(member: Member, config: str) -> tuple[list[str], bool]:
     return [entry[0] for entry in first.heard], first.heard == last.heard
 
 
+def a_hook_that_does_not_return(member: Member, config: str) -> tuple[int, int, int]:
+    blocks = Blocks()
+    host = host_with(blocks)
+    with member.communicator(config, plugins=host) as communicator:
+        for epoch in range(20):
+            exchange(member, communicator, ring(2, 5_000), epoch)
+    heard_meanwhile = blocks.heard
+    blocks.let.set()
+    told(host)
+    return heard_meanwhile, blocks.heard, host.events_dropped
+
+
+def what_events_tell_beside_the_sums(member: Member, config: str) -> tuple[dict[int, int], dict[int, int], bool]:
+    events: list[Any] = []
+    host = host_with(Keeps(events))
+    with member.communicator(config, plugins=host) as communicator:
+        exchange(member, communicator, [Sent(0, 1, 1000), Sent(0, 1, 24), Sent(1, 0, 7)])
+        staging_bytes = communicator.staging_bytes
+        assert communicator.binding.plugins is plugins_of(communicator) is host
+        assert about_group(communicator) == {
+            "backend": config.partition("?")[0],
+            "rank": member.rank,
+            "world_size": 2,
+        }
+    told(host)
+    return dict(events[0].bytes_sent_to), dict(events[0].bytes_received_from), events[0].staging_bytes == staging_bytes
+
+
 def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: str) -> list[int]:
     """It rearranges weights, registered and in several steps, and tells the same about itself."""
     recorder = Recorder()
@@ -117,6 +170,7 @@ def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: s
         ):
             assert getattr(communicator, name) == getattr(plain, name), name
         Rearranger(communicator, weights, window_bytes=20_224).run(old, new)
+        assert {name for name in vars(plain) if not hasattr(communicator, name)} == set()
         assert communicator.last_stats == communicator.inner.last_stats
     told(host)
     assert {entry[0] for entry in recorder.heard} == {"started", "finished"}
@@ -128,6 +182,8 @@ SCENARIOS = (
     a_transfer_that_ends_well,
     a_transfer_that_fails,
     plugins_that_raise,
+    a_hook_that_does_not_return,
+    what_events_tell_beside_the_sums,
     an_observed_communicator_is_as_good_as_a_plain_one,
 )
 
@@ -166,6 +222,19 @@ def test_a_failure_is_told_with_its_error_and_not_counted_again(report: Report, 
 @pytest.mark.parametrize("config", BACKENDS)
 def test_a_plugin_that_raises_harms_neither_the_transfer_nor_other_plugins(report: Report, config: str) -> None:
     assert report.returned(f"plugins_that_raise {config}") == [(["started", "finished"] * 3, True)] * 2
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_a_hook_that_does_not_return_keeps_no_transfer_waiting(report: Report, config: str) -> None:
+    assert report.returned(f"a_hook_that_does_not_return {config}") == [(0, 20, 0)] * 2
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_bytes_are_told_peer_by_peer_and_staging_as_the_transport_says(report: Report, config: str) -> None:
+    assert report.returned(f"what_events_tell_beside_the_sums {config}") == [
+        ({1: 1024}, {1: 7}, True),
+        ({0: 7}, {0: 1024}, True),
+    ]
 
 
 @pytest.mark.parametrize("config", BACKENDS)
