@@ -339,6 +339,15 @@ class PluginHost:
         return self._listeners[hook]
 
 
+def hook_summaries() -> dict[str, str]:
+    """Return every hook that there is, with one sentence on when it is called."""
+    return {
+        name: (specification.__doc__ or "").partition(".")[0] + "."
+        for name, specification in vars(HookSpecifications).items()
+        if name.startswith("eplb_")
+    }
+
+
 def highest_priority(candidates: Sequence[BackendCandidate]) -> str | None:
     """The policy behind `auto` where no plugin has another: the highest priority, then the first name."""
     usable = [candidate for candidate in candidates if candidate.usable_on_all]
@@ -369,7 +378,7 @@ def _check(plugin: object, name: str) -> tuple[tuple[str, ...], str]:
     """
     scratch = _new_manager()
     scratch.register(plugin, name)
-    known = [hook for hook in vars(HookSpecifications) if hook.startswith("eplb_")]
+    known = list(hook_summaries())
     implemented = {caller.name for caller in scratch.get_hookcallers(plugin) or ()}
     try:
         scratch.check_pending()

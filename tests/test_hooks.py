@@ -261,7 +261,8 @@ def test_of_the_installed_plugins_the_broken_ones_are_recorded_and_the_others_ru
         host.notify(TransferStarted(backend="x", rank=5, world_size=8, bytes_sent=0, bytes_received=0, messages=0))
         assert host.flush(10)
         import listener_a, listener_z
-        answer = [host.plugin_names, listener_a.heard, listener_z.heard, host.failures]
+        ours = [name for name in host.plugin_names if "@eplb" not in name]
+        answer = [ours, listener_a.heard, listener_z.heard, host.failures]
         """,
         [tmp_path],
     )
