@@ -22,6 +22,7 @@ _COMMANDS = {
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
     "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
+    "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
     "rebalance": ("eplb_core.cli.rebalance:rebalance", "Move experts to a better placement and verify every byte."),
 }

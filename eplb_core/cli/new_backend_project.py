@@ -1,0 +1,139 @@
+"""The project that `eplb new-backend` writes: its names, and its files out of the templates beside this module.
+
+The templates have six values to fill in and nothing to decide or repeat, so `string.Template` does: it is in the
+standard library, and a name that is not there is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Final
+
+from eplb_core import __version__
+from eplb_core.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION
+from eplb_core.config import AUTO, fold_name
+from eplb_core.discovery import discover
+from eplb_core.errors import ConfigError, InputError
+from eplb_core.hints import KNOWN_BACKENDS
+
+_SUFFIX: Final = ".tmpl"  # keeps linters and build tools from taking templates for what they will be
+_PACKAGE_FOLDER: Final = "__package__"
+_LONGEST_NAME: Final = 30
+_OUR_PACKAGES: Final = ("eplb_core", "eplb_backends")
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectNames:
+    """What a project and its parts are called.
+
+    Attributes:
+        name: the backend's, as in config strings: `acme_rail`.
+        distribution: what pip installs: `eplb-acme-rail`.
+        package: what Python imports: `eplb_acme_rail`.
+        class_name: the first part of its classes' names: `AcmeRail`.
+    """
+
+    name: str
+    distribution: str
+    package: str
+    class_name: str
+
+    @classmethod
+    def of(cls, name: str) -> ProjectNames:
+        """Return the names that follow from the backend's.
+
+        Raises:
+            InputError: it is not a legal name, or somebody has it already.
+        """
+        try:
+            folded = fold_name(name)
+        except ConfigError as error:
+            raise InputError(
+                f"{name!r} cannot be the name of a backend",
+                why=error.why or "it is empty",
+                remedy="use lower-case letters, digits and '_', and start with a letter",
+            ) from error
+        names = cls(
+            name=folded,
+            distribution="eplb-" + folded.replace("_", "-"),
+            package="eplb_" + folded,
+            class_name="".join(part.capitalize() for part in folded.split("_")),
+        )
+        fault = names._fault()
+        if fault:
+            raise InputError(f"{name!r} cannot be the name of a new backend", why=fault, remedy="choose another name")
+        return names
+
+    def _fault(self) -> str:
+        if len(self.name) > _LONGEST_NAME:
+            return f"it has {len(self.name)} letters, and {_LONGEST_NAME} are allowed"
+        if self.name == AUTO:
+            return "it is what lets eplb choose"
+        if self.package in _OUR_PACKAGES:
+            return f"its package would be {self.package}, which is eplb's own"
+        holders = {each.distribution for each in discover(ENTRY_POINT_GROUP) if each.name == self.name}
+        others = sorted(holders - {self.distribution})
+        if others:
+            return f"the installed distribution {others[0]} registers it"
+        if self.name in KNOWN_BACKENDS:
+            return f"there is one already: {KNOWN_BACKENDS[self.name]}"
+        return ""
+
+
+def write_project(names: ProjectNames, folder: Path) -> list[Path]:
+    """Write the project into the new folder `folder`, and return its files, sorted. All of it or nothing.
+
+    Raises:
+        InputError: the folder is there already, or cannot be written.
+    """
+    contents = render_project(names)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(
+            f"{folder} is there already",
+            why="nothing is overwritten",
+            remedy="move it away, or name another place with --into",
+        ) from error
+    except OSError as error:
+        raise InputError(f"cannot make {folder}", why=error.strerror or str(error)) from error
+    try:
+        for path, text in contents.items():
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise InputError(f"cannot write {folder}", why=error.strerror or str(error)) from error
+    return [folder / path for path in sorted(contents)]
+
+
+def render_project(names: ProjectNames) -> dict[str, str]:
+    """Return the files of the project: path in it -> text."""
+    major, minor, *_ = __version__.split(".")
+    values = {
+        "name": names.name,
+        "distribution": names.distribution,
+        "package": names.package,
+        "class_name": names.class_name,
+        "api_version": repr(PLUGIN_API_VERSION),
+        "requirement": f"eplb>={major}.{minor},<{int(major) + 1}",
+    }
+    return {
+        path.replace(_PACKAGE_FOLDER, names.package): string.Template(text).substitute(values)
+        for path, text in _templates(files("eplb_core.cli") / "templates" / "backend", "")
+    }
+
+
+def _templates(folder: Traversable, prefix: str) -> Iterator[tuple[str, str]]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _templates(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(_SUFFIX):
+            yield prefix + entry.name.removesuffix(_SUFFIX), entry.read_text(encoding="utf-8")
