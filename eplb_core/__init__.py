@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from eplb_core.queues import TransferQueue as TransferQueue
     from eplb_core.queues import check_match as check_match
     from eplb_core.rearrange import Rearranger as Rearranger
-    from eplb_core.rearrange import RearrangeResult as RearrangeResult
+    from eplb_core.rearrange_result import RearrangeResult as RearrangeResult
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,7 @@ _HOME = {
     "PLUGIN_API_VERSION": "backend",
     "PendingTransfer": "communicator",
     "ProbeResult": "backend",
-    "RearrangeResult": "rearrange",
+    "RearrangeResult": "rearrange_result",
     "Rearranger": "rearrange",
     "StatelessGroup": "groups",
     "TorchGroups": "groups",

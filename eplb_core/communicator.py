@@ -56,11 +56,15 @@ class Binding:
         config: the canonical config string.
         context: the group that it was made for.
         plugins: who is told of what is done with it; None for the installed plugins.
+        timeout_s: the `timeout` option: the longest that any wait for a peer may take, in seconds.
+        background: whether the backend may run beside inference, on a thread of its own.
     """
 
     config: str
     context: BackendContext
     plugins: PluginHost | None = field(default=None, repr=False)
+    timeout_s: float = 60.0
+    background: bool = False
     _scopes: int = field(default=0, repr=False)
 
     def next_scope(self, name: str) -> str:

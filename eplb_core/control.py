@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch.distributed import DistError, PrefixStore, Store
 
@@ -88,6 +88,68 @@ class ControlPlane:
             return bytes(self._store.get(key))
         except DistError as error:
             raise _lost(f"{name} of rank {rank}", timeout_s, self._without_answer({rank: key}), error) from error
+
+    def settle(self, name: str, value: bytes) -> bytes:
+        """Settle what `name` is: `value`, unless some rank has settled it before. Return what it is now, for everyone.
+
+        The store compares and sets in one operation, so no two ranks ever read different answers.
+
+        Raises:
+            ControlPlaneError: the store is gone. Whether the value was settled is not known then.
+        """
+        try:
+            # The stub says str for all three.
+            return bytes(self._store.compare_set(name, "", value))  # type: ignore[arg-type]
+        except DistError as error:
+            raise _lost(name, 0.0, [], error) from error
+
+    def settled(self, name: str, timeout_s: float) -> bytes | None:
+        """Return what `name` was settled as, or None if it was not within `timeout_s` seconds.
+
+        Raises:
+            ControlPlaneError: the store is gone.
+        """
+        try:
+            if not self._store.check([name]):  # asking takes a tenth of the time of waiting for what is there
+                if timeout_s <= 0:
+                    return None
+                self._store.wait([name], datetime.timedelta(seconds=timeout_s))
+            return bytes(self._store.get(name))
+        except DistError as error:
+            try:
+                if not self._store.check([name]):
+                    return None
+                return bytes(self._store.get(name))
+            except DistError:
+                raise _lost(name, timeout_s, [], error) from error
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to the count `name`, 0 at first, and return the sum.
+
+        Raises:
+            ControlPlaneError: the store is gone.
+        """
+        try:
+            return int(self._store.add(name, amount))
+        except DistError as error:
+            raise _lost(name, 0.0, [], error) from error
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Let the store forget settled values and counts that no rank will ask for again."""
+        with contextlib.suppress(DistError, NotImplementedError):  # a store of files cannot
+            for name in names:
+                self._store.delete_key(name)
+
+    def with_own_connection(self) -> ControlPlane:
+        """Return the same control plane for another thread, whose waiting does not keep this one from the store.
+
+        Only what is settled, counted, published and fetched is the same; gathering stays with the original.
+        """
+        try:
+            connection: Store = self._store.clone()  # type: ignore[attr-defined]  # there, but not in its stub
+        except (AttributeError, RuntimeError):  # not every kind of store can be cloned
+            connection = self._store
+        return ControlPlane(connection, self.rank, self.world_size)
 
     def scoped(self, name: str) -> ControlPlane:
         """Return a control plane of the same ranks whose messages cannot meet this one's.

@@ -48,6 +48,29 @@ class PlacementError(EplbError, ValueError):
     """A placement, or a pair of them, is not valid."""
 
 
+class LostExpertsError(PlacementError):
+    """The new placement needs experts of which no slot of the old one has a copy. Nothing was moved.
+
+    Attributes:
+        experts: `(layer, logical expert)` of each, sorted.
+    """
+
+    _MOST_NAMED = 8
+
+    def __init__(self, experts: Iterable[tuple[int, int]]) -> None:
+        self.experts = tuple(sorted(experts))
+        count = f"{len(self.experts)} logical expert" + ("" if len(self.experts) == 1 else "s")
+        named = ", ".join(f"{expert} in layer {layer}" for layer, expert in self.experts[: self._MOST_NAMED])
+        more = len(self.experts) - self._MOST_NAMED
+        super().__init__(
+            f"the new placement needs {count} of which no slot has a copy: {named}"
+            + (f", and {more} more" if more > 0 else ""),
+            why="weights can only be moved from a slot of the old placement",
+            remedy="give Rearranger.run a loader that reads these experts from a checkpoint, "
+            "or leave them out of the new placement",
+        )
+
+
 class PolicyError(EplbError, ValueError):
     """A balance policy cannot be selected: unknown, registered twice, or broken.
 
@@ -202,7 +225,8 @@ class TransferError(EplbError, RuntimeError):
         peers: group ranks concerned, sorted.
         phase: the step of the transfer that failed, in one word ("agree", "pack", "read", ...).
         usable: whether the same communicator may be used again.
-        placement: what this rank's slots hold, int64 `[layers, slots]`, if it was in a rearrangement.
+        placement: what the slots hold, int64 `[layers, slots]`, if it was in a rearrangement: the same on every rank
+            that survives.
     """
 
     placement: npt.NDArray[np.int64] | None = None
@@ -245,7 +269,10 @@ class IntegrityError(TransferError):
 
     Attributes:
         wrong: pairs of source rank and index, among the receives with bytes from that rank, in the order queued.
+        experts: `(layer, expert, source rank)` of each, sorted, if it was in a rearrangement.
     """
+
+    experts: tuple[tuple[int, int, int], ...] = ()
 
     def __init__(
         self,
@@ -261,3 +288,26 @@ class IntegrityError(TransferError):
     ) -> None:
         self.wrong = list(wrong)
         super().__init__(what, peers=peers, phase=phase, usable=usable, where=where, why=why, remedy=remedy)
+
+
+class DecisionUnknownError(TransferError):
+    """The store died while a step was being decided: nobody can tell whether other ranks have committed it.
+
+    `placement` is what this rank's slots hold, and -1 where the step would have changed a slot, of any rank.
+    """
+
+
+class LoaderError(EplbError, RuntimeError):
+    """The loader of some rank did not bring the experts that no rank holds.
+
+    Attributes:
+        experts: `(layer, expert)` of each that is still missing, sorted.
+        placement: what the slots hold, int64 `[layers, slots]`, with -1 in the slots of these experts.
+    """
+
+    def __init__(
+        self, what: str, *, experts: Iterable[tuple[int, int]], placement: npt.NDArray[np.int64], why: str
+    ) -> None:
+        self.experts = tuple(sorted(set(experts)))
+        self.placement = placement
+        super().__init__(what, why=why, remedy="mend the loader, and rearrange from error.placement")

@@ -112,7 +112,16 @@ def create_eplb_communicator(
         device_communicator=group_coordinator.device_communicator,
     )
     communicator = _build(selection, context, tensors, control)
-    communicator.bind(Binding(selection.options.canonical(), context, plugins))
+    spec = selection.entry.spec
+    communicator.bind(
+        Binding(
+            selection.options.canonical(),
+            context,
+            plugins,
+            timeout_s=float(getattr(selection.options.values, "timeout", CommonOptions().timeout)),
+            background=spec is not None and spec.capabilities.background,
+        )
+    )
     if _is_first_local_rank(context.rank):
         logger.info("initialized, %s (%s)", type(communicator).__name__, selection.options.canonical())
     return observed(communicator, plugins)

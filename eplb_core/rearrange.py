@@ -1,64 +1,56 @@
-"""From two placements to moved weights: runs a schedule, step by step, over any communicator."""
+"""From two placements to moved weights: runs a schedule, step by step, over any communicator.
+
+A step's bytes land in a window. They are committed to the slots once every rank has received its own, by one record
+that no two ranks can read differently (`eplb_core.ledger`). So after any failure every slot of every surviving rank
+holds what `error.placement` says, and that is the same on all of them.
+"""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from eplb_core.agreement import not_all_answered
 from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.control import ControlPlane
-from eplb_core.copies import copy_all
-from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError, InputError, TransferError
-from eplb_core.placement import IntArray
+from eplb_core.elastic import remap_placement
+from eplb_core.errors import (
+    BackendUnavailableError,
+    ControlPlaneError,
+    DecisionUnknownError,
+    InputError,
+    IntegrityError,
+    TransferError,
+)
+from eplb_core.job import RearrangeJob
+from eplb_core.ledger import Ledger, error_of
+from eplb_core.loading import Loader, load_lost
+from eplb_core.pace import parse_pace
+from eplb_core.placement import EMPTY, IntArray
 from eplb_core.plan import RearrangementPlan, plan_rearrangement
-from eplb_core.schedule import ALIGNMENT, SLOT, Step, schedule_steps
-from eplb_core.streams import on_stream
+from eplb_core.rearrange_agreement import agree_on_plan
+from eplb_core.rearrange_events import Narrator
+from eplb_core.rearrange_result import RearrangeResult
+from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
+from eplb_core.step_runner import Account, StepRunner, cut_window
+from eplb_core.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
 from eplb_core.weights import ExpertWeights
 
 AGREE_TIMEOUT_S = 60.0
-"""How long a rank waits for the others to begin the same rearrangement, in seconds."""
+"""How long a rank waits for the others to begin the same rearrangement, in seconds, if its timeout is not longer."""
 
 STEPS_UNDER_WAY = 1
 """Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
 where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step costs a round of messages."""
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RearrangeResult:
-    """What a rearrangement did.
-
-    Attributes:
-        placement: int64 `[layers, slots]`, what every slot of the group holds now.
-        moved: experts that crossed from one rank to another, in all layers and all ranks together.
-        moved_locally: slots that were filled from a slot of their own rank.
-        bytes_moved: bytes of the experts that crossed, all ranks together.
-        bytes_moved_locally: bytes that were copied between slots of one rank, all ranks together.
-        seconds: wall time on this rank.
-        steps: how many bounded steps it took.
-        staging_bytes: bytes of staging memory of this rank, window and transport together.
-        phases: phase name -> seconds on this rank.
-        paths: peer rank -> what its bytes travelled over.
-    """
-
-    placement: IntArray
-    moved: int
-    moved_locally: int
-    bytes_moved: int
-    bytes_moved_locally: int
-    seconds: float
-    steps: int
-    staging_bytes: int
-    phases: dict[str, float] = field(default_factory=dict)
-    paths: dict[int, str] = field(default_factory=dict)
+LAYERS_IN_FLIGHT = 2
+"""How many layers a background job holds received and not yet committed, unless it is told otherwise."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +60,31 @@ class _UnderWay:
     step: Step
     part: torch.Tensor
     pending: PendingTransfer
+    began: float
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """A rearrangement that is being made.
+
+    Attributes:
+        steps: what is to do.
+        parts: the parts of the window.
+        ledger: where the ranks decide.
+        placement: what the slots hold now.
+        decided: how many steps are committed.
+        under_way: steps that are started, not committed, in order.
+        account: times and paths.
+    """
+
+    steps: list[Step]
+    parts: list[torch.Tensor]
+    ledger: Ledger
+    placement: IntArray
+    narrator: Narrator
+    decided: int = 0
+    under_way: deque[_UnderWay] = field(default_factory=deque)
+    account: Account = field(default_factory=Account)
 
 
 class Rearranger:
@@ -78,8 +95,12 @@ class Rearranger:
         weights: `weights[layer][tensor]`, first dimension = local slots. Layers may differ in shapes and dtypes.
         window_bytes: staging memory of this rank; None takes what the communicator's configuration allows.
         node_of_rank: node number of each rank, so that sources on the same node are preferred.
+        relay: whether an expert that several ranks of one node need crosses to that node once, and is passed on
+            there; None means yes where `node_of_rank` is given.
         steps_under_way: into how many parts the window is cut, so that one step is received while another is
             committed. More parts are smaller ones, and every step costs a round of messages.
+        atomic: whether ranks commit a step only when all have received it. Without, each goes ahead as soon as it has
+            its own bytes: a little faster, and after a failure the ranks' placements may differ.
 
     Raises:
         InputError: the weights, or the window, cannot be used.
@@ -92,9 +113,12 @@ class Rearranger:
         *,
         window_bytes: int | None = None,
         node_of_rank: Sequence[int] | None = None,
+        relay: bool | None = None,
         steps_under_way: int = STEPS_UNDER_WAY,
+        atomic: bool = True,
     ) -> None:
-        context = communicator.binding.context
+        binding = communicator.binding
+        context = binding.context
         self._communicator = communicator
         self._weights = ExpertWeights(weights)
         if self._weights.device != context.device:
@@ -104,11 +128,20 @@ class Rearranger:
         if steps_under_way < 1:
             raise InputError(f"steps_under_way has to be at least 1, not {steps_under_way}")
         self._steps_under_way = steps_under_way
+        self._atomic = atomic
         self._rank = context.rank
         self._world_size = context.world_size
         self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
-        self._control: ControlPlane = context.control.scoped(communicator.binding.next_scope("rearranger"))
+        self._relay = relay
+        self._timeout_s = binding.timeout_s
+        self._control: ControlPlane = context.control.scoped(binding.next_scope("rearranger"))
+        self._runner = StepRunner(communicator, self._weights, self._rank)
+        self._runs = 0
         self._stream: torch.cuda.Stream | None = None
+        self._job: RearrangeJob | None = None
+        self._placement: IntArray | None = None
+        self._finished: Ledger | None = None
+        self._finished_steps = 0
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
         communicator.register(self._weights.tensors)
         communicator.register([self._window], landing=True)
@@ -118,8 +151,16 @@ class Rearranger:
         """Bytes of the window that received experts land in: what is allowed, or less if the weights are less."""
         return self._window.numel()
 
+    @property
+    def placement(self) -> IntArray | None:
+        """What the slots hold after the last rearrangement, however it ended; None before the first."""
+        if self._job is not None:
+            return self._job.placement
+        return None if self._placement is None else self._placement.copy()
+
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Run transfers and copies on `stream`; None means the current stream."""
+        self._refuse_beside_a_job()
         self._stream = stream
         self._communicator.set_stream(stream)
 
@@ -128,6 +169,11 @@ class Rearranger:
         old: npt.ArrayLike,
         new: npt.ArrayLike,
         *,
+        ranks_before: Mapping[int, int] | None = None,
+        ranks_after: Mapping[int, int] | None = None,
+        keep_slots: bool = False,
+        loader: Loader | None = None,
+        verify: Thoroughness = "off",
         progress: Callable[[int, int], None] | None = None,
     ) -> RearrangeResult:
         """Move the weights from placement `old` to placement `new`. Every rank calls it with the same two.
@@ -137,133 +183,323 @@ class Rearranger:
         Args:
             old: int64 `[layers, slots]`, what every slot holds now; -1 for empty ones.
             new: int64 `[layers, slots]`, what every slot shall hold.
+            ranks_before: rank of the group that `old` speaks of -> its rank in this group, for each rank that is in
+                both. None if that is this group. Slots of ranks that joined are empty, those of ranks that left gone.
+            ranks_after: rank of this group -> its rank in the group that `new` speaks of, for those that stay. The
+                slots of ranks that leave end up empty; `result.placement` speaks of this group.
+            keep_slots: let an expert that stays on a rank keep its slot, wherever `new` has it on that rank. Then
+                `result.placement` is where the experts are.
+            loader: brings the experts that no slot of `old` holds: called with `(layer, expert)` on each rank that
+                needs one, returns its tensors. Without it they are an error.
+            verify: compare checksums of all experts before and after: not at all, of samples, of all bytes.
             progress: called after every step with the bytes that this rank has received and those that it will.
 
         Raises:
             PlacementError: a placement is not valid on any rank, or the window is too small for one expert.
+            LostExpertsError: `new` needs experts that no slot of `old` holds, and there is no loader, or it failed.
             InputError: the placements do not fit the weights, on any rank.
             HandshakeError: the ranks were given different placements or weights, or one did not call. Nothing was
                 moved.
-            TransferError: a step failed. `error.placement` is what this rank's slots hold; other ranks may be one
-                step ahead of it or behind.
+            TransferError: a step failed. `error.placement` is what the slots hold, the same on every rank that
+                survives; `DecisionUnknownError` if the store died with its host.
+            IntegrityError: with `verify`, experts differ from what they were; `error.placement` has -1 there.
         """
         began = time.perf_counter()
-        plan = self._agreed_plan(old, new)
-        sizes = self._weights.payload_bytes
+        self._refuse_beside_a_job()
+        if verify not in THOROUGHNESS:
+            raise InputError(f"verify has to be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
+        plan = self._agreed_plan(
+            old,
+            new,
+            ranks_before=ranks_before,
+            ranks_after=ranks_after,
+            keep_slots=keep_slots,
+            loads=loader is not None,
+            settings={"verify": verify, "atomic": str(self._atomic)},
+        )
+        parts = cut_window(
+            self._window,
+            int(self._weights.expert_bytes.max()),
+            min(self._communicator.max_in_flight, self._steps_under_way),
+        )
+        steps = self._schedule(plan, len(parts[0]))
+        run = _Run(
+            steps,
+            parts,
+            Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s),
+            plan.old.copy(),
+            Narrator(self._communicator, self._runner, steps, plan.num_layers),
+        )
+        run.account.add("plan", time.perf_counter() - began)
+        self._job = None
+        run.narrator.started()
+        try:
+            expected = self._checksums_before(plan, verify, run)
+            self._perform(run, progress)
+            if len(plan.lost) and loader is not None:
+                self._load(plan, run, loader)
+            if expected is not None:
+                self._check_after(run, expected, verify)
+        except BaseException as error:
+            self._placement = run.placement
+            if isinstance(error, TransferError) and error.placement is None:
+                error.placement = run.placement.copy()
+            run.narrator.failed(error, run.decided)
+            raise
+        self._placement = run.placement
+        self._finished, self._finished_steps = run.ledger, len(steps)
+        result = self._result(plan, run, time.perf_counter() - began)
+        run.narrator.finished(result)
+        return result
+
+    def start(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        ranks_before: Mapping[int, int] | None = None,
+        ranks_after: Mapping[int, int] | None = None,
+        keep_slots: bool = False,
+        pace: str | float | None = None,
+        max_inflight_layers: int = LAYERS_IN_FLIGHT,
+        commit_timeout_s: float = 600.0,
+    ) -> RearrangeJob:
+        """Begin to move the weights beside inference, and return the job. Every rank calls it with the same values.
+
+        A thread of its own receives into the window, on a stream of its own. Live weights change in
+        `RearrangeJob.commit` and `RearrangeJob.wait` alone, which the engine calls when it likes. Until the job has
+        ended, neither this rearranger nor its communicator can be used otherwise.
+
+        Args:
+            old: as in `run`.
+            new: as in `run`.
+            ranks_before: as in `run`.
+            ranks_after: as in `run`.
+            keep_slots: as in `run`.
+            pace: the most bytes that a rank receives a second: a number, or text such as `20GB/s`. None for no limit.
+            max_inflight_layers: how many layers (or parts of layers that are larger than the window) may be received
+                and not yet committed; the window is shared among them.
+            commit_timeout_s: the longest that any rank may take to commit what is ready, in seconds; then the job
+                fails on all.
+
+        Raises:
+            BackendUnavailableError: the backend cannot run beside inference.
+            InputError: the pace, or the number of layers, cannot be used; or as `run`.
+            PlacementError, LostExpertsError, HandshakeError: as `run`.
+        """
+        self._refuse_beside_a_job()
+        binding = self._communicator.binding
+        if not binding.background:
+            name = binding.config.partition("?")[0]
+            raise BackendUnavailableError(
+                f"backend {name!r} cannot run beside inference",
+                name=name,
+                why="it declares no background capability; NCCL's kernels, for one, take turns with those of the "
+                "engine's own collectives on the same GPU, and two such groups on different streams can deadlock",
+                remedy="use run() between batches, or a backend that can: 'eplb backends' lists what each can do",
+            )
+        if max_inflight_layers < 1:
+            raise InputError(f"max_inflight_layers has to be at least 1, not {max_inflight_layers}")
+        bytes_per_s = None if pace is None else parse_pace(pace)
+        plan = self._agreed_plan(
+            old,
+            new,
+            ranks_before=ranks_before,
+            ranks_after=ranks_after,
+            keep_slots=keep_slots,
+            loads=False,
+            settings={"pace": str(bytes_per_s), "max_inflight_layers": str(max_inflight_layers), "background": "yes"},
+        )
+        parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
+        steps = self._schedule(plan, len(parts[0]), max_layers_per_step=1)
+        self._job = RearrangeJob(
+            plan,
+            steps,
+            parts,
+            self._runner,
+            self._communicator,
+            self._control.scoped(f"run {self._runs}"),
+            timeout_s=self._timeout_s,
+            commit_timeout_s=commit_timeout_s,
+            bytes_per_s=bytes_per_s,
+            device=self._weights.device,
+            engine_stream=self._stream,
+            summarize=lambda job_account, seconds: self._summary(plan, steps, job_account, seconds),
+        )
+        self._job.begin()
+        return self._job
+
+    # --- the steps --------------------------------------------------------------------------------------------------
+
+    def _schedule(self, plan: RearrangementPlan, window: int, max_layers_per_step: int | None = None) -> list[Step]:
         limit = self._communicator.transfer_limit_bytes
-        parts = self._parts()
-        steps = schedule_steps(
+        return schedule_steps(
             plan,
             self._weights.expert_bytes,
-            window_bytes=len(parts[0]),
+            window_bytes=window,
             send_limit_bytes=limit,
             recv_limit_bytes=limit,
+            max_layers_per_step=max_layers_per_step,
         )
-        phases = {"plan": time.perf_counter() - began}
-        paths: dict[int, str] = {}
-        placement = plan.old.copy()
-        done, total = 0, sum(self._incoming_bytes(step) for step in steps)
-        under_way: deque[_UnderWay] = deque()
 
-        def complete_oldest() -> None:
-            nonlocal placement, done
-            oldest = under_way.popleft()
-            self._wait(oldest, phases, paths)
-            self._commit(oldest.step, oldest.part, phases)
-            placement = oldest.step.apply(placement)
-            done += self._incoming_bytes(oldest.step)
-            if progress is not None:
-                progress(done, total)
+    def _perform(self, run: _Run, progress: Callable[[int, int], None] | None) -> None:
+        """Run all steps, and tell the others if this rank cannot go on."""
+        total = sum(map(self._runner.incoming_bytes, run.steps))
+        done = 0
+        with self._trusting(), self._giving_up(run):
+            for number, step in enumerate(run.steps):
+                while len(run.under_way) == len(run.parts) or any(
+                    self._runner.depends(step, other.step) for other in run.under_way
+                ):
+                    done += self._complete_oldest(run)
+                    if progress is not None:
+                        progress(done, total)
+                part = run.parts[number % len(run.parts)]
+                began = time.perf_counter()
+                run.under_way.append(_UnderWay(step, part, self._runner.transfer(step, part, run.account), began))
+            while run.under_way:
+                done += self._complete_oldest(run)
+                if progress is not None:
+                    progress(done, total)
 
+    def _complete_oldest(self, run: _Run) -> int:
+        """Wait for the oldest step that is under way, decide it, commit it; return the bytes that it has brought."""
+        oldest = run.under_way[0]
+        self._receive(oldest, run.account)
+        question = _question(run.decided)
+        if self._atomic:
+            began = time.perf_counter()
+            verdict = run.ledger.vote(question)
+            run.account.add("decide", time.perf_counter() - began)
+            if verdict.aborted:
+                raise error_of(verdict, self._rank, usable=verdict.usable and len(run.under_way) == 1)
+        self._commit_oldest(run)
+        return self._runner.incoming_bytes(oldest.step)
+
+    def _commit_oldest(self, run: _Run) -> None:
+        oldest = run.under_way[0]
+        began = time.perf_counter()
+        self._runner.commit(oldest.step, oldest.part, self._stream)
+        run.account.add("commit", time.perf_counter() - began)
+        run.placement = oldest.step.apply(run.placement)
+        run.under_way.popleft()
+        run.decided += 1
+        if self._atomic and run.decided > 1 and run.decided % self._world_size == self._rank:
+            # Every rank has read the verdict before, or this one would not stand.
+            run.ledger.forget(_question(run.decided - 2))
+        run.narrator.committed(run.decided - 1, oldest.step, time.perf_counter() - oldest.began)
+
+    def _receive(self, under_way: _UnderWay, account: Account) -> None:
+        began = time.perf_counter()
+        try:
+            stats = under_way.pending.wait()
+        except IntegrityError as error:
+            self._runner.name_experts(error, under_way.step)
+            raise
+        if stats is None:
+            account.add("execute", time.perf_counter() - began)
+            return
+        account.paths.update(stats.paths)
+        for phase, seconds in stats.phases.items():
+            account.add(phase, seconds)
+
+    @contextlib.contextmanager
+    def _trusting(self) -> Iterator[None]:
         self._communicator.trust_matching(True)
         try:
-            for number, step in enumerate(steps):
-                while len(under_way) == len(parts) or any(self._depends(step, other.step) for other in under_way):
-                    complete_oldest()
-                under_way.append(self._start(step, parts[number % len(parts)], phases))
-            while under_way:
-                complete_oldest()
-        except TransferError as error:
-            error.placement = placement
-            raise
+            yield
         finally:
             self._communicator.trust_matching(False)
+
+    @contextlib.contextmanager
+    def _giving_up(self, run: _Run) -> Iterator[None]:
+        """On any error, settle with the other ranks which steps are committed, and commit those here too."""
+        try:
+            yield
+        except BaseException as error:
+            if not self._atomic or run.decided == len(run.steps):
+                raise
+            try:
+                self._settle(run, error)
+            except ControlPlaneError as gone:
+                raise self._undecided(run, gone) from error
+            raise
+
+    def _settle(self, run: _Run, error: BaseException) -> None:
+        while run.decided < len(run.steps):
+            if run.ledger.abort(_question(run.decided), error).aborted:
+                return
+            # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
+            self._commit_oldest(run)
+
+    def _undecided(self, run: _Run, gone: ControlPlaneError) -> DecisionUnknownError:
+        error = DecisionUnknownError(
+            f"nobody can tell whether {_question(run.decided)} is committed",
+            phase="commit",
+            why=gone.what,
+            remedy="load the experts with -1 in error.placement anew; let torchrun, or another process that outlives "
+            "the ranks, host the store",
+        )
+        step = run.steps[run.decided]
+        run.placement = run.placement.copy()
+        run.placement[step.changes[:, 0], step.changes[:, 1]] = EMPTY
+        error.placement = run.placement.copy()
+        return error
+
+    # --- before and after -------------------------------------------------------------------------------------------
+
+    def _checksums_before(
+        self, plan: RearrangementPlan, verify: Thoroughness, run: _Run
+    ) -> dict[tuple[int, int], int] | None:
+        if verify == "off":
+            return None
+        return expected_checksums(plan.old, self._checksums(run, verify))
+
+    def _check_after(self, run: _Run, expected: dict[tuple[int, int], int], verify: Thoroughness) -> None:
+        try:
+            check_end(run.placement, self._checksums(run, verify), expected, self._weights.num_slots)
+        except IntegrityError as error:
+            if error.placement is not None:
+                run.placement = error.placement.copy()
+            raise
+
+    def _checksums(self, run: _Run, verify: Thoroughness) -> IntArray:
+        began = time.perf_counter()
+        sums = slot_checksums(
+            self._weights,
+            self._control,
+            sample=verify == "sample",
+            stream=self._stream,
+            timeout_s=2 * self._timeout_s,
+        )
+        run.account.add("verify", time.perf_counter() - began)
+        return sums
+
+    def _load(self, plan: RearrangementPlan, run: _Run, loader: Loader) -> None:
+        began = time.perf_counter()
+        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, run.ledger, self._stream)
+        run.account.add("load", time.perf_counter() - began)
+
+    def _result(self, plan: RearrangementPlan, run: _Run, seconds: float) -> RearrangeResult:
+        result = self._summary(plan, run.steps, run.account, seconds)
+        return result.at(run.placement)
+
+    def _summary(
+        self, plan: RearrangementPlan, steps: Sequence[Step], account: Account, seconds: float
+    ) -> RearrangeResult:
+        sizes = self._weights.payload_bytes
         return RearrangeResult(
-            placement=placement,
+            placement=plan.new,
             moved=plan.num_transfers,
             moved_locally=plan.num_local_moves,
             bytes_moved=int(plan.traffic(sizes).sum()),
             bytes_moved_locally=int(sizes[plan.move_layer[plan.move_source >= 0]].sum()),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             steps=len(steps),
             staging_bytes=self.window_bytes + self._communicator.staging_bytes,
-            phases=phases,
-            paths=paths,
+            phases=account.phases,
+            paths=account.paths,
         )
-
-    # --- one step ---------------------------------------------------------------------------------------------------
-
-    def _parts(self) -> list[torch.Tensor]:
-        """Cut the window into one part for each step that may be under way: one is read while another is committed."""
-        largest = int((-(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT).max())
-        count = max(
-            1, min(self._communicator.max_in_flight, self._steps_under_way, self.window_bytes // max(largest, 1))
-        )
-        part = self.window_bytes // count // ALIGNMENT * ALIGNMENT if count > 1 else self.window_bytes
-        return [self._window[number * part : (number + 1) * part] for number in range(count)]
-
-    def _start(self, step: Step, part: torch.Tensor, phases: dict[str, float]) -> _UnderWay:
-        began = time.perf_counter()
-        rows = step.transfers
-        for layer, _, _, slot, destination, _ in rows[rows[:, 2] == self._rank].tolist():
-            for tensor in self._weights.slot(layer, slot):
-                self._communicator.add_send(tensor, destination)
-        for layer, _, source, _, _, offset in rows[rows[:, 4] == self._rank].tolist():
-            for tensor in self._weights.staged(part, layer, offset):
-                self._communicator.add_recv(tensor, source)
-        _add(phases, "queue", time.perf_counter() - began)
-        return _UnderWay(step, part, self._communicator.start())
-
-    def _depends(self, step: Step, earlier: Step) -> bool:
-        """Return whether `step` sends from a slot of this rank that `earlier`, not committed yet, fills."""
-        sent = step.transfers[step.transfers[:, 2] == self._rank]
-        filled = earlier.copies[(earlier.copies[:, 0] == self._rank) & (earlier.copies[:, 5] == SLOT)]
-        slots = self._weights.num_slots
-        return bool(np.isin(sent[:, 0] * slots + sent[:, 3], filled[:, 1] * slots + filled[:, 6]).any())
-
-    @staticmethod
-    def _wait(under_way: _UnderWay, phases: dict[str, float], paths: dict[int, str]) -> None:
-        began = time.perf_counter()
-        stats = under_way.pending.wait()
-        if stats is None:
-            _add(phases, "execute", time.perf_counter() - began)
-            return
-        paths.update(stats.paths)
-        for phase, seconds in stats.phases.items():
-            _add(phases, phase, seconds)
-
-    def _commit(self, step: Step, part: torch.Tensor, phases: dict[str, float]) -> None:
-        """Copy from the window, and between slots, in the order that the schedule says."""
-        began = time.perf_counter()
-        rows = step.copies[step.copies[:, 0] == self._rank]
-        with on_stream(self._weights.device, self._stream):
-            for level in np.unique(rows[:, 2]):
-                targets: list[torch.Tensor] = []
-                sources: list[torch.Tensor] = []
-                for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
-                    targets += self._tensors(part, layer, target_kind, target)
-                    sources += self._tensors(part, layer, source_kind, source)
-                copy_all(targets, sources)
-        _add(phases, "commit", time.perf_counter() - began)
-
-    def _tensors(self, part: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
-        if kind == SLOT:
-            return self._weights.slot(layer, place)
-        return self._weights.staged(part, layer, place)
-
-    def _incoming_bytes(self, step: Step) -> int:
-        layers = step.transfers[step.transfers[:, 4] == self._rank, 0]
-        return int(self._weights.payload_bytes[layers].sum())
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
@@ -272,41 +508,60 @@ class Rearranger:
         everything = int(one_each.sum()) * self._weights.num_slots
         return torch.empty(min(allowed, everything), dtype=torch.uint8, device=self._weights.device)
 
-    def _agreed_plan(self, old: npt.ArrayLike, new: npt.ArrayLike) -> RearrangementPlan:
-        """Return the plan, once all ranks have the same one. A rank that cannot make one does not let others wait."""
-        plan: RearrangementPlan | None = None
-        problem: EplbError | None = None
-        try:
-            plan = plan_rearrangement(old, new, self._world_size, self._node_of_rank)
+    def _refuse_beside_a_job(self) -> None:
+        if self._job is not None and not self._job.ended:
+            raise InputError(
+                "a background job of this rearranger has not ended",
+                remedy="call its wait(), or cancel() and then wait(), first",
+            )
+
+    def _agreed_plan(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        ranks_before: Mapping[int, int] | None,
+        ranks_after: Mapping[int, int] | None,
+        keep_slots: bool,
+        loads: bool,
+        settings: Mapping[str, str],
+    ) -> RearrangementPlan:
+        """Return the plan, once all ranks have the same one."""
+        self._runs += 1
+
+        def make_plan() -> RearrangementPlan:
+            plan = plan_rearrangement(
+                self._carried(old, ranks_before),
+                self._carried(new, None if ranks_after is None else {b: a for a, b in ranks_after.items()}),
+                self._world_size,
+                self._node_of_rank,
+                relay=self._relay,
+                keep_slots=keep_slots,
+                missing="leave_empty" if loads else "raise",
+            )
             self._check_shape(plan)
-        except EplbError as error:
-            plan, problem = None, error
+            return plan
+
         asked = {
-            "old placement": "-" if plan is None else hashlib.sha256(plan.old.tobytes()).hexdigest()[:16],
-            "new placement": "-" if plan is None else hashlib.sha256(plan.new.tobytes()).hexdigest()[:16],
             "weights": self._weights.describe(),
             "window": f"{self.window_bytes} bytes",
             "nodes": str(self._node_of_rank),
-            "problem": str(problem or "-"),
+            "relay": str(self._relay),
+            "loader": "yes" if loads else "no",
+            **settings,
         }
-        try:
-            said = self._control.all_gather(
-                "the placements to rearrange", msgspec.msgpack.encode(asked), AGREE_TIMEOUT_S
-            )
-            ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
-        except ControlPlaneError as error:
-            raise not_all_answered(error, self._world_size) from error
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
-            raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
-        table = {item: [rank.get(item, "?") for rank in ranks] for item in asked}
-        table = {item: values for item, values in table.items() if len(set(values)) > 1}
-        if table:
-            raise HandshakeError(
-                "the ranks were asked for different rearrangements", table=table, why="nothing was moved"
-            ) from problem
-        if plan is None:
-            raise problem or EplbError("there is no plan")
+        plan = agree_on_plan(self._control, make_plan, asked, max(self._timeout_s, AGREE_TIMEOUT_S))
+        if self._finished is not None and self._finished_steps and self._rank == 0:
+            self._finished.forget(_question(self._finished_steps - 1))  # every rank has come here since
+        self._finished = None
         return plan
+
+    def _carried(self, placement: npt.ArrayLike, here: Mapping[int, int] | None) -> npt.ArrayLike:
+        """Return a placement in the ranks of this group."""
+        if here is None:
+            return placement
+        slots = np.asarray(placement).shape[-1] if np.ndim(placement) == 2 else 0
+        return remap_placement(placement, slots // max(self._weights.num_slots, 1), here, self._world_size)
 
     def _check_shape(self, plan: RearrangementPlan) -> None:
         here = (len(self._weights.layers), self._weights.num_slots)
@@ -318,5 +573,5 @@ class Rearranger:
             )
 
 
-def _add(phases: dict[str, float], phase: str, seconds: float) -> None:
-    phases[phase] = phases.get(phase, 0.0) + seconds
+def _question(step: int) -> str:
+    return f"step {step}"

@@ -45,6 +45,7 @@ class ExpertWeights:
         if not weights or not all(len(layer) for layer in weights):
             raise InputError("weights have to hold at least one layer, and every layer at least one tensor")
         first = weights[0][0]
+        self._by_layer = [list(layer) for layer in weights]
         self.tensors = [tensor for layer in weights for tensor in layer]
         self.device = first.device
         self.num_slots = first.shape[0] if first.dim() else 0
@@ -61,6 +62,32 @@ class ExpertWeights:
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one slot, each as uint8 `[bytes]`, as views."""
         return self.layers[layer].slots[slot]
+
+    def write(self, layer: int, slot: int, tensors: Sequence[torch.Tensor], what: str) -> None:
+        """Copy the tensors of one expert into a slot, on the current stream.
+
+        Args:
+            layer: which layer.
+            slot: which local slot.
+            tensors: one for each of the layer's tensors, of a row's shape and dtype, on any device.
+            what: what they are, for messages.
+
+        Raises:
+            InputError: their number, a shape or a dtype is wrong. Nothing was written then.
+        """
+        targets = [tensor[slot].detach() for tensor in self._by_layer[layer]]
+        where = f"{what} of layer {layer}"
+        if len(tensors) != len(targets):
+            raise InputError(f"{len(tensors)} tensors instead of {len(targets)}", where=where)
+        for number, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
+            if tensor.shape != target.shape or tensor.dtype != target.dtype:
+                raise InputError(
+                    f"tensor {number} is {tuple(tensor.shape)} of {tensor.dtype}, "
+                    f"a slot's is {tuple(target.shape)} of {target.dtype}",
+                    where=where,
+                )
+        for tensor, target in zip(tensors, targets, strict=True):
+            target.copy_(tensor.detach())
 
     def staged(self, window: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
         """Return the tensors of an expert of `layer` that lies at byte `offset` of `window` (uint8), as views."""

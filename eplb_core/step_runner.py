@@ -1,0 +1,180 @@
+"""One rank's part in a step of a schedule: what it sends and receives, and what it copies once all have received."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from eplb_core.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.copies import copy_all
+from eplb_core.errors import IntegrityError
+from eplb_core.schedule import ALIGNMENT, SLOT, Step
+from eplb_core.streams import on_stream
+from eplb_core.weights import ExpertWeights
+
+Slice = tuple[int, int, int]
+"""A row of `Step.transfers`, and the bytes of that expert's payload to move: row, first, end."""
+
+
+@dataclass(slots=True)
+class Account:
+    """What the steps of one rearrangement took on this rank.
+
+    Attributes:
+        phases: phase name -> seconds.
+        paths: peer rank -> what its bytes travelled over.
+    """
+
+    phases: dict[str, float] = field(default_factory=dict)
+    paths: dict[int, str] = field(default_factory=dict)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add to a phase."""
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
+
+
+class StepRunner:
+    """Runs steps over one communicator and one set of weights.
+
+    Args:
+        communicator: what moves the bytes.
+        weights: the local slots.
+        rank: this rank.
+    """
+
+    def __init__(self, communicator: EplbCommunicator, weights: ExpertWeights, rank: int) -> None:
+        self._communicator = communicator
+        self._weights = weights
+        self._rank = rank
+
+    def transfer(self, step: Step, part: torch.Tensor, account: Account) -> PendingTransfer:
+        """Begin to move all of a step's experts; what this rank receives lands in `part` of its window."""
+        began = time.perf_counter()
+        rows = step.transfers
+        for layer, _, _, slot, destination, _ in rows[rows[:, 2] == self._rank].tolist():
+            for tensor in self._weights.slot(layer, slot):
+                self._communicator.add_send(tensor, destination)
+        for layer, _, source, _, _, offset in rows[rows[:, 4] == self._rank].tolist():
+            for tensor in self._weights.staged(part, layer, offset):
+                self._communicator.add_recv(tensor, source)
+        account.add("queue", time.perf_counter() - began)
+        return self._communicator.start()
+
+    def transfer_slices(self, step: Step, slices: Sequence[Slice], part: torch.Tensor) -> PendingTransfer:
+        """Begin to move some bytes of a step's experts, as `bursts` has cut them."""
+        for row, first, end in slices:
+            layer, _, source, slot, destination, offset = step.transfers[row].tolist()
+            if source == self._rank:
+                for tensor in _cut(self._weights.slot(layer, slot), first, end):
+                    self._communicator.add_send(tensor, destination)
+            elif destination == self._rank:
+                for tensor in _cut(self._weights.staged(part, layer, offset), first, end):
+                    self._communicator.add_recv(tensor, source)
+        return self._communicator.start()
+
+    def bursts(self, step: Step, limit_bytes: int) -> list[list[Slice]]:
+        """Cut a step's transfers so that no rank receives more than `limit_bytes` in a burst; the same on all ranks."""
+        received: dict[int, int] = {}
+        cut: dict[int, list[Slice]] = {}
+        for row, (layer, destination) in enumerate(step.transfers[:, [0, 4]].tolist()):
+            begin = received.get(destination, 0)
+            end = received[destination] = begin + int(self._weights.payload_bytes[layer])
+            for number in range(begin // limit_bytes, -(-end // limit_bytes)):
+                first = max(begin, number * limit_bytes) - begin
+                last = min(end, (number + 1) * limit_bytes) - begin
+                cut.setdefault(number, []).append((row, first, last))
+        return [cut[number] for number in sorted(cut)]
+
+    def incoming_slices(self, step: Step, slices: Sequence[Slice]) -> int:
+        """Return the payload bytes that this rank receives in a burst."""
+        return sum(end - first for row, first, end in slices if step.transfers[row, 4] == self._rank)
+
+    def largest_share(self, step: Step) -> int:
+        """Return the most payload bytes that any one rank receives in a step."""
+        shares = np.bincount(step.transfers[:, 4], weights=self._weights.payload_bytes[step.transfers[:, 0]])
+        return int(shares.max(initial=0))
+
+    def commit(self, step: Step, part: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+        """Copy from the window, and between slots, in the order that the schedule says, on `stream`."""
+        rows = step.copies[step.copies[:, 0] == self._rank]
+        with on_stream(self._weights.device, stream):
+            for level in np.unique(rows[:, 2]):
+                targets: list[torch.Tensor] = []
+                sources: list[torch.Tensor] = []
+                for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
+                    targets += self._tensors(part, layer, target_kind, target)
+                    sources += self._tensors(part, layer, source_kind, source)
+                copy_all(targets, sources)
+
+    def depends(self, step: Step, earlier: Step) -> bool:
+        """Return whether `step` sends from a slot of this rank that `earlier`, not committed yet, fills."""
+        sent = step.transfers[step.transfers[:, 2] == self._rank]
+        filled = earlier.copies[(earlier.copies[:, 0] == self._rank) & (earlier.copies[:, 5] == SLOT)]
+        slots = self._weights.num_slots
+        return bool(np.isin(sent[:, 0] * slots + sent[:, 3], filled[:, 1] * slots + filled[:, 6]).any())
+
+    def incoming_bytes(self, step: Step) -> int:
+        """Return the payload bytes that this rank receives in a step."""
+        return self._bytes(step, 4)
+
+    def outgoing_bytes(self, step: Step) -> int:
+        """Return the payload bytes that this rank sends in a step."""
+        return self._bytes(step, 2)
+
+    def peers(self, step: Step) -> tuple[int, ...]:
+        """Return the ranks that this rank exchanges experts with in a step, sorted."""
+        ends = step.transfers[:, [2, 4]]
+        mine = ends[(ends == self._rank).any(axis=1)]
+        return tuple(sorted(set(mine.ravel().tolist()) - {self._rank}))
+
+    def name_experts(self, error: IntegrityError, step: Step) -> None:
+        """Put into `error` which experts of `step` arrived wrong; it counts receives with bytes, peer by peer."""
+        received: dict[int, list[tuple[int, int, int]]] = {}
+        for layer, expert, source, _, destination, _ in step.transfers.tolist():
+            if destination == self._rank:
+                tensors = [rows for rows in self._weights.layers[layer].rows if rows.shape[1]]
+                received.setdefault(source, []).extend([(layer, expert, source)] * len(tensors))
+        found = {
+            received[peer][index]
+            for peer, index in error.wrong
+            if peer in received and 0 <= index < len(received[peer])
+        }
+        if found:
+            error.experts = tuple(sorted(found))
+            error.add_note(", ".join(f"layer {la}, expert {ex}, from rank {peer}" for la, ex, peer in error.experts))
+
+    def _bytes(self, step: Step, column: int) -> int:
+        return int(self._weights.payload_bytes[step.transfers[step.transfers[:, column] == self._rank, 0]].sum())
+
+    def _tensors(self, part: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
+        if kind == SLOT:
+            return self._weights.slot(layer, place)
+        return self._weights.staged(part, layer, place)
+
+
+def cut_window(window: torch.Tensor, largest_expert: int, count: int) -> list[torch.Tensor]:
+    """Cut a window (uint8 `[bytes]`) into up to `count` equal parts, each large enough for one expert if it is itself.
+
+    Args:
+        window: the window.
+        largest_expert: bytes of the largest expert as it lies in a window.
+        count: the most parts.
+    """
+    needed = -(-largest_expert // ALIGNMENT) * ALIGNMENT
+    count = max(1, min(count, len(window) // max(needed, 1)))
+    part = len(window) // count // ALIGNMENT * ALIGNMENT if count > 1 else len(window)
+    return [window[number * part : (number + 1) * part] for number in range(count)]
+
+
+def _cut(tensors: Sequence[torch.Tensor], first: int, end: int) -> Iterator[torch.Tensor]:
+    """Yield the bytes `first` to `end` of tensors (uint8 `[bytes]`) that follow one another, as views."""
+    begin = 0
+    for tensor in tensors:
+        low, high = max(first - begin, 0), min(end - begin, len(tensor))
+        if low < high:
+            yield tensor[low:high]
+        begin += len(tensor)
