@@ -2,7 +2,8 @@
 
 A part reads every slot as it is when the part begins, and overwrites slots at its end. So a slot may be overwritten
 once another copy of its expert stays, or arrives in the same part. A rank that still needs the expert elsewhere keeps a
-copy of its own, so that cutting a layer never costs a transfer more than the plan has.
+copy of its own, and so does a node: cutting a layer never costs a transfer more than the plan has, in all or between
+nodes. Where experts are relayed, a rank waits for one that another rank of its node receives in this part.
 
 What is left when no slot may be overwritten are cycles: every slot waits for the expert that the next one holds. A
 cycle is turned in one part if the budget allows. If it visits a rank too often, it is shortened first: two visits of
@@ -57,6 +58,7 @@ def cut_layer(
     *,
     planned_source: Mapping[tuple[int, int], int],
     node_of_rank: Sequence[int],
+    relay: bool = False,
 ) -> list[LayerPart]:
     """Cut the way of one layer from `old` to `new` into parts.
 
@@ -68,9 +70,10 @@ def cut_layer(
         num_ranks: the number of ranks that share the slots evenly.
         budget: what a part may use, at least one expert of each that the layer needs.
         planned_source: `(expert, destination rank)` -> the rank that the plan reads it from, preferred if it can.
-        node_of_rank: `[num_ranks]`; the second preference is a source on the same node.
+        node_of_rank: `[num_ranks]`; a source on the same node is read if there is one.
+        relay: whether an expert crosses to a node without a copy only once, and is read there by the others.
     """
-    state = _LayerState(old, new, num_ranks, budget, planned_source, node_of_rank)
+    state = _LayerState(old, new, num_ranks, budget, planned_source, node_of_rank, relay)
     parts = []
     while state.pending:
         part = state.next_part()
@@ -95,13 +98,16 @@ class _LayerState:
         budget: Budget,
         planned_source: Mapping[tuple[int, int], int],
         node_of_rank: Sequence[int],
+        relay: bool,
     ) -> None:
         self.held = list(old)  # slot -> expert when the part begins
         self.new = new
         self.per_rank = len(self.held) // num_ranks
+        self.rank_of = [slot // self.per_rank for slot in range(len(self.held))]
+        self.node_of = [node_of_rank[rank] for rank in self.rank_of]
         self.budget = budget
         self.planned_source = planned_source
-        self.node_of_rank = node_of_rank
+        self.relay = relay
 
         by_local_slot = sorted(range(len(self.held)), key=lambda slot: (slot % self.per_rank, slot))
         # Slots that still get another expert. Interleaved by rank, so that a part spreads over the ranks.
@@ -115,8 +121,10 @@ class _LayerState:
             self.targets.setdefault(new[slot], {})[slot] = None
         # These count as if the part had ended.
         self.copies = Counter(self.held)
-        self.copies_on_rank = Counter((self._rank(slot), expert) for slot, expert in enumerate(self.held))
-        self.needs_on_rank = Counter((self._rank(slot), new[slot]) for slot in self.pending)
+        self.copies_on_rank = Counter(zip(self.rank_of, self.held, strict=True))
+        self.needs_on_rank = Counter((self.rank_of[slot], new[slot]) for slot in self.pending)
+        self.copies_on_node = Counter(zip(self.node_of, self.held, strict=True))
+        self.needs_on_node = Counter((self.node_of[slot], new[slot]) for slot in self.pending)
         self._begin_part()
 
     def next_part(self) -> LayerPart:
@@ -139,23 +147,24 @@ class _LayerState:
         self.overwritten: dict[int, int] = {}  # slot -> its expert after the part
         self.copied_from: dict[int, int] = {}  # slot -> the slot of the same rank that it is copied from
         self.arriving: dict[tuple[int, int], int] = {}  # (rank, expert) -> transfer
+        self.arriving_on_node: set[tuple[int, int]] = set()  # (node, expert)
         self.window_used: Counter[int] = Counter()
         self.sends_used: Counter[int] = Counter()
         self.receives_used: Counter[int] = Counter()
-
-    def _rank(self, slot: int) -> int:
-        return slot // self.per_rank
 
     # --- slots that may be overwritten --------------------------------------------------------------------------------
 
     def _may_overwrite(self, slot: int) -> bool:
         """Whether the slot's expert stays where it is needed when this slot is overwritten."""
-        expert, rank = self.held[slot], self._rank(slot)
+        expert = self.held[slot]
         if expert == EMPTY or expert not in self.needed:
             return True
         if self.copies[expert] < 2:
             return False
-        return self.needs_on_rank[rank, expert] == 0 or self.copies_on_rank[rank, expert] >= 2
+        on_rank, on_node = (self.rank_of[slot], expert), (self.node_of[slot], expert)
+        return (self.needs_on_rank[on_rank] == 0 or self.copies_on_rank[on_rank] >= 2) and (
+            self.needs_on_node[on_node] == 0 or self.copies_on_node[on_node] >= 2
+        )
 
     def _overwrite_what_may_be(self, slots: Iterable[int]) -> None:
         """Overwrite slots in turn, then those that held what was brought elsewhere, and so on along the chains."""
@@ -170,12 +179,12 @@ class _LayerState:
 
     def _bring(self, slot: int, expert: int) -> bool:
         """Move `expert` into `slot` from wherever is best, or return False if the budget does not allow it."""
-        rank = self._rank(slot)
+        rank = self.rank_of[slot]
         transfer = self.arriving.get((rank, expert))
         if transfer is not None:
             self._move(slot, expert, transfer=transfer)
             return True
-        here = [source for source in self.holders[expert] if self._rank(source) == rank]
+        here = [source for source in self.holders[expert] if self.rank_of[source] == rank]
         if here:
             source = min(here, key=lambda source: (source in self.overwritten, source))
             closes_ring = self._closes_ring(slot, source)
@@ -185,24 +194,27 @@ class _LayerState:
                 self.window_used[rank] += 1
             self._move(slot, expert, source=source, saved=closes_ring)
             return True
-        best = self._best_source(expert, rank)
+        best = self._best_source(expert, slot)
         if best is None:
             return False
         self._transfer(slot, expert, best)
         return True
 
-    def _best_source(self, expert: int, rank: int) -> int | None:
-        """Return the slot to read `expert` from for `rank`, or None if the budget allows no transfer."""
+    def _best_source(self, expert: int, slot: int) -> int | None:
+        """Return the slot to read `expert` from for `slot`, or None if it has to wait for the next part."""
+        rank, node = self.rank_of[slot], self.node_of[slot]
         if self.window_used[rank] >= self.budget.window or self.receives_used[rank] >= self.budget.receives:
+            return None
+        holders = self.holders[expert]
+        near = [source for source in holders if self.node_of[source] == node]
+        if not near and self.relay and (node, expert) in self.arriving_on_node:
             return None
         planned = self.planned_source.get((expert, rank))
 
-        def preference(slot: int) -> tuple[bool, bool, int, int]:
-            source = self._rank(slot)
-            other_node = self.node_of_rank[source] != self.node_of_rank[rank]
-            return source != planned, other_node, self.sends_used[source], slot
+        def preference(source: int) -> tuple[bool, int, int]:
+            return self.rank_of[source] != planned, self.sends_used[self.rank_of[source]], source
 
-        able = [s for s in self.holders[expert] if self.sends_used[self._rank(s)] < self.budget.sends]
+        able = [s for s in near or holders if self.sends_used[self.rank_of[s]] < self.budget.sends]
         return min(able, key=preference, default=None)
 
     def _closes_ring(self, slot: int, source: int) -> bool:
@@ -213,28 +225,32 @@ class _LayerState:
         return walk == slot
 
     def _transfer(self, slot: int, expert: int, source: int) -> None:
-        rank = self._rank(slot)
+        rank = self.rank_of[slot]
         self.window_used[rank] += 1
         self.receives_used[rank] += 1
-        self.sends_used[self._rank(source)] += 1
+        self.sends_used[self.rank_of[source]] += 1
         self.arriving[rank, expert] = len(self.part.transfers)
+        self.arriving_on_node.add((self.node_of[slot], expert))
         self.part.transfers.append((expert, source, rank))
         self._move(slot, expert, transfer=self.arriving[rank, expert])
 
     def _move(self, slot: int, expert: int, *, transfer: int = -1, source: int = -1, saved: bool = False) -> None:
-        rank, gone = self._rank(slot), self.held[slot]
+        rank, node, gone = self.rank_of[slot], self.node_of[slot], self.held[slot]
         self.part.moves.append((slot, expert, transfer, source))
         if source >= 0 and not saved:
             self.copied_from[slot] = source
         self.overwritten[slot] = expert
         self.copies[gone] -= 1
         self.copies_on_rank[rank, gone] -= 1
+        self.copies_on_node[node, gone] -= 1
         self.copies[expert] += 1
         self.copies_on_rank[rank, expert] += 1
+        self.copies_on_node[node, expert] += 1
         if expert == self.new[slot]:
             del self.pending[slot]
             del self.targets[expert][slot]
             self.needs_on_rank[rank, expert] -= 1
+            self.needs_on_node[node, expert] -= 1
 
     # --- cycles of slots that wait for one another --------------------------------------------------------------------
 
@@ -254,11 +270,13 @@ class _LayerState:
         return cycles
 
     def _waits_for(self, slot: int) -> int:
-        """Return a slot that needs the expert that `slot` must not lose, one of the same rank if there is one."""
-        expert, rank = self.held[slot], self._rank(slot)
+        """Return a slot that needs the expert that `slot` must not lose: on its rank, else on its node, else any."""
+        expert, rank, node = self.held[slot], self.rank_of[slot], self.node_of[slot]
         targets = self.targets[expert]
         if self.needs_on_rank[rank, expert]:
-            return next(target for target in targets if self._rank(target) == rank)
+            return next(target for target in targets if self.rank_of[target] == rank)
+        if self.needs_on_node[node, expert]:
+            return next(target for target in targets if self.node_of[target] == node)
         return next(iter(targets))
 
     def _turn_cycle(self, cycle: list[int]) -> None:
@@ -268,8 +286,8 @@ class _LayerState:
             return
         path: list[list[int]] = []
         for visit in visits:
-            rank = self._rank(visit[0])
-            earlier = next((i for i, other in enumerate(path) if self._rank(other[0]) == rank), None)
+            rank = self.rank_of[visit[0]]
+            earlier = next((i for i, other in enumerate(path) if self.rank_of[other[0]] == rank), None)
             if earlier is None:
                 path.append(visit)
                 continue
@@ -280,12 +298,12 @@ class _LayerState:
     def _visits(self, cycle: list[int]) -> list[list[int]]:
         """Split a cycle into runs of slots of one rank, starting where the rank changes."""
         start = next(
-            (i for i in range(len(cycle)) if self._rank(cycle[i - 1]) != self._rank(cycle[i])),
+            (i for i in range(len(cycle)) if self.rank_of[cycle[i - 1]] != self.rank_of[cycle[i]]),
             0,
         )
         visits: list[list[int]] = []
         for slot in cycle[start:] + cycle[:start]:
-            if visits and self._rank(visits[-1][0]) == self._rank(slot):
+            if visits and self.rank_of[visits[-1][0]] == self.rank_of[slot]:
                 visits[-1].append(slot)
             else:
                 visits.append([slot])
@@ -294,10 +312,10 @@ class _LayerState:
     def _turn(self, ring: list[int]) -> bool:
         """Move every slot's expert to the next slot of the ring, and the last one's to the first, if that fits."""
         hops = list(zip(ring, ring[1:] + ring[:1], strict=True))
-        crossing = [(s, d) for s, d in hops if self._rank(s) != self._rank(d)]
-        arrivals = Counter(self._rank(d) for _, d in crossing)
-        departures = Counter(self._rank(s) for s, _ in crossing)
-        in_window = arrivals or Counter({self._rank(ring[0]): 1})  # a ring on one rank takes a save
+        crossing = [(s, d) for s, d in hops if self.rank_of[s] != self.rank_of[d]]
+        arrivals = Counter(self.rank_of[d] for _, d in crossing)
+        departures = Counter(self.rank_of[s] for s, _ in crossing)
+        in_window = arrivals or Counter({self.rank_of[ring[0]]: 1})  # a ring on one rank takes a save
         if (
             any(self.window_used[r] + n > self.budget.window for r, n in in_window.items())
             or any(self.receives_used[r] + n > self.budget.receives for r, n in arrivals.items())
@@ -305,9 +323,9 @@ class _LayerState:
         ):
             return False
         if not crossing:
-            self.window_used[self._rank(ring[0])] += 1
+            self.window_used[self.rank_of[ring[0]]] += 1
         for source, slot in reversed(hops):
-            if self._rank(source) == self._rank(slot):
+            if self.rank_of[source] == self.rank_of[slot]:
                 self._move(slot, self.held[source], source=source, saved=slot == ring[1])
             else:
                 self._transfer(slot, self.held[source], source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from eplb_core.errors import InputError, PlacementError
+from eplb_core.errors import InputError, LostExpertsError, PlacementError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -83,31 +83,69 @@ def check_pair(old: npt.ArrayLike, new: npt.ArrayLike, num_ranks: int) -> tuple[
         Both as C-contiguous int64 arrays.
 
     Raises:
-        PlacementError: one of them is not valid, their shapes differ, or `new` needs an expert of which `old` has no
-            copy in that layer. The message names the layer and the experts.
+        PlacementError: one of them is not valid, or their shapes differ.
+        LostExpertsError: `new` needs an expert of which `old` has no copy in that layer.
     """
+    old_array, new_array = check_shapes(old, new, num_ranks)
+    lost = lost_slots(old_array, new_array)
+    if lost.size:
+        raise LostExpertsError({(layer, expert) for layer, _, expert in lost.tolist()})
+    return old_array, new_array
+
+
+def check_shapes(old: npt.ArrayLike, new: npt.ArrayLike, num_ranks: int) -> tuple[IntArray, IntArray]:
+    """Do what `check_pair` does, but let `new` have experts of which `old` has no copy."""
     old_array = check_placement(old, num_ranks, name="the old placement")
     new_array = check_placement(new, num_ranks, name="the new placement")
     if old_array.shape != new_array.shape:
         raise PlacementError(
             f"the old placement has shape {list(old_array.shape)}, the new one {list(new_array.shape)}",
             why="a rearrangement keeps the number of layers and of slots",
-        )
-    width = 1 + max(int(old_array.max(initial=EMPTY)), int(new_array.max(initial=EMPTY)))
-    old_keys = _held_experts(old_array, width)
-    missing = np.setdiff1d(_held_experts(new_array, width), old_keys, assume_unique=True)
-    if missing.size:
-        layer = int(missing[0]) // width
-        experts = [int(key) % width for key in missing if int(key) // width == layer]
-        shown = ", ".join(map(str, experts[:8])) + (", ..." if len(experts) > 8 else "")
-        layers = np.unique(missing // width).size
-        raise PlacementError(
-            f"the new placement needs logical experts of which no rank has a copy: {shown}",
-            where=f"layer {layer}" + (f" and {layers - 1} more layers" if layers > 1 else ""),
-            why="weights can only be moved from a slot of the old placement",
-            remedy="load these experts from the checkpoint, or leave them out of the new placement",
+            remedy="say both in the ranks of one group: eplb_core.elastic.remap_placement does that",
         )
     return old_array, new_array
+
+
+def lost_slots(old: IntArray, new: IntArray) -> IntArray:
+    """Return the slots whose new expert has no copy in the old placement, both valid and of one shape.
+
+    Returns:
+        int64 `[K, 3]`: layer, slot counted over all ranks, logical expert; sorted by layer and slot.
+    """
+    width = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
+    layer, slot = np.nonzero((new != old) & (new != EMPTY))
+    expert = new[layer, slot]
+    held_layer, held_slot = np.nonzero(old != EMPTY)
+    lost = ~np.isin(layer * width + expert, held_layer * width + old[held_layer, held_slot])
+    return np.stack([layer[lost], slot[lost], expert[lost]], axis=1)
+
+
+def align_slots(old: IntArray, new: IntArray, num_ranks: int) -> IntArray:
+    """Return `new` with the slots of each rank re-ordered so that as many as can be hold what they held in `old`.
+
+    Each rank has the same experts as in `new`, each as often. As many copies of an expert as the rank has in both
+    placements keep their slots; what arrives takes the slot that `new` gives it, if that is free, or else another one.
+    An empty slot counts as an expert here: it stays empty if the rank has empty slots in `new`.
+
+    Args:
+        old: int64 `[num_layers, num_slots]`, a valid placement.
+        new: the same shape.
+        num_ranks: the number of ranks that share the slots.
+    """
+    per_rank = old.shape[1] // num_ranks
+    width = 2 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
+    before, after = old.reshape(-1), new.reshape(-1)
+    same = before == after
+    rank = np.arange(before.size) // per_rank * width
+    old_key, new_key = rank + before + 1, rank + after + 1
+    # Of several copies, those that are in their places already come first.
+    kept = _occurrence(old_key, same) < _count(new_key, old_key)
+    arrives = _occurrence(new_key, same) >= _count(old_key, new_key)
+    aligned = np.where(kept, before, after)
+    displaced = arrives & kept  # its slot is kept for another expert of the rank
+    free = ~kept & ~arrives  # its expert in `new` has kept another slot
+    aligned[free] = after[displaced]
+    return aligned.reshape(old.shape)
 
 
 def load_per_rank(placement: npt.ArrayLike, loads: npt.ArrayLike, num_ranks: int) -> FloatArray:
@@ -220,7 +258,19 @@ def contiguous_placement(num_layers: int, num_logical: int, num_slots: int, num_
     return np.tile(np.concatenate(rows), (num_layers, 1))
 
 
-def _held_experts(placement: IntArray, width: int) -> IntArray:
-    """Return the sorted, distinct keys `layer * width + expert` of all experts that `placement` holds."""
-    layer, slot = np.nonzero(placement != EMPTY)
-    return np.unique(layer * width + placement[layer, slot])
+def _occurrence(key: IntArray, first: npt.NDArray[np.bool_]) -> IntArray:
+    """Return for each element how many with the same key come before it; those that are `first` do, then in order."""
+    order = np.argsort(key * 2 + ~first, kind="stable")
+    in_order = key[order]
+    position = np.arange(len(key))
+    begins = np.diff(in_order, prepend=-1) != 0
+    occurrence = np.empty_like(position)
+    occurrence[order] = position - np.maximum.accumulate(np.where(begins, position, 0))
+    return occurrence
+
+
+def _count(keys: IntArray, wanted: IntArray) -> IntArray:
+    """Return how often `keys` holds each of `wanted`."""
+    in_order = np.sort(keys)
+    count: IntArray = np.searchsorted(in_order, wanted, "right") - np.searchsorted(in_order, wanted, "left")
+    return count

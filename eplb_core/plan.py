@@ -5,42 +5,44 @@ A plan says *what* moves; `eplb_core.schedule` says in which bounded steps.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_core.errors import InputError, PlacementError
-from eplb_core.placement import EMPTY, IntArray, check_pair
+from eplb_core.placement import EMPTY, IntArray, align_slots, check_pair, check_shapes, lost_slots
+from eplb_core.sources import SendCounts, choose_holders, choose_relays
 
-_FORMAT = "eplb-plan/1"
 
-
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RearrangementPlan:
     """What moves between two placements. Plain read-only int64 arrays, sorted by layer.
 
     A *transfer* is one expert that crosses from one rank to another, once however many slots there need it. A *move* is
     one slot that gets another expert: out of a transfer, or out of another slot of the same rank. Slot numbers in
-    transfers and moves are local to their rank; expert contents are those of the old placement.
+    transfers and moves are local to their rank. What they read are the contents of the old placement, except that a
+    *relayed* transfer reads a slot that another transfer has filled.
 
     Attributes:
         num_ranks: the number of ranks.
         old: `[num_layers, num_slots]`, the placement before.
-        new: `[num_layers, num_slots]`, the placement after.
+        new: `[num_layers, num_slots]`, the placement after; with `keep_slots` or lost experts not what was asked for.
         node_of_rank: `[num_ranks]`, the node that each rank runs on.
         transfer_layer: `[T]`.
         transfer_expert: `[T]`, logical expert.
         transfer_src_rank: `[T]`.
         transfer_src_slot: `[T]`, slot of the source rank that is read.
         transfer_dst_rank: `[T]`.
+        transfer_after: `[T]`, index of the transfer that fills the slot that this one reads, -1 if it is not relayed.
         move_layer: `[M]`.
         move_rank: `[M]`, the rank whose slot is overwritten.
         move_slot: `[M]`, the slot that is overwritten.
         move_transfer: `[M]`, index of the transfer that brings the bytes, -1 if they are on the rank already.
         move_source: `[M]`, the slot of the same rank that holds the bytes, -1 if they come by a transfer.
+        lost: `[K, 3]`: layer, slot counted over all ranks, and the expert that was wanted there, of which the old
+            placement has no copy. These slots are empty in `new`.
     """
 
     num_ranks: int
@@ -52,11 +54,13 @@ class RearrangementPlan:
     transfer_src_rank: IntArray
     transfer_src_slot: IntArray
     transfer_dst_rank: IntArray
+    transfer_after: IntArray
     move_layer: IntArray
     move_rank: IntArray
     move_slot: IntArray
     move_transfer: IntArray
     move_source: IntArray
+    lost: IntArray
 
     def __post_init__(self) -> None:
         """Make the arrays read-only, so that a plan can be shared."""
@@ -83,6 +87,16 @@ class RearrangementPlan:
     def num_transfers(self) -> int:
         """How many experts cross between two ranks."""
         return len(self.transfer_layer)
+
+    @property
+    def num_between_nodes(self) -> int:
+        """How many experts cross between two nodes."""
+        return int(np.count_nonzero(self._crosses_nodes()))
+
+    @property
+    def num_relayed(self) -> int:
+        """How many experts are relayed inside a node, by a rank that received them itself."""
+        return int(np.count_nonzero(self.transfer_after >= 0))
 
     @property
     def num_local_moves(self) -> int:
@@ -118,20 +132,48 @@ class RearrangementPlan:
         np.add.at(matrix, (self.transfer_src_rank, self.transfer_dst_rank), size)
         return matrix
 
+    def traffic_between_nodes(self, expert_bytes: npt.ArrayLike) -> IntArray:
+        """Return the bytes that each node sends to each other one, int64 `[num_nodes (source), num_nodes]`.
+
+        Nodes are in ascending order of their numbers. The diagonal is zero: what stays inside a node is not counted.
+
+        Args:
+            expert_bytes: bytes of one expert, one number or `[num_layers]`.
+        """
+        numbers, node = np.unique(self.node_of_rank, return_inverse=True)
+        matrix = np.zeros((len(numbers), len(numbers)), dtype=np.int64)
+        crosses = self._crosses_nodes()
+        source, destination = node[self.transfer_src_rank[crosses]], node[self.transfer_dst_rank[crosses]]
+        np.add.at(
+            matrix, (source, destination), layer_bytes(expert_bytes, self.num_layers)[self.transfer_layer[crosses]]
+        )
+        return matrix
+
     def summary(self, expert_bytes: npt.ArrayLike | None = None) -> str:
         """Return one line for people, with the bytes if the experts' sizes are given."""
-        crossing = f"{self.num_transfers} experts cross between ranks"
+        crossing = f"{_count(self.num_transfers, 'expert crosses', 'experts cross')} between ranks"
         if expert_bytes is not None:
             crossing += f" ({self.bytes_moved(expert_bytes) / 1e6:.1f} MB)"
-        return (
-            f"{self.num_moves} of {self.new.size} slots change in {self.num_layers} layers on {self.num_ranks} ranks: "
-            f"{crossing}, {self.num_local_moves} are copied on their rank, "
-            f"{self.num_duplicates} share a transfer; {self.num_cleared} slots are cleared"
+        if len(np.unique(self.node_of_rank)) > 1:
+            crossing += f", {self.num_between_nodes} of them between nodes"
+            if expert_bytes is not None:
+                crossing += f" ({self.traffic_between_nodes(expert_bytes).sum() / 1e6:.1f} MB)"
+            crossing += f" and {self.num_relayed} relayed inside one"
+        text = (
+            f"{self.num_moves} of {_count(self.new.size, 'slot changes', 'slots change')} in "
+            f"{_count(self.num_layers, 'layer', 'layers')} on {_count(self.num_ranks, 'rank', 'ranks')}: "
+            f"{crossing}, {self.num_local_moves} copied on their rank, {self.num_duplicates} out of a shared transfer; "
+            f"{_count(self.num_cleared, 'slot is', 'slots are')} cleared"
         )
+        if len(self.lost):
+            text += f"; {_count(len(self.lost), 'slot is', 'slots are')} left empty since no rank has the expert"
+        return text
 
     def __str__(self) -> str:
         """Return the summary."""
         return self.summary()
+
+    __repr__ = __str__
 
     def __eq__(self, other: object) -> bool:
         """Two plans are equal if all their arrays are."""
@@ -143,40 +185,38 @@ class RearrangementPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON text that `from_json` reads back to an equal plan."""
-        content: dict[str, Any] = {"format": _FORMAT, "num_ranks": self.num_ranks}
-        content |= {f.name: getattr(self, f.name).tolist() for f in fields(self) if f.name != "num_ranks"}
-        return json.dumps(content, separators=(",", ":"))
+        from eplb_core.plan_json import encode_plan
 
-    @classmethod
-    def from_json(cls, text: str) -> RearrangementPlan:
+        return encode_plan(self)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> RearrangementPlan:
         """Read a plan that `to_json` wrote, and check that it turns its old placement into its new one.
 
         Raises:
             InputError: the text is not a plan.
             PlacementError: its placements are not valid, or its transfers and moves do not fit them.
         """
-        try:
-            content = json.loads(text)
-        except ValueError as error:
-            raise InputError("this is not a rearrangement plan", why=f"not JSON: {error}") from error
-        if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise InputError("this is not a rearrangement plan", why=f"it has no format {_FORMAT!r}")
-        names = [f.name for f in fields(cls)]
-        missing = sorted(set(names) - content.keys())
-        if missing:
-            raise InputError("this rearrangement plan is not complete", why="no " + ", ".join(missing))
-        num_ranks = content["num_ranks"]
-        if type(num_ranks) is not int or num_ranks < 1:
-            raise InputError(f"a rearrangement plan for {num_ranks!r} ranks cannot be")
-        old, new = check_pair(content["old"], content["new"], num_ranks)
-        arrays = {name: _int_vector(content[name], name) for name in names[3:]}
-        plan = cls(num_ranks, old, new, **arrays)
-        _check_consistent(plan)
-        return plan
+        from eplb_core.plan_json import decode_plan
+
+        return decode_plan(text)
+
+    def _crosses_nodes(self) -> npt.NDArray[np.bool_]:
+        crosses: npt.NDArray[np.bool_] = (
+            self.node_of_rank[self.transfer_src_rank] != self.node_of_rank[self.transfer_dst_rank]
+        )
+        return crosses
 
 
 def plan_rearrangement(
-    old: npt.ArrayLike, new: npt.ArrayLike, num_ranks: int, node_of_rank: npt.ArrayLike | None = None
+    old: npt.ArrayLike,
+    new: npt.ArrayLike,
+    num_ranks: int,
+    node_of_rank: npt.ArrayLike | None = None,
+    *,
+    relay: bool | None = None,
+    keep_slots: bool = False,
+    missing: Literal["raise", "leave_empty"] = "raise",
 ) -> RearrangementPlan:
     """Plan how to get from one placement to another.
 
@@ -189,15 +229,19 @@ def plan_rearrangement(
         new: the same shape, where they shall be, -1 = left empty.
         num_ranks: the number of ranks that share the slots evenly.
         node_of_rank: `[num_ranks]`, any integer that is the same for ranks of one node; None puts all on one node.
+        relay: whether an expert that several ranks of one node need, none of which holds it, crosses to one of them
+            only, which sends it on to the others. None relays if nodes are given.
+        keep_slots: whether the slots of each rank are re-ordered, so that an expert that stays on a rank keeps its
+            slot. Every rank gets the experts that `new` gives it; the plan's `new` says in which slots.
+        missing: what to do if `new` needs an expert of which `old` has no copy: raise, or leave its slots empty and
+            list them in the plan's `lost`.
 
     Raises:
+        LostExpertsError: `new` needs an expert of which `old` has no copy, and `missing` does not leave it out.
         PlacementError: a placement is not valid, they do not fit one another, or `node_of_rank` has a wrong length.
     """
-    old, new = check_pair(old, new, num_ranks)
-    old, new = old.copy(), new.copy()
-    nodes = np.zeros(num_ranks, dtype=np.int64) if node_of_rank is None else np.array(node_of_rank, dtype=np.int64)
-    if nodes.shape != (num_ranks,):
-        raise PlacementError(f"the nodes of {num_ranks} ranks were given with shape {list(nodes.shape)}")
+    nodes = _check_nodes(node_of_rank, num_ranks)
+    old, new, lost = _placements(old, new, num_ranks, keep_slots, missing)
     per_rank = old.shape[1] // num_ranks
     width = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
 
@@ -216,19 +260,29 @@ def plan_rearrangement(
     is_local = candidate // (2 * per_rank) == need
     source = np.where(is_local, candidate % per_rank, -1)
 
-    crossing, which = np.unique(need[~is_local], return_inverse=True)
+    crossing, first_move, which = np.unique(need[~is_local], return_index=True, return_inverse=True)
     rank_key, expert = np.divmod(crossing, max(width, 1))
     transfer_layer, dst_rank = np.divmod(rank_key, num_ranks)
     transfer = np.full(len(need), -1, dtype=np.int64)
     transfer[~is_local] = which
 
     holder = np.sort(((held_layer * width + held_expert) * num_ranks + held_rank) * (2 * per_rank) + preference)
-    holder_key = holder // (2 * per_rank)
-    holder = holder[np.diff(holder_key, prepend=-1) != 0]  # one slot of each rank
+    holder = holder[np.diff(holder // (2 * per_rank), prepend=-1) != 0]  # one slot of each rank
     group, holder_rank = np.divmod(holder // (2 * per_rank), num_ranks)
     wanted = transfer_layer * width + expert
-    begin, end = np.searchsorted(group, wanted, "left"), np.searchsorted(group, wanted, "right")
-    chosen = _choose_holders(begin, end, holder_rank, transfer_layer, dst_rank, nodes)
+    counts = SendCounts(len(old), num_ranks)
+    after = np.full(len(wanted), -1, dtype=np.int64)
+    if node_of_rank is not None if relay is None else relay:
+        node = np.unique(nodes, return_inverse=True)[1]
+        key = wanted * num_ranks + node[dst_rank]
+        after = choose_relays(
+            transfer_layer, dst_rank, key, np.isin(key, group * num_ranks + node[holder_rank], invert=True), counts
+        )
+    direct = np.flatnonzero(after < 0)
+    begin, end = np.searchsorted(group, wanted[direct], "left"), np.searchsorted(group, wanted[direct], "right")
+    chosen = choose_holders(transfer_layer[direct], dst_rank[direct], begin, end, holder_rank, nodes, counts)
+    src_rank, src_slot = dst_rank[after], (slot[~is_local][first_move] % per_rank)[after]
+    src_rank[direct], src_slot[direct] = holder_rank[chosen], holder[chosen] % per_rank
     return RearrangementPlan(
         num_ranks=num_ranks,
         old=old,
@@ -236,14 +290,16 @@ def plan_rearrangement(
         node_of_rank=nodes,
         transfer_layer=transfer_layer,
         transfer_expert=expert,
-        transfer_src_rank=holder_rank[chosen],
-        transfer_src_slot=holder[chosen] % per_rank,
+        transfer_src_rank=src_rank,
+        transfer_src_slot=src_slot,
         transfer_dst_rank=dst_rank,
+        transfer_after=after,
         move_layer=layer,
         move_rank=rank,
         move_slot=slot % per_rank,
         move_transfer=transfer,
         move_source=source,
+        lost=lost,
     )
 
 
@@ -264,102 +320,33 @@ def layer_bytes(expert_bytes: npt.ArrayLike, num_layers: int) -> IntArray:
     return array.astype(np.int64)
 
 
-def _choose_holders(
-    begin: IntArray,
-    end: IntArray,
-    holder_rank: IntArray,
-    layer: IntArray,
-    dst_rank: IntArray,
-    nodes: IntArray,
-) -> IntArray:
-    """Choose for each transfer one of the holders `begin` to `end - 1`, so that sends are spread over ranks.
-
-    Transfers without a choice are counted first. The others choose greedily, those with the fewest holders first, all
-    layers side by side, a few transfers of each layer at a time: a choice does not see those of the same round, which
-    hardly unbalances anything and keeps the number of rounds, and so the time, bounded.
-
-    Returns:
-        `[T]`, index into the holders.
-    """
-    num_ranks = len(nodes)
-    chosen = begin.copy()
-    if not len(chosen):
-        return chosen
-    num_layers = int(layer.max()) + 1
-    count = end - begin
-    forced = count == 1
-    sends = np.bincount(layer[forced] * num_ranks + holder_rank[begin[forced]], minlength=num_layers * num_ranks)
-    total = sends.reshape(num_layers, num_ranks).sum(axis=0)
-    free = np.flatnonzero(~forced)
-    if not len(free):
-        return chosen
-    free = free[np.lexsort((free, count[free], layer[free]))]
-    per_layer = np.bincount(layer[free], minlength=num_layers)
-    position = np.arange(len(free)) - np.repeat(np.cumsum(per_layer) - per_layer, per_layer)
-    rounds = position // (1 + int(per_layer.max()) // 64)
-    free = free[np.argsort(rounds, kind="stable")]
-    for batch in np.split(free, np.cumsum(np.bincount(rounds))[:-1]):
-        options = begin[batch, None] + np.arange(int(count[batch].max()))
-        exists = options < end[batch, None]
-        options = np.where(exists, options, begin[batch, None])
-        ranks = holder_rank[options]
-        here = layer[batch, None] * num_ranks
-        cost = (nodes[ranks] != nodes[dst_rank[batch], None]).astype(np.int64)
-        cost = (cost << 20) + sends[here + ranks]
-        cost = (cost << 28) + total[ranks]
-        # Ties go to the next rank after the destination, so that requests of one round do not all meet at rank 0.
-        cost = cost * num_ranks + (ranks - dst_rank[batch, None]) % num_ranks
-        best = options[np.arange(len(batch)), np.where(exists, cost, np.iinfo(np.int64).max).argmin(axis=1)]
-        chosen[batch] = best
-        sends += np.bincount(layer[batch] * num_ranks + holder_rank[best], minlength=len(sends))
-        total += np.bincount(holder_rank[best], minlength=num_ranks)
-    return chosen
+def _check_nodes(node_of_rank: npt.ArrayLike | None, num_ranks: int) -> IntArray:
+    if node_of_rank is None:
+        return np.zeros(max(num_ranks, 0), dtype=np.int64)
+    nodes = np.array(node_of_rank)
+    if nodes.shape != (num_ranks,):
+        raise PlacementError(f"the nodes of {num_ranks} ranks were given with shape {list(nodes.shape)}")
+    if nodes.dtype.kind not in "iu":
+        raise PlacementError(f"the nodes of the ranks are given as {nodes.dtype} values instead of integers")
+    return nodes.astype(np.int64)
 
 
-def _int_vector(values: object, name: str) -> IntArray:
-    """Return a JSON list of integers as int64 `[n]`."""
-    if not isinstance(values, list) or any(type(value) is not int for value in values):
-        raise InputError(f"{name!r} of a rearrangement plan is not a list of integers")
-    return np.array(values, dtype=np.int64)
+def _placements(
+    old: npt.ArrayLike, new: npt.ArrayLike, num_ranks: int, keep_slots: bool, missing: str
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Return copies of both placements, the new one as it is going to be, and what is lost."""
+    if missing == "raise":
+        old, new = check_pair(old, new, num_ranks)
+    elif missing == "leave_empty":
+        old, new = check_shapes(old, new, num_ranks)
+    else:
+        raise InputError(f"missing={missing!r} is neither 'raise' nor 'leave_empty'")
+    old = old.copy()
+    new = align_slots(old, new, num_ranks) if keep_slots else new.copy()
+    lost = np.empty((0, 3), dtype=np.int64) if missing == "raise" else lost_slots(old, new)
+    new[lost[:, 0], lost[:, 1]] = EMPTY
+    return old, new, lost
 
 
-def _check_consistent(plan: RearrangementPlan) -> None:
-    """Check that transfers and moves exist, read what they say, and together make the new placement."""
-    per_rank, num_layers = plan.slots_per_rank, plan.num_layers
-    bounds = {
-        "node_of_rank": None,
-        "transfer_layer": (0, num_layers),
-        "transfer_expert": (0, None),
-        "transfer_src_rank": (0, plan.num_ranks),
-        "transfer_src_slot": (0, per_rank),
-        "transfer_dst_rank": (0, plan.num_ranks),
-        "move_layer": (0, num_layers),
-        "move_rank": (0, plan.num_ranks),
-        "move_slot": (0, per_rank),
-        "move_transfer": (-1, plan.num_transfers),
-        "move_source": (-1, per_rank),
-    }
-    for name, bound in bounds.items():
-        values = getattr(plan, name)
-        length = {"n": plan.num_ranks, "t": plan.num_transfers, "m": plan.num_moves}[name[0]]
-        if len(values) != length:
-            raise PlacementError(f"{name!r} of the plan has {len(values)} values instead of {length}")
-        if bound and (bool((values < bound[0]).any()) or (bound[1] is not None and bool((values >= bound[1]).any()))):
-            raise PlacementError(f"{name!r} of the plan has a value outside of {bound[0]} to {bound[1]}")
-    source = plan.transfer_src_rank * per_rank + plan.transfer_src_slot
-    remote = plan.move_transfer >= 0
-    index = plan.move_transfer[remote]
-    moved = np.full(plan.num_moves, EMPTY)
-    moved[remote] = plan.transfer_expert[index]
-    moved[~remote] = plan.old[plan.move_layer[~remote], plan.move_rank[~remote] * per_rank + plan.move_source[~remote]]
-    result = np.where(plan.new == EMPTY, EMPTY, plan.old)
-    result[plan.move_layer, plan.move_rank * per_rank + plan.move_slot] = moved
-    consistent = (
-        np.array_equal(plan.old[plan.transfer_layer, source], plan.transfer_expert)
-        and bool((plan.move_source[~remote] >= 0).all())
-        and np.array_equal(plan.transfer_layer[index], plan.move_layer[remote])
-        and np.array_equal(plan.transfer_dst_rank[index], plan.move_rank[remote])
-        and np.array_equal(result, plan.new)
-    )
-    if not consistent:
-        raise PlacementError("the transfers and moves of the plan do not turn its old placement into its new one")
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"

@@ -6,7 +6,8 @@ A step is performed by all ranks together, in this order:
 2. copies of level 0: slots are saved into the window of their own rank;
 3. copies of level 1, 2, ...: window -> slot and slot -> slot. A rank begins them when all ranks are done with 1.
 
-Between steps every expert that the new placement needs has at least one copy.
+Between steps every expert that the new placement needs has at least one copy. A relayed expert is sent on in a later
+step than the one that brought it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def schedule_steps(
 ) -> list[Step]:
     """Cut `plan` into steps, as few as a greedy packing finds, in the order in which they have to run.
 
-    Whole layers share a step as long as the budgets allow. A layer that is too large for a step of its own is cut into
+    Whole layers share a step as long as the budgets allow; what is relayed in a layer follows in a later one. A layer
+    that is too large for a step of its own is cut into
     several; that costs no additional transfer. Every step's limits hold for each rank. Smaller limits, or fewer layers
     a step, give more and smaller steps, which overlap better.
 
@@ -109,7 +111,7 @@ def schedule_steps(
     order = parts.order(plan)
     use = parts.use(order, aligned, plan.num_ranks)
     bound = np.repeat(np.array(list(limits.values()), dtype=np.int64), plan.num_ranks)
-    too_large = np.flatnonzero((use > bound).any(axis=1))
+    too_large = np.unique(parts.layer[(use > bound).any(axis=1)])
     if len(too_large):
         _check_limits(parts.layer, use, aligned, limits, plan.num_ranks)
         parts = _cut_layers(plan, parts, too_large, aligned, list(limits.values()))
@@ -152,27 +154,28 @@ class _Parts:
 
 
 def _whole_layers(plan: RearrangementPlan) -> _Parts:
-    """Return one part for each layer that changes."""
-    changing = np.flatnonzero((plan.old != plan.new).any(axis=1))
-    part_of_layer = np.zeros(plan.num_layers, dtype=np.int64)
-    part_of_layer[changing] = np.arange(len(changing))
+    """Return one part for each layer that changes, and a second one for what is relayed in it."""
+    relayed = plan.transfer_after >= 0
+    count = (plan.old != plan.new).any(axis=1).astype(np.int64)
+    count[plan.transfer_layer[relayed]] = 2
+    first = np.cumsum(count) - count
     slot = plan.move_rank * plan.slots_per_rank + plan.move_slot
     transfers = (
-        part_of_layer[plan.transfer_layer],
+        first[plan.transfer_layer] + relayed,
         plan.transfer_expert,
         plan.transfer_src_rank,
         plan.transfer_src_slot,
         plan.transfer_dst_rank,
     )
     moves = (
-        part_of_layer[plan.move_layer],
+        first[plan.move_layer] + np.append(relayed, False)[plan.move_transfer],  # the last one answers for -1
         plan.move_rank,
         plan.move_slot,
         plan.new[plan.move_layer, slot],
         plan.move_transfer,
         plan.move_source,
     )
-    return _Parts(changing, np.stack(transfers, axis=1), np.stack(moves, axis=1))
+    return _Parts(np.repeat(np.arange(plan.num_layers), count), np.stack(transfers, axis=1), np.stack(moves, axis=1))
 
 
 def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dict[str, int], num_ranks: int) -> None:
@@ -193,15 +196,16 @@ def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dic
 def _cut_layers(
     plan: RearrangementPlan, whole: _Parts, too_large: IntArray, aligned: IntArray, limits: Sequence[int]
 ) -> _Parts:
-    """Return `whole` with the parts `too_large` replaced by several smaller ones."""
+    """Return `whole` with the parts of the layers `too_large` replaced by smaller ones."""
     per_rank = plan.slots_per_rank
-    pieces = {int(part): _cut(plan, int(whole.layer[part]), aligned, limits) for part in too_large}
-    count = np.ones(len(whole.layer), dtype=np.int64)
+    is_cut = np.isin(whole.layer, too_large)
+    pieces = {int(np.searchsorted(whole.layer, layer)): _cut(plan, int(layer), aligned, limits) for layer in too_large}
+    count = (~is_cut).astype(np.int64)
     count[list(pieces)] = [len(cut) for cut in pieces.values()]
     first = np.cumsum(count) - count
 
-    kept_moves = ~np.isin(whole.moves[:, 0], too_large)
-    kept_transfers = ~np.isin(whole.transfers[:, 0], too_large)
+    kept_moves = ~is_cut[whole.moves[:, 0]]
+    kept_transfers = ~is_cut[whole.transfers[:, 0]]
     new_index = np.append(np.cumsum(kept_transfers) - 1, -1)  # the last one answers for -1, no transfer
     transfers, moves = whole.transfers[kept_transfers], whole.moves[kept_moves]
     transfers[:, 0], moves[:, 0] = first[transfers[:, 0]], first[moves[:, 0]]
@@ -243,6 +247,7 @@ def _cut(plan: RearrangementPlan, layer: int, aligned: IntArray, limits: Sequenc
         Budget(*(limit // size for limit in limits)),
         planned_source=dict(zip(needs, plan.transfer_src_rank[begin:end].tolist(), strict=True)),
         node_of_rank=plan.node_of_rank.tolist(),
+        relay=bool((plan.transfer_after[begin:end] >= 0).any()),
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core.errors import InputError, PlacementError
+from eplb_core.errors import InputError, LostExpertsError, PlacementError
 from eplb_core.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
 
 
@@ -62,8 +62,19 @@ def test_placements_of_different_shapes_are_no_pair() -> None:
 def test_a_needed_expert_without_a_copy_is_named_with_its_layer() -> None:
     old = [[0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 1, 0]]
     new = [[3, 2, 1, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
-    with pytest.raises(PlacementError, match=r"no rank has a copy: 2, 3 \(layer 1 and 1 more layers\)"):
+    with pytest.raises(
+        LostExpertsError, match=r"needs 3 logical experts .* no slot has a copy: 2 in layer 1, 3 in"
+    ) as e:
         check_pair(old, new, 2)
+    assert e.value.experts == ((1, 2), (1, 3), (2, 2))
+
+
+def test_of_many_experts_without_a_copy_the_first_eight_are_named_and_the_loader_is_the_remedy() -> None:
+    with pytest.raises(LostExpertsError) as e:
+        check_pair([[-1] * 12], [list(range(11, -1, -1))], 2)
+    assert len(e.value.experts) == 12
+    assert "6 in layer 0, 7 in layer 0, and 4 more" in str(e.value)
+    assert "give Rearranger.run a loader that reads these experts from a checkpoint" in str(e.value.remedy)
 
 
 def test_an_expert_may_vanish() -> None:

@@ -1,119 +1,18 @@
-"""Steps are performed here by a model that only knows slots, windows and the rules in the docstring of `Step`.
-
-Slots hold tokens `(layer, expert)`; windows hold one token for each 256 bytes and are poisoned before every step.
-"""
+"""How a plan is cut into steps. They are performed by the model in `step_model.py`."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections import Counter
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from step_model import Model
 
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.plan import plan_rearrangement
 from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
-
-POISON = ("poison", -1)
-EMPTIED = ("emptied", -1)
-
-
-@dataclass
-class Model:
-    """What all slots of all ranks really hold, and the checks that any step must pass."""
-
-    old: np.ndarray
-    new: np.ndarray
-    num_ranks: int
-    sizes: list[int]
-    window_bytes: int
-    slots: dict[tuple[int, int, int], tuple[object, int]] = field(default_factory=dict)  # (layer, rank, slot)
-    transfers: list[tuple[int, int, int]] = field(default_factory=list)  # (layer, expert, destination rank)
-    most_sent: int = 0
-    most_received: int = 0
-    most_staged: int = 0
-
-    def __post_init__(self) -> None:
-        self.per_rank = self.old.shape[1] // self.num_ranks
-        for (layer, slot), expert in np.ndenumerate(self.old):
-            self.slots[layer, *divmod(slot, self.per_rank)] = (layer, int(expert)) if expert >= 0 else EMPTIED
-
-    def blocks(self, layer: int) -> int:
-        return -(-self.sizes[layer] // ALIGNMENT)
-
-    def run(self, steps: list[Step]) -> None:
-        placement = self.old
-        for step in steps:
-            self.run_one(step)
-            placement = step.apply(placement)
-            self.check_slots(placement)
-            self.check_nothing_lost(placement)
-
-    def run_one(self, step: Step) -> None:
-        windows = defaultdict(lambda: [POISON] * (self.window_bytes // ALIGNMENT))
-        taken: dict[int, Counter[int]] = defaultdict(Counter)
-        sent, received = Counter(), Counter()
-
-        def store(rank: int, offset: int, layer: int, token: tuple[object, int]) -> None:
-            assert offset % ALIGNMENT == 0
-            first, count = offset // ALIGNMENT, self.blocks(layer)
-            assert first + count <= len(windows[rank]), "it does not fit into the window"
-            for block in range(first, first + count):
-                assert taken[rank][block] == 0, "two experts overlap in the window"
-                taken[rank][block] += 1
-                windows[rank][block] = token
-
-        def load(rank: int, offset: int, layer: int) -> tuple[object, int]:
-            first, count = offset // ALIGNMENT, self.blocks(layer)
-            (token,) = set(windows[rank][first : first + count])
-            return token
-
-        for layer, expert, src_rank, src_slot, dst_rank, offset in step.transfers.tolist():
-            assert src_rank != dst_rank
-            token = self.slots[layer, src_rank, src_slot]
-            assert token == (layer, expert)
-            store(dst_rank, offset, layer, token)
-            sent[src_rank] += self.blocks(layer) * ALIGNMENT
-            received[dst_rank] += self.blocks(layer) * ALIGNMENT
-            self.transfers.append((layer, expert, dst_rank))
-
-        by_level = groupby(step.copies.tolist(), key=lambda copy: (copy[0], copy[2]))
-        seen = []
-        for (rank, level), group in by_level:
-            seen.append((rank, level))
-            copies = list(group)
-            read = {(layer, src) for _, layer, _, kind, src, _, _ in copies if kind == 0}
-            written = [(layer, dst) for _, layer, _, _, _, kind, dst in copies if kind == 0]
-            assert len(written) == len(set(written)), "one slot is written twice in a level"
-            assert not read & set(written), "a level overwrites what it reads"
-            for _, layer, _, src_kind, src, dst_kind, dst in reversed(copies):
-                token = load(rank, src, layer) if src_kind == 1 else self.slots[layer, rank, src]
-                if dst_kind == 1:
-                    assert (level, src_kind) == (0, 0), "only slots are saved, and only at level 0"
-                    store(rank, dst, layer, token)
-                else:
-                    assert level > 0
-                    self.slots[layer, rank, dst] = token
-        assert seen == sorted(set(seen)), "copies are sorted by rank and level"
-
-        staged = [max((block + 1 for block in taken[rank]), default=0) * ALIGNMENT for rank in range(self.num_ranks)]
-        assert step.staged_bytes.tolist() == staged
-        self.most_sent = max(self.most_sent, *sent.values(), 0)
-        self.most_received = max(self.most_received, *received.values(), 0)
-        self.most_staged = max(self.most_staged, *staged)
-
-    def check_slots(self, placement: np.ndarray) -> None:
-        for (layer, slot), expert in np.ndenumerate(placement):
-            if expert >= 0:
-                assert self.slots[layer, *divmod(slot, self.per_rank)] == (layer, expert)
-
-    def check_nothing_lost(self, placement: np.ndarray) -> None:
-        for before, now, after in zip(self.old, placement, self.new, strict=True):
-            assert set(before) & set(after) - {-1} <= set(now)
 
 
 def run_schedule(old, new, num_ranks, sizes, window_bytes, **limits) -> tuple[list[Step], Model]:
@@ -128,7 +27,9 @@ def run_schedule(old, new, num_ranks, sizes, window_bytes, **limits) -> tuple[li
     finished = [layer for step in steps for layer in step.finished_layers.tolist()]
     assert sorted(finished) == [i for i in range(len(old)) if list(old[i]) != list(new[i])]
     planned = zip(plan.transfer_layer, plan.transfer_expert, plan.transfer_dst_rank, strict=True)
-    assert Counter(model.transfers) == Counter((int(a), int(b), int(c)) for a, b, c in planned)
+    assert Counter((layer, expert, dst) for layer, expert, _, dst in model.transfers) == Counter(
+        (int(a), int(b), int(c)) for a, b, c in planned
+    )
     return steps, model
 
 
@@ -259,6 +160,24 @@ def test_emptied_slots_change_without_any_byte() -> None:
     assert len(steps) == 1
     assert steps[0].changes.tolist() == [[0, 1, -1], [0, 2, -1]]
     assert len(steps[0].transfers) == len(steps[0].copies) == 0
+
+
+def test_what_is_relayed_follows_in_a_later_step_out_of_the_slot_that_it_was_committed_to() -> None:
+    # Expert 5 is on node 0 only; ranks 2 and 3, on node 1, need it.
+    plan = plan_rearrangement([[5, 1, 2, 3]], [[5, 1, 5, 5]], 4, [0, 0, 1, 1])
+    first, second = schedule_steps(plan, 256, window_bytes=10**6)
+    (received,) = first.transfers.tolist()
+    (relayed,) = second.transfers.tolist()
+    assert received[2] == 0
+    assert (relayed[2], relayed[3]) == (received[4], 0)
+    assert {received[4], relayed[4]} == {2, 3}
+    assert (first.finished_layers.tolist(), second.finished_layers.tolist()) == ([], [0])
+
+
+def test_layers_that_relay_share_their_steps() -> None:
+    plan = plan_rearrangement([[5, 1, 2, 3]] * 7, [[5, 1, 5, 5]] * 7, 4, [0, 0, 1, 1])
+    first, second = schedule_steps(plan, 256, window_bytes=10**6)
+    assert (len(first.transfers), len(second.transfers)) == (7, 7)
 
 
 def test_equal_placements_need_no_step() -> None:
