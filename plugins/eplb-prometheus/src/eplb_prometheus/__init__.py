@@ -1,0 +1,12 @@
+"""Prometheus metrics of eplb. Installing this package is enough: they are counted in prometheus-client's registry."""
+
+from __future__ import annotations
+
+from eplb_prometheus.metrics import Metrics
+from eplb_prometheus.plugin import PrometheusPlugin
+
+__version__ = "0.1.0"
+__all__ = ["PLUGIN", "Metrics", "PrometheusPlugin", "__version__"]
+
+PLUGIN = PrometheusPlugin()
+"""What eplb loads: it counts in the registry that prometheus-client exports unless it is told otherwise."""
