@@ -117,7 +117,10 @@ class HookSpecifications:
 
     @hookspec
     def eplb_doctor_checks(self) -> list[Callable[[], object]]:
-        """Return callables that check this machine."""
+        """Return checks for `eplb doctor`: callables without arguments that return `eplb_core.doctor.Finding`s.
+
+        A check may return one, several, or None if all is well. One that fails is shown as a warning.
+        """
         raise NotImplementedError
 
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
     "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
+    "doctor": ("eplb_core.cli.doctor:doctor", "Show what works on this machine, and how fast its links are."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
