@@ -81,8 +81,10 @@ class BackendEntry:
         return f"{self.name}@{self.distribution}"
 
 
-def read_entry(name: str, registration: Registration) -> BackendEntry:
-    """Import the spec and say whether it can be used."""
+def read_entry(
+    name: str, registration: Registration, api_version: tuple[int, int] = PLUGIN_API_VERSION
+) -> BackendEntry:
+    """Import the spec and say whether it can be used, with an eplb that speaks the plugin API `api_version`."""
     entry = BackendEntry(
         name=name,
         distribution=registration.distribution,
@@ -102,12 +104,13 @@ def read_entry(name: str, registration: Registration) -> BackendEntry:
     if fault is not None:
         return _broken(entry, fault)
     entry = dataclasses.replace(entry, spec=spec)
-    if not _speaks_our_api(spec):
-        package = entry.distribution if spec.api_version < PLUGIN_API_VERSION else "eplb"
+    if not speaks(api_version, spec.api_version):
+        older, package = ("the backend", entry.distribution) if spec.api_version < api_version else ("eplb", "eplb")
         return dataclasses.replace(
             entry,
             state=BackendState.INCOMPATIBLE,
-            why=f"it speaks plugin API {_dotted(spec.api_version)} and this eplb speaks {_dotted(PLUGIN_API_VERSION)}",
+            why=f"it speaks plugin API {_dotted(spec.api_version)} and this eplb speaks {_dotted(api_version)}; "
+            f"{older} has to be upgraded",
             remedy=f"pip install --upgrade {package}",
         )
     missing = [modules for modules in spec.requires if not any(map(_is_importable, modules.split("|")))]
@@ -173,8 +176,12 @@ def _fault_of_reference(part: str, reference: Any) -> str | None:
     return f"its {part} is {reference!r} where 'module:attribute' is expected"
 
 
-def _speaks_our_api(spec: BackendSpec) -> bool:
-    return spec.api_version[0] == PLUGIN_API_VERSION[0] and spec.api_version[1] <= PLUGIN_API_VERSION[1]
+def speaks(ours: tuple[int, int], theirs: tuple[int, int]) -> bool:
+    """Return whether an eplb of plugin API `ours` takes a backend that was written for `theirs`.
+
+    Minor versions only add, each addition with a default, so every earlier one of the same major version will do.
+    """
+    return theirs[0] == ours[0] and theirs[1] <= ours[1]
 
 
 def _is_importable(module: str) -> bool:

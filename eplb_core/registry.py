@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from eplb_core.backend import ENTRY_POINT_GROUP, BackendFactory, BackendProbe, BackendSpec
+from eplb_core.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION, BackendFactory, BackendProbe, BackendSpec
 from eplb_core.backend_entry import (
     BackendEntry,
     BackendState,
@@ -51,10 +51,12 @@ class Registry:
 
     Args:
         group: the entry-point group.
+        api_version: the plugin API that backends have to be written for; that of this eplb.
     """
 
-    def __init__(self, group: str = ENTRY_POINT_GROUP) -> None:
+    def __init__(self, group: str = ENTRY_POINT_GROUP, *, api_version: tuple[int, int] = PLUGIN_API_VERSION) -> None:
         self._group = group
+        self._api_version = api_version
         self._found: dict[str, list[Registration]] | None = None
         self._entries: dict[Registration, BackendEntry] = {}
 
@@ -138,7 +140,7 @@ class Registry:
 
     def _entry(self, name: str, registration: Registration) -> BackendEntry:
         if registration not in self._entries:
-            self._entries[registration] = read_entry(name, registration)
+            self._entries[registration] = read_entry(name, registration, self._api_version)
         return self._entries[registration]
 
 
