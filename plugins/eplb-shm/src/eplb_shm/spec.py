@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from eplb_core import PLUGIN_API_VERSION, BackendSpec, Capabilities
+from eplb_core import BackendSpec, Capabilities
 
 BACKEND = BackendSpec(
     name="shm",
     summary="shared memory between CPU ranks of one host: one copy in, one copy out",
-    api_version=PLUGIN_API_VERSION,
+    api_version=(1, 0),
     factory="eplb_shm.communicator:create",
     options="eplb_shm.options:ShmOptions",
     capabilities=Capabilities(device_types=("cpu",), stateless_groups=True, background=True),
