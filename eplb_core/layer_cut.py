@@ -107,6 +107,7 @@ class _LayerState:
         self.node_of = [node_of_rank[rank] for rank in self.rank_of]
         self.budget = budget
         self.planned_source = planned_source
+        self.places = [self.rank_of, self.node_of] if len(set(node_of_rank)) > 1 else [self.rank_of]
         self.relay = relay
 
         by_local_slot = sorted(range(len(self.held)), key=lambda slot: (slot % self.per_rank, slot))
@@ -119,12 +120,7 @@ class _LayerState:
         self.targets: dict[int, dict[int, None]] = {}
         for slot in self.pending:
             self.targets.setdefault(new[slot], {})[slot] = None
-        # These count as if the part had ended.
-        self.copies = Counter(self.held)
-        self.copies_on_rank = Counter(zip(self.rank_of, self.held, strict=True))
-        self.needs_on_rank = Counter((self.rank_of[slot], new[slot]) for slot in self.pending)
-        self.copies_on_node = Counter(zip(self.node_of, self.held, strict=True))
-        self.needs_on_node = Counter((self.node_of[slot], new[slot]) for slot in self.pending)
+        self.after = {expert: list(slots) for expert, slots in self.holders.items()}  # holders when the part has ended
         self._begin_part()
 
     def next_part(self) -> LayerPart:
@@ -159,11 +155,14 @@ class _LayerState:
         expert = self.held[slot]
         if expert == EMPTY or expert not in self.needed:
             return True
-        if self.copies[expert] < 2:
+        copies = self.after[expert]
+        if len(copies) < 2:
             return False
-        on_rank, on_node = (self.rank_of[slot], expert), (self.node_of[slot], expert)
-        return (self.needs_on_rank[on_rank] == 0 or self.copies_on_rank[on_rank] >= 2) and (
-            self.needs_on_node[on_node] == 0 or self.copies_on_node[on_node] >= 2
+        targets = self.targets.get(expert)
+        return not targets or all(
+            not any(place[target] == place[slot] for target in targets)
+            or any(place[copy] == place[slot] and copy != slot for copy in copies)
+            for place in self.places
         )
 
     def _overwrite_what_may_be(self, slots: Iterable[int]) -> None:
@@ -206,16 +205,20 @@ class _LayerState:
         if self.window_used[rank] >= self.budget.window or self.receives_used[rank] >= self.budget.receives:
             return None
         holders = self.holders[expert]
-        near = [source for source in holders if self.node_of[source] == node]
-        if not near and self.relay and (node, expert) in self.arriving_on_node:
-            return None
+        able = holders
+        if len(self.places) > 1:
+            able = [source for source in holders if self.node_of[source] == node]
+            if not able and self.relay and (node, expert) in self.arriving_on_node:
+                return None
+        able = [source for source in able or holders if self.sends_used[self.rank_of[source]] < self.budget.sends]
+        if len(able) < 2:
+            return able[0] if able else None
         planned = self.planned_source.get((expert, rank))
 
         def preference(source: int) -> tuple[bool, int, int]:
             return self.rank_of[source] != planned, self.sends_used[self.rank_of[source]], source
 
-        able = [s for s in near or holders if self.sends_used[self.rank_of[s]] < self.budget.sends]
-        return min(able, key=preference, default=None)
+        return min(able, key=preference)
 
     def _closes_ring(self, slot: int, source: int) -> bool:
         """Whether copying `source` to `slot` closes a ring of copies, which takes a save."""
@@ -235,22 +238,15 @@ class _LayerState:
         self._move(slot, expert, transfer=self.arriving[rank, expert])
 
     def _move(self, slot: int, expert: int, *, transfer: int = -1, source: int = -1, saved: bool = False) -> None:
-        rank, node, gone = self.rank_of[slot], self.node_of[slot], self.held[slot]
         self.part.moves.append((slot, expert, transfer, source))
         if source >= 0 and not saved:
             self.copied_from[slot] = source
         self.overwritten[slot] = expert
-        self.copies[gone] -= 1
-        self.copies_on_rank[rank, gone] -= 1
-        self.copies_on_node[node, gone] -= 1
-        self.copies[expert] += 1
-        self.copies_on_rank[rank, expert] += 1
-        self.copies_on_node[node, expert] += 1
+        self.after[self.held[slot]].remove(slot)
+        self.after.setdefault(expert, []).append(slot)
         if expert == self.new[slot]:
             del self.pending[slot]
             del self.targets[expert][slot]
-            self.needs_on_rank[rank, expert] -= 1
-            self.needs_on_node[node, expert] -= 1
 
     # --- cycles of slots that wait for one another --------------------------------------------------------------------
 
@@ -271,12 +267,11 @@ class _LayerState:
 
     def _waits_for(self, slot: int) -> int:
         """Return a slot that needs the expert that `slot` must not lose: on its rank, else on its node, else any."""
-        expert, rank, node = self.held[slot], self.rank_of[slot], self.node_of[slot]
-        targets = self.targets[expert]
-        if self.needs_on_rank[rank, expert]:
-            return next(target for target in targets if self.rank_of[target] == rank)
-        if self.needs_on_node[node, expert]:
-            return next(target for target in targets if self.node_of[target] == node)
+        targets = self.targets[self.held[slot]]
+        for place in self.places:
+            for target in targets:
+                if place[target] == place[slot]:
+                    return target
         return next(iter(targets))
 
     def _turn_cycle(self, cycle: list[int]) -> None:

@@ -15,6 +15,9 @@ from eplb_core.errors import InputError, PlacementError
 from eplb_core.placement import EMPTY, IntArray, align_slots, check_pair, check_shapes, lost_slots
 from eplb_core.sources import SendCounts, choose_holders, choose_relays
 
+_LARGEST_TABLE = 2**22
+"""Up to this many keys are looked up in a table of all that can be, which is several times as fast as a search."""
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RearrangementPlan:
@@ -273,13 +276,12 @@ def plan_rearrangement(
     counts = SendCounts(len(old), num_ranks)
     after = np.full(len(wanted), -1, dtype=np.int64)
     if node_of_rank is not None if relay is None else relay:
-        node = np.unique(nodes, return_inverse=True)[1]
-        key = wanted * num_ranks + node[dst_rank]
-        after = choose_relays(
-            transfer_layer, dst_rank, key, np.isin(key, group * num_ranks + node[holder_rank], invert=True), counts
-        )
+        numbers, node = np.unique(nodes, return_inverse=True)
+        key = wanted * len(numbers) + node[dst_rank]
+        from_other_node = ~_is_in(key, group * len(numbers) + node[holder_rank])
+        after = choose_relays(transfer_layer, dst_rank, key, from_other_node, counts)
     direct = np.flatnonzero(after < 0)
-    begin, end = np.searchsorted(group, wanted[direct], "left"), np.searchsorted(group, wanted[direct], "right")
+    begin, end = _bounds(group, wanted[direct])
     chosen = choose_holders(transfer_layer[direct], dst_rank[direct], begin, end, holder_rank, nodes, counts)
     src_rank, src_slot = dst_rank[after], (slot[~is_local][first_move] % per_rank)[after]
     src_rank[direct], src_slot[direct] = holder_rank[chosen], holder[chosen] % per_rank
@@ -346,6 +348,25 @@ def _placements(
     lost = np.empty((0, 3), dtype=np.int64) if missing == "raise" else lost_slots(old, new)
     new[lost[:, 0], lost[:, 1]] = EMPTY
     return old, new, lost
+
+
+def _is_in(keys: IntArray, held: IntArray) -> npt.NDArray[np.bool_]:
+    """Return which of `keys`, from 0 on, are among `held`."""
+    size = 1 + max(int(keys.max(initial=-1)), int(held.max(initial=-1)))
+    if size > _LARGEST_TABLE:
+        return np.isin(keys, held)
+    table = np.zeros(size, dtype=np.bool_)
+    table[held] = True
+    return table[keys]
+
+
+def _bounds(in_order: IntArray, wanted: IntArray) -> tuple[IntArray, IntArray]:
+    """Return where the run of each of `wanted` begins and ends in `in_order`, which is sorted and has them all."""
+    if not len(in_order) or int(in_order[-1]) >= _LARGEST_TABLE:
+        return np.searchsorted(in_order, wanted, "left"), np.searchsorted(in_order, wanted, "right")
+    count = np.bincount(in_order)
+    end = np.cumsum(count)
+    return (end - count)[wanted], end[wanted]
 
 
 def _count(number: int, one: str, many: str) -> str:

@@ -312,6 +312,22 @@ def test_a_plan_survives_json_and_is_the_same_every_time(case, relay: bool, keep
     assert str(read) == str(plan)
 
 
+@settings(max_examples=50, deadline=None)
+@given(pairs())
+def test_large_numbers_of_experts_are_planned_like_small_ones(case) -> None:
+    old, new, num_ranks, nodes = case
+    factor = 50_000_000
+
+    def spread(placement):
+        return np.where(placement < 0, -1, placement * factor)
+
+    small = plan_rearrangement(old, new, num_ranks, nodes, keep_slots=True)
+    large = plan_rearrangement(spread(old), spread(new), num_ranks, nodes, keep_slots=True)
+    assert transfers_of(large) == [(layer, e * factor, *rest) for layer, e, *rest in transfers_of(small)]
+    assert moves_of(large) == moves_of(small)
+    assert large.new.tolist() == spread(small.new).tolist()
+
+
 def test_different_plans_are_not_equal() -> None:
     assert plan_rearrangement([[0, 1]], [[1, 0]], 2) != plan_rearrangement([[0, 1]], [[1, 1]], 2)
     assert plan_rearrangement([[0, 1]], [[1, 0]], 2) != "a plan"
