@@ -125,7 +125,9 @@ def exchange(control: ControlPlane, what: str, message: bytes, timeout_s: float)
 def not_all_answered(error: ControlPlaneError, world_size: int) -> HandshakeError:
     """Return the error to raise where ranks did not answer, with a table of those that did and did not."""
     answered = ["no" if rank in error.missing else "yes" for rank in range(world_size)]
-    return HandshakeError(error.what, table={"answered": answered} if error.missing else {}, why=error.why)
+    return HandshakeError(
+        error.what, table={"answered": answered} if error.missing else {}, missing=error.missing, why=error.why
+    )
 
 
 def _cut(proposal: Proposal) -> Proposal:

@@ -103,25 +103,19 @@ class ControlPlane:
         except DistError as error:
             raise _lost(name, 0.0, [], error) from error
 
-    def settled(self, name: str, timeout_s: float) -> bytes | None:
-        """Return what `name` was settled as, or None if it was not within `timeout_s` seconds.
+    def settled(self, name: str) -> bytes | None:
+        """Return what `name` was settled as, or None if it was not yet. Never waits: asking takes some 10 us.
+
+        Waiting inside the store would keep other threads from this connection, and torch warns of each wait that ends
+        without an answer.
 
         Raises:
             ControlPlaneError: the store is gone.
         """
         try:
-            if not self._store.check([name]):  # asking takes a tenth of the time of waiting for what is there
-                if timeout_s <= 0:
-                    return None
-                self._store.wait([name], datetime.timedelta(seconds=timeout_s))
-            return bytes(self._store.get(name))
+            return bytes(self._store.get(name)) if self._store.check([name]) else None
         except DistError as error:
-            try:
-                if not self._store.check([name]):
-                    return None
-                return bytes(self._store.get(name))
-            except DistError:
-                raise _lost(name, timeout_s, [], error) from error
+            raise _lost(name, 0.0, [], error) from error
 
     def add(self, name: str, amount: int) -> int:
         """Add to the count `name`, 0 at first, and return the sum.

@@ -169,17 +169,23 @@ class HandshakeError(EplbError, RuntimeError):
 
     Attributes:
         table: what differs -> the value of each rank, in rank order.
+        missing: ranks that did not answer, sorted.
+        placement: what the slots hold, int64 `[layers, slots]`, if it was about a rearrangement: nothing was moved.
     """
+
+    placement: npt.NDArray[np.int64] | None = None
 
     def __init__(
         self,
         what: str,
         *,
         table: Mapping[str, Sequence[str]],
+        missing: Sequence[int] = (),
         why: str | None = None,
         remedy: str | None = None,
     ) -> None:
         self.table = {item: list(values) for item, values in table.items()}
+        self.missing = tuple(sorted(missing))
         lines = [
             f"\n  {item}: " + ", ".join(f"rank {rank} = {value}" for rank, value in enumerate(values))
             for item, values in self.table.items()

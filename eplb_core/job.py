@@ -94,7 +94,7 @@ class RearrangeJob:
         self._control = control
         self._rank = control.rank
         self._engine_ledger = Ledger(control.with_own_connection(), timeout_s)
-        self._ledger = Ledger(control, timeout_s, patient=True)
+        self._ledger = Ledger(control, timeout_s)
         self._timeout_s = timeout_s
         self._commit_timeout_s = commit_timeout_s
         self._pace = None if bytes_per_s is None else Pace(bytes_per_s)

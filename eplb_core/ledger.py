@@ -28,9 +28,9 @@ from eplb_core.errors import (
 )
 
 _RANKS_PER_WORD = 60  # a count of the store is a signed number of 64 bits
-_NAP_S = 0.2e-3
-_LONGEST_NAP_S = 3e-3
-_WATCH_S = 1.0
+_NAP_S = 50e-6
+_LONGEST_NAP_S = 20e-3  # so that many ranks that wait for one do not keep the store busy
+_WATCH_S = 0.2
 _TEXT_LIMIT = 2000  # characters of an error that the other ranks are told
 
 
@@ -76,14 +76,11 @@ class Ledger:
     Args:
         control: a control plane that only this rearrangement uses.
         timeout_s: how long to wait for the slowest rank, in seconds.
-        patient: the waiting thread shares the store's connection with others and must not block it: it asks again and
-            again, a few milliseconds apart, instead of waiting inside the store.
     """
 
-    def __init__(self, control: ControlPlane, timeout_s: float, *, patient: bool = False) -> None:
+    def __init__(self, control: ControlPlane, timeout_s: float) -> None:
         self._control = control
         self._timeout_s = timeout_s
-        self._patient = patient
         self._words = -(-control.world_size // _RANKS_PER_WORD)
 
     def vote(
@@ -98,16 +95,29 @@ class Ledger:
         Args:
             question: the same text on every rank, asked once.
             outcome: what the last rank settles; called on that rank alone.
-            watch: asked about once a second while others are missing, in place of the ledger's timeout; what it
-                returns settles the question as an abort. Only where the ledger is patient.
+            watch: asked a few times a second while others are missing, in place of the ledger's timeout; what it
+                returns settles the question as an abort.
 
         Raises:
             ControlPlaneError: the store is gone.
         """
         if self._say_yes(question):
-            text = outcome if isinstance(outcome, str) else outcome()
-            return self.settle(question, Verdict(text, self._control.rank))
-        return self._await_patiently(question, watch) if self._patient else self._await(question)
+            return self._conclude(question, outcome)
+        began = watched = time.monotonic()
+        while (verdict := self._peek(question)) is None:
+            now = time.monotonic()
+            if now - watched > _WATCH_S:
+                watched = now
+                if not self.missing(question):
+                    # Who was the last to say yes has died before it could settle it.
+                    return self._conclude(question, outcome)
+                error = None if watch is None else watch()
+                if error is not None:
+                    return self.abort(question, error)
+            if watch is None and now - began > self._timeout_s:
+                return self.abort(question, self._late(question))
+            time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, (now - began) / 10)))
+        return verdict
 
     def settle(self, question: str, verdict: Verdict) -> Verdict:
         """Settle `question` unless it is settled, and return what stands."""
@@ -161,35 +171,20 @@ class Ledger:
             return False
         return self._words == 1 or self._control.add(f"{question}/words", 1) == self._words
 
-    def _await(self, question: str) -> Verdict:
-        value = self._control.settled(_verdict(question), self._timeout_s)
-        return self._late(question) if value is None else _decode(value)
+    def _conclude(self, question: str, outcome: Callable[[], str] | str) -> Verdict:
+        text = outcome if isinstance(outcome, str) else outcome()
+        return self.settle(question, Verdict(text, self._control.rank))
 
-    def _await_patiently(self, question: str, watch: Callable[[], TransferError | None] | None) -> Verdict:
-        began = watched = time.monotonic()
-        nap_s = _NAP_S
-        while (value := self._control.settled(_verdict(question), 0)) is None:
-            now = time.monotonic()
-            if watch is None and now - began > self._timeout_s:
-                return self._late(question)
-            if watch is not None and now - watched > _WATCH_S:
-                watched = now
-                error = watch()
-                if error is not None:
-                    return self.abort(question, error)
-            time.sleep(nap_s)
-            nap_s = min(1.5 * nap_s, _LONGEST_NAP_S)
-        return _decode(value)
+    def _peek(self, question: str) -> Verdict | None:
+        value = self._control.settled(_verdict(question))
+        return None if value is None else _decode(value)
 
-    def _late(self, question: str) -> Verdict:
+    def _late(self, question: str) -> TransferTimeoutError:
         missing = self.missing(question)
         ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
-        late = TransferTimeoutError(
-            f"{ranks} did not end {question} within {self._timeout_s:g} s" if missing else f"nobody settled {question}",
-            peers=missing,
-            phase="commit",
+        return TransferTimeoutError(
+            f"{ranks} did not end {question} within {self._timeout_s:g} s", peers=missing, phase="commit"
         )
-        return self.abort(question, late)
 
 
 def _beat(rank: int) -> str:

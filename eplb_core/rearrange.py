@@ -42,9 +42,6 @@ from eplb_core.step_runner import Account, StepRunner, cut_window
 from eplb_core.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
 from eplb_core.weights import ExpertWeights
 
-AGREE_TIMEOUT_S = 60.0
-"""How long a rank waits for the others to begin the same rearrangement, in seconds, if its timeout is not longer."""
-
 STEPS_UNDER_WAY = 1
 """Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
 where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step costs a round of messages."""
@@ -550,7 +547,7 @@ class Rearranger:
             "loader": "yes" if loads else "no",
             **settings,
         }
-        plan = agree_on_plan(self._control, make_plan, asked, max(self._timeout_s, AGREE_TIMEOUT_S))
+        plan = agree_on_plan(self._control, make_plan, asked, self._timeout_s)
         if self._finished is not None and self._finished_steps and self._rank == 0:
             self._finished.forget(_question(self._finished_steps - 1))  # every rank has come here since
         self._finished = None

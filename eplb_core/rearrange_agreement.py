@@ -45,19 +45,24 @@ def agree_on_plan(
         "problem": str(problem or "-"),
         **asked,
     }
+    before = None if plan is None else plan.old.copy()
     try:
         said = control.all_gather("the placements to rearrange", msgspec.msgpack.encode(mine), timeout_s)
         ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
     except ControlPlaneError as error:
-        raise not_all_answered(error, control.world_size) from error
+        late = not_all_answered(error, control.world_size)
+        late.placement = before
+        raise late from error
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
     table = {item: [rank.get(item, "?") for rank in ranks] for item in mine}
     table = {item: values for item, values in table.items() if len(set(values)) > 1}
     if table:
-        raise HandshakeError(
+        different = HandshakeError(
             "the ranks were asked for different rearrangements", table=table, why="nothing was moved"
-        ) from problem
+        )
+        different.placement = before
+        raise different from problem
     if plan is None:
         raise problem or EplbError("there is no plan")
     return plan
