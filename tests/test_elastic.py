@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb_core.elastic import generation_group, remap_placement
+from eplb_core.elastic import generation_group, rank_mapping, remap_placement, reverse_mapping
 from eplb_core.errors import PlacementError
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.rearrange import Rearranger
@@ -51,9 +51,45 @@ def test_there_and_back_is_the_same_placement() -> None:
     assert (remap_placement(remap_placement(placement, 4, there, 5), 5, back, 4) == placement).all()
 
 
+def test_slots_of_a_dead_rank_are_empty_where_the_survivors_keep_their_ranks() -> None:
+    assert remap_placement([[1, 2, 3, 4, 5, 6]], 3, {0: 0, 2: 2}, 3).tolist() == [[1, 2, -1, -1, 5, 6]]
+
+
+def test_ranks_in_another_order_take_their_slots_along() -> None:
+    assert remap_placement([[1, 2, 3, 4, 5, 6]], 3, {0: 1, 1: 2, 2: 0}, 3).tolist() == [[5, 6, 1, 2, 3, 4]]
+
+
+def test_a_rank_may_leave_while_another_joins() -> None:
+    mapping = rank_mapping(["a", "b", "c"], ["c", "new", "a"])
+    assert mapping == {0: 2, 2: 0}
+    assert remap_placement([[1, 2, 3, 4, 5, 6]], 3, mapping, 3).tolist() == [[5, 6, -1, -1, 1, 2]]
+
+
+def test_minus_one_says_that_a_rank_leaves() -> None:
+    assert remap_placement([[1, 2, 3, 4, 5, 6]], 3, {0: 0, 1: -1, 2: 1}, 2).tolist() == [[1, 2, 5, 6]]
+
+
+def test_the_mapping_back_is_that_of_the_members_the_other_way_round() -> None:
+    before, after = [10, 11, 12, 13], [13, 10, 14]
+    assert reverse_mapping(rank_mapping(before, after)) == rank_mapping(after, before) == {0: 3, 1: 0}
+    assert reverse_mapping({0: 1, 1: -1, 2: -1}) == {1: 0}
+
+
+def test_a_member_that_is_there_twice_is_refused() -> None:
+    with pytest.raises(PlacementError, match="'a' is a member of the generation after twice"):
+        rank_mapping(["a", "b"], ["a", "b", "a"])
+
+
+def test_a_mapping_back_of_two_ranks_that_become_one_is_refused() -> None:
+    with pytest.raises(PlacementError, match="old ranks 0, 2 all new rank 5"):
+        reverse_mapping({0: 5, 1: 4, 2: 5})
+
+
 @pytest.mark.parametrize(
     ("mapping", "words"),
     [
+        ({2: -1}, "old rank 2"),
+        ({0: -2}, "new rank -2"),
         ({2: 0}, "old rank 2"),
         ({-1: 0}, "old rank -1"),
         ({0: 3}, "new rank 3"),
