@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
+import textwrap
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
 from fake_distributions import install, run_child, run_eplb
+from pages import BLOCKS, DOCS, PAGES, REPOSITORY, Block, blocks_of, marked
 
 import eplb_core
 from eplb_core import errors
@@ -22,56 +22,10 @@ from eplb_core.cli import main as eplb_command
 from eplb_core.options import option_types
 from eplb_core.registry import default_registry, load_options_class
 
-REPOSITORY = Path(__file__).parent.parent
-DOCS = REPOSITORY / "docs"
-PAGES = sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)
-
-_FENCE = re.compile(r"^```(?:\{code-block\} )?(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_OPTION = re.compile(r":([\w-]+): *(.*)\n")
-_NO_MARKUP = str.maketrans("", "", '"`')
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block of code of a page, with the directive's options."""
-
-    page: Path
-    line: int
-    language: str
-    options: dict[str, str]
-    code: str
-
-    def __str__(self) -> str:
-        return f"{self.page.relative_to(DOCS)}:{self.line}"
-
-
-def blocks_of(page: Path) -> Iterator[Block]:
-    text = page.read_text()
-    for fence in _FENCE.finditer(text):
-        body, options = fence[2], {}
-        while option := _OPTION.match(body):
-            options[option[1]] = option[2]
-            body = body[option.end() :]
-        yield Block(page, text.count("\n", 0, fence.start()) + 1, fence[1], options, body.lstrip("\n"))
-
-
-BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-
-
-def marked(mark: str) -> list[Block]:
-    return [block for block in BLOCKS if block.options.get("class") == mark]
-
-
-def captioned(page: str) -> dict[str, str]:
-    """Return the files that a page shows: caption -> content."""
-    return {
-        b.options["caption"].translate(_NO_MARKUP): b.code for b in blocks_of(DOCS / page) if "caption" in b.options
-    }
-
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python_code_in_the_docs_compiles(block: Block) -> None:
-    compile(block.code, str(block), "exec")
+    compile(textwrap.dedent(block.code), str(block), "exec")
 
 
 @pytest.mark.parametrize("block", marked("run"), ids=str)
@@ -109,75 +63,38 @@ def test_a_command_in_the_docs_prints_what_they_show(block: Block, tmp_path: Pat
         assert (child.stdout + child.stderr).split() == shown.split(), line
 
 
-# --- the backend of write-a-backend.md --------------------------------------------------------------------------------
+# --- the backend of the README ----------------------------------------------------------------------------------------
 
 
-def install_acme(folder: Path, *, complete: bool) -> Path:
-    """Install what the page shows, with the entry point of its pyproject.toml."""
-    shown = captioned("write-a-backend.md")
-    project = tomllib.loads(shown["pyproject.toml"])["project"]
-    install(folder, project["name"], version=project["version"], backends=project["entry-points"]["eplb.backends"])
-    package = folder / "acme_eplb"
-    package.mkdir()
-    spec = shown["acme_eplb/__init__.py"]
-    if complete:
-        more = '    options="acme_eplb.communicator:AcmeOptions",\n    probe="acme_eplb.probe:probe",\n'
-        spec = spec.replace("    capabilities=", more + "    capabilities=")
-    (package / "__init__.py").write_text(spec)
-    (package / "communicator.py").write_text(shown["acme_eplb/communicator.py" + (", complete" if complete else "")])
-    (package / "probe.py").write_text(shown["acme_eplb/probe.py"])
-    return folder
+def readme_files() -> dict[str, str]:
+    """Return the files that the README shows: their first line is a comment with their path."""
+    blocks = [block.code for block in blocks_of(REPOSITORY / "README.md") if block.code.startswith("# acme_eplb/")]
+    return {code.partition("\n")[0].removeprefix("# "): code for code in blocks}
 
 
 def test_the_backend_in_twenty_lines_moves_a_checkpoint_between_two_ranks(tmp_path: Path) -> None:
-    installed = install_acme(tmp_path / "site", complete=False)
-    (tmp_path / "published-loads.json").write_bytes((REPOSITORY / "examples/published-loads.json").read_bytes())
-    (commands,) = marked("try")
+    (shown,) = [block.code for block in blocks_of(REPOSITORY / "README.md") if block.language == "toml"]
+    backends = tomllib.loads(shown)["project"]["entry-points"]["eplb.backends"]
+    installed = install(tmp_path / "site", "acme-eplb", backends=backends)
+    for path, code in readme_files().items():
+        (installed / path).parent.mkdir(exist_ok=True)
+        (installed / path).write_text(code)
+    loads = REPOSITORY / "examples/published-loads.json"
 
-    for line in commands.code.splitlines():
-        words = shlex.split(line)
-        if words[0] == "eplb":
-            child = run_eplb(*words[1:], path=[installed], cwd=tmp_path)
-            assert child.returncode == 0, child.stderr
+    made = run_eplb("make-checkpoint", "demo", cwd=tmp_path)
+    moved = run_eplb(
+        "rebalance", str(loads), "--checkpoint=demo", "--ranks=2", "--backend=acme", path=[installed], cwd=tmp_path
+    )
 
-    assert re.search(r"verified +yes", child.stdout), child.stdout
+    assert made.returncode == 0, made.stderr
+    assert moved.returncode == 0, moved.stderr
+    assert re.search(r"verified +yes", moved.stdout), moved.stdout
 
 
 def test_its_execute_takes_about_twenty_lines() -> None:
-    code = captioned("write-a-backend.md")["acme_eplb/communicator.py"]
+    code = readme_files()["acme_eplb/communicator.py"]
     body = code[code.index("class ") :]
     assert len([line for line in body.splitlines() if line.strip()]) <= 25
-
-
-# All of the kit takes half a minute; these are what distinguishes the complete file from the twenty lines.
-_CHECKS = (
-    "every_dtype_arrives_bit_for_bit",
-    "tensors_without_elements_are_sent",
-    "received_data_is_there_on_return",
-    "another_size_is_a_mismatch_everywhere",
-    "a_closed_communicator_refuses_everything_else",
-    "a_rank_that_does_not_execute_is_named_within_the_timeout",
-)
-
-
-def test_the_complete_backend_keeps_the_contract(tmp_path: Path) -> None:
-    installed = install_acme(tmp_path / "site", complete=True)
-
-    child = run_eplb(
-        "conformance", "acme?part=64KiB", *(f"--check={check}" for check in _CHECKS), path=[installed], cwd=tmp_path
-    )
-
-    assert child.returncode == 0, child.stdout + child.stderr
-
-
-def test_its_probe_says_that_it_works(tmp_path: Path) -> None:
-    installed = install_acme(tmp_path / "site", complete=True)
-
-    child = run_eplb("backends", "--probe", "--json", "-", path=[installed], cwd=tmp_path)
-
-    acme = next(entry for entry in json.loads(child.stdout)["backends"] if entry["name"] == "acme")
-    assert acme["state"] == "ready"
-    assert acme["probe"] == {"available": True, "reason": "a store on this machine returned what was put into it"}
 
 
 # --- nothing is left out ----------------------------------------------------------------------------------------------
@@ -187,6 +104,10 @@ def _first_party_backends() -> list[str]:
     return sorted(
         tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"]["eplb.backends"]
     )
+
+
+def _plugins() -> list[str]:
+    return sorted(path.parent.name for path in (REPOSITORY / "plugins").glob("*/pyproject.toml"))
 
 
 def _error_classes() -> list[str]:
@@ -217,6 +138,20 @@ def test_every_option_of_a_first_party_backend_is_documented_with_its_default(ba
     defaults = {field.name: field.default for field in dataclasses.fields(options_class)}
     for key, kind in option_types(options_class).items():
         assert re.search(rf"^\| `{key}` \|.*\| `{kind.format(defaults[key])}` \|", section, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("backend", _first_party_backends())
+def test_every_first_party_backend_is_in_the_directory_of_plugins(backend: str) -> None:
+    assert re.search(rf"^\| `{backend}` \|.*\| `pip install ", (DOCS / "plugins.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("plugin", _plugins())
+def test_every_plugin_is_in_the_directory_with_what_it_registers(plugin: str) -> None:
+    project = tomllib.loads((REPOSITORY / "plugins" / plugin / "pyproject.toml").read_text())["project"]
+    for names in project["entry-points"].values():
+        for name in names:
+            row = rf'^\| `{name}` \|.*\| `pip install "?{plugin}\b.*`plugins/{plugin}` \| (alpha|stable) \|$'
+            assert re.search(row, (DOCS / "plugins.md").read_text(), re.MULTILINE)
 
 
 def _commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -252,4 +187,4 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 
 def test_pages_hold_code_of_every_kind_that_is_tested() -> None:
-    assert all(marked(mark) for mark in ("run", "two-ranks", "exact", "try"))
+    assert all(marked(mark) for mark in ("run", "two-ranks", "exact", "tutorial"))
