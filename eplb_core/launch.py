@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
-import multiprocessing
 import os
 import signal
 import time
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.errors import EplbError, InputError
+from eplb_core.rank_process import RankProcess, start_rank
 
 _GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
 _JOIN_S = 30.0  # a rank that reported has this long to exit
@@ -131,7 +131,7 @@ def run_local_ranks(
         target: a function at the top level of an importable module.
         num_ranks: how many processes.
         args: picklable arguments.
-        timeout_s: for all of it, in seconds.
+        timeout_s: for all of it once the processes have started, in seconds.
         on_event: called in this process with `(rank, event)` for each `RankEnvironment.report(event)`.
 
     Raises:
@@ -172,18 +172,12 @@ def collect_local_ranks(
         grace_s: how long the others may go on once a rank has failed.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
     outcomes = [Outcome(rank) for rank in range(num_ranks)]
-    processes = []
+    processes: list[RankProcess] = []
     pipes: dict[Connection, int] = {}
     try:
         for rank in range(num_ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_child, args=(target, args, rank, num_ranks, store.port, theirs), name=f"rank {rank}"
-            )
-            process.start()
-            theirs.close()
+            process, ours = start_rank(_child, (target, args, rank, num_ranks, store.port), f"rank {rank}")
             processes.append(process)
             pipes[ours] = rank
         if on_start is not None:

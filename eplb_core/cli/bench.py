@@ -11,6 +11,7 @@ from eplb_core.backend import ByteSize
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, write_json
 from eplb_core.errors import EplbError, InputError
 from eplb_core.options import OptionType, ValueTextError
+from eplb_core.rank_process import start_server
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,14 +76,15 @@ def bench(
 
     Exit code: 0 if all bytes are right, 1 if not, 2 if the input cannot be used.
     """
+    if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
+        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
+    work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
+    start_server()  # it imports torch while this process does the same
     from eplb_core.bench.rank import BenchJob
     from eplb_core.bench.run import check_job
     from eplb_core.bench.summary import print_summary, summarize
     from eplb_core.config import AUTO, backend_from_environment
 
-    if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
-        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
-    work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
     names = list(dict.fromkeys(backends)) or [backend_from_environment(None) or AUTO]
     jobs = [
         BenchJob(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import click
 
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, write_json
 from eplb_core.errors import EplbError, InputError
+from eplb_core.rank_process import start_server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,17 +64,21 @@ def rebalance(
     Exit code: 0 if all weights are where they should be, 1 if not, 2 if the input cannot be used.
     """
     from eplb_core.cli.rebalance_job import RebalanceRequest, prepare
-    from eplb_core.cli.rebalance_launch import JoinedRanks, RefusedError, run_local, started_by_torchrun
 
     output = _Output(out, json_path, plot)
     console = human_console(json_path)
-    if not started_by_torchrun():
+    if not _started_by_torchrun():
         request = RebalanceRequest(
             ranks=_DEFAULT_RANKS if ranks is None else ranks, nodes=1 if nodes is None else nodes, **options
         )
         output.check()
         job = prepare(request)
+        start_server()  # it imports torch while this process does the same
+        from eplb_core.cli.rebalance_launch import run_local
+
         context.exit(_conclude(request, job, run_local(job, console), output, console))
+
+    from eplb_core.cli.rebalance_launch import JoinedRanks, RefusedError
 
     joined = JoinedRanks()
     request = RebalanceRequest(ranks=joined.world_size, nodes=joined.num_nodes if nodes is None else nodes, **options)
@@ -99,6 +105,11 @@ def rebalance(
             report_error(error)
             code = EXIT_PROBLEM
     context.exit(joined.share_exit_code(code, request.timeout_s))
+
+
+def _started_by_torchrun() -> bool:
+    """Whether this process is one of several ranks already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 class _Output:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,11 +30,6 @@ class RefusedError(EplbError):
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
         super().__init__("the input was refused")
-
-
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def run_local(job: RebalanceJob, console: Console) -> list[RankResult]:
