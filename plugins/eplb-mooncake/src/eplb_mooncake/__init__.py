@@ -1,0 +1,1 @@
+"""Mooncake's Transfer Engine as a backend of `eplb`."""

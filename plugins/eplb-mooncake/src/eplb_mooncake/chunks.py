@@ -1,0 +1,78 @@
+"""Cuts what one rank sends to another into chunks that fit a slot; both sides cut alike, and say nothing about it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_core import Transfer, as_bytes
+
+Bytes = npt.NDArray[np.uint8]
+"""Memory, uint8 `[bytes]`. numpy lets other threads run while it copies."""
+
+ALONE_BYTES = 64 << 10
+"""A tensor of this size or more shares no chunk with others: its chunks lie in one piece, and can be read in place."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """What is moved at once.
+
+    Attributes:
+        pieces: the memory of pieces of tensors, which lie one after the other in a slot.
+        nbytes: their length together, at most a slot's.
+    """
+
+    pieces: list[Bytes]
+    nbytes: int
+
+    def address(self) -> int | None:
+        """Return where it lies, if it is one piece."""
+        return address_of(self.pieces[0]) if len(self.pieces) == 1 else None
+
+    def pack(self, slot: Bytes) -> None:
+        """Copy the pieces into the slot."""
+        offset = 0
+        for piece in self.pieces:
+            slot[offset : offset + len(piece)] = piece
+            offset += len(piece)
+
+    def unpack(self, slot: Bytes) -> None:
+        """Copy the slot out to the pieces."""
+        offset = 0
+        for piece in self.pieces:
+            piece[:] = slot[offset : offset + len(piece)]
+            offset += len(piece)
+
+
+def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk]]:
+    """Return peer -> its chunks, in order. A peer with no bytes has no entry."""
+    cut_up: dict[int, deque[Chunk]] = {}
+    open_: dict[int, Chunk] = {}  # the last chunk of each peer, where there is room in it
+    for transfer in transfers:
+        rest = as_bytes(transfer.tensor.detach()).numpy()
+        if alone := len(rest) >= ALONE_BYTES:
+            open_.pop(transfer.peer, None)
+        while len(rest):
+            chunk = open_.get(transfer.peer)
+            if chunk is None:
+                chunk = open_[transfer.peer] = Chunk([], 0)
+                cut_up.setdefault(transfer.peer, deque()).append(chunk)
+            piece = rest[: slot_bytes - chunk.nbytes]
+            chunk.pieces.append(piece)
+            chunk.nbytes += len(piece)
+            rest = rest[len(piece) :]
+            if chunk.nbytes == slot_bytes:
+                del open_[transfer.peer]
+        if alone:
+            open_.pop(transfer.peer, None)
+    return cut_up
+
+
+def address_of(memory: Bytes) -> int:
+    """Return where it begins."""
+    return int(memory.__array_interface__["data"][0])
