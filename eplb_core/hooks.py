@@ -117,9 +117,10 @@ class HookSpecifications:
 
     @hookspec
     def eplb_doctor_checks(self) -> list[Callable[[], object]]:
-        """Return checks for `eplb doctor`: callables without arguments that return `eplb_core.doctor.Finding`s.
+        """Return checks for `eplb doctor`: callables without arguments.
 
-        A check may return one, several, or None if all is well. One that fails is shown as a warning.
+        A check may return one `eplb_core.doctor.Finding`, several, or None if all is well. One that fails is shown as a
+        warning.
         """
         raise NotImplementedError
 
