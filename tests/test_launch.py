@@ -15,7 +15,7 @@ from eplb_core.errors import InputError
 from eplb_core.launch import LocalRankError, Outcome, RankEnvironment, collect_local_ranks, run_local_ranks
 
 TIMEOUT_S = 60.0
-SHORT_S = 6.0  # enough for a process to come up
+SHORT_S = 2.5  # enough for a forked process to come up
 
 
 # --- what ranks may do ------------------------------------------------------------------------------------------------
