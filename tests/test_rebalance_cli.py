@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from eplb_core.cli import main
 from eplb_core.cli.rebalance_job import RebalanceRequest, prepare
+from eplb_core.cli.rebalance_launch import run_local
 from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement
@@ -109,6 +113,46 @@ def test_more_ranks_move_random_weights_of_a_published_shape(tmp_path: Path, ran
     traffic = np.array(found["traffic_bytes"])
     assert traffic.shape == (ranks, ranks)
     assert traffic.sum() == found["bytes_remote"]
+
+
+def test_a_window_of_one_expert_is_enough_and_checksums_are_compared_if_asked(checkpoint: Path, tmp_path: Path) -> None:
+    document = tmp_path / "numbers.json"
+    result = rebalance(
+        PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2, "--redundant", 4, "--backend", "torch_gloo",
+        "--window", f"{EXPERT_BYTES}B", "--verify", "full", "--json", document,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search(r"checksums +equal before and after \(full\)", result.stdout)
+    found = json.loads(document.read_text())
+    assert (found["verify"], found["staging_bytes_max"], found["verified"]) == ("full", EXPERT_BYTES, True)
+    assert found["phases"]["verify"] > 0
+
+
+def test_with_a_pace_it_moves_in_the_background_and_no_faster(tmp_path: Path) -> None:
+    document, pace = tmp_path / "numbers.json", 1_000_000
+    result = rebalance(
+        PUBLISHED, "--model", "gpt-oss-120b", "--scale", "1/240", "--ranks", 2, "--redundant", 4,
+        "--backend", "torch_gloo", "--pace", "1MB/s", "--verify", "sample", "--json", document,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert re.search(r"pace +in the background, 1.00 MB/s into a rank at most", result.stdout)
+    found = json.loads(document.read_text())
+    assert (found["pace_bytes_per_s"], found["verify"], found["verified"]) == (pace, "sample", True)
+    incoming = np.array(found["traffic_bytes"]).sum(axis=0).max()
+    one_burst = 64 << 10  # goes at once
+    assert found["seconds"] > (incoming - one_burst) / pace - 0.02 > 0.1
+
+
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_a_bar_shows_the_bytes_that_have_moved_where_there_is_a_terminal(checkpoint: Path, on_a_terminal: bool) -> None:
+    screen = io.StringIO()
+    job = prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=2, redundant=4, backend="torch_gloo"))
+    results = run_local(job, Console(file=screen, force_terminal=on_a_terminal, width=120, color_system=None))
+    assert [result.wrong_slots for result in results] == [0, 0]
+    moved = int(job.plan().traffic(np.array(job.expert_bytes)).sum())
+    shown = rf"move experts .*{moved / 1000:.1f}/{moved / 1000:.1f} kB"
+    assert bool(re.search(shown, screen.getvalue())) == on_a_terminal
+    assert bool(screen.getvalue()) == on_a_terminal
 
 
 def test_only_the_chosen_layers_take_part(checkpoint: Path, tmp_path: Path) -> None:
@@ -273,6 +317,10 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--backend torch_gloo?", "column 12"),
         ("--window 256", "the unit is missing"),
         ("--window 100B", "window"),
+        ("--pace 20", "'20' is no pace; to mend it: write a number and one of B, kB, MB"),
+        ("--pace 0B/s", "a pace has to be above 0 bytes a second, not 0"),
+        ("--pace 1MB/s --backend torch_nccl", "backend 'torch_nccl' cannot run beside inference"),
+        ("--verify lots", "--verify cannot be 'lots'; to mend it: give one of off, sample, full"),
         ("--model deepseek-v3", "both of --checkpoint and --model"),
         ("--scale 1/2", "--scale goes with --model"),
         ("--placement absent.json", "the placement file does not exist"),

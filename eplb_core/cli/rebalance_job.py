@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eplb_core.backend import ByteSize
 from eplb_core.config import AUTO, backend_from_environment, parse_config, resolve_options
-from eplb_core.errors import InputError
+from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.experts import ExpertSource
 from eplb_core.inputs.loads import read_loads
@@ -22,11 +22,13 @@ from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scal
 from eplb_core.inputs.placements import read_placement
 from eplb_core.inputs.slots import check_same_experts
 from eplb_core.options import OptionType, ValueTextError
+from eplb_core.pace import parse_pace
 from eplb_core.placement import check_pair, check_placement, contiguous_placement, load_per_rank
 from eplb_core.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.policies import load_policy
 from eplb_core.registry import default_registry, load_options_class
 from eplb_core.schedule import schedule_steps
+from eplb_core.verify import THOROUGHNESS, Thoroughness
 
 _LAYERS = re.compile(r"(?:(?P<start>\d+):)?(?P<stop>\d+)")
 
@@ -51,6 +53,8 @@ class RebalanceRequest:
         seed: of the random weights.
         backend: a config string, or None for what the environment says, or `auto`.
         window: the most staging memory of a rank, as text; None for what the backend's configuration allows.
+        pace: the most bytes a second that a background job brings to a rank, as text; None to run at once.
+        verify: how thoroughly checksums are compared before and after: off, sample or full.
         timeout_s: the longest that all of it may take, in seconds.
     """
 
@@ -69,6 +73,8 @@ class RebalanceRequest:
     seed: int = 0
     backend: str | None = None
     window: str | None = None
+    pace: str | None = None
+    verify: str = "off"
     timeout_s: float = 1800.0
 
 
@@ -90,6 +96,8 @@ class RebalanceJob:
         backend: the config string of what moves the bytes.
         window_bytes: the most staging memory of a rank; None for what the backend's configuration allows.
         timeout_s: the longest that all of it may take, in seconds.
+        bytes_per_s: the most that a background job brings to a rank; None to run at once.
+        verify: how thoroughly checksums are compared before and after.
         note: what was done to the loads that the user may want to know, or "".
     """
 
@@ -106,6 +114,8 @@ class RebalanceJob:
     backend: str
     window_bytes: int | None
     timeout_s: float
+    bytes_per_s: float | None = None
+    verify: Thoroughness = "off"
     note: str = ""
 
     @property
@@ -185,9 +195,11 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
         num_ranks=request.ranks,
         node_of_rank=tuple(rank // ranks_per_node for rank in range(request.ranks)),
         expert_bytes=tuple(sum(spec.nbytes for spec in source.tensor_specs(layer)) for layer in layers),
-        backend=_check_backend(request.backend),
+        backend=_check_backend(request.backend, background=request.pace is not None),
         window_bytes=_parse_window(request.window),
         timeout_s=request.timeout_s,
+        bytes_per_s=None if request.pace is None else parse_pace(request.pace),
+        verify=_parse_verify(request.verify),
         note=note,
     )
     if job.window_bytes is not None:
@@ -196,13 +208,26 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
     return job
 
 
-def _check_backend(backend: str | None) -> str:
+def _check_backend(backend: str | None, *, background: bool) -> str:
     """Return the config string to use. Raises `ConfigError` or `BackendError` if it cannot be selected."""
     text = backend_from_environment(backend) or AUTO
     config = parse_config(text)
     if config.name != AUTO:
-        resolve_options(config, load_options_class(default_registry().select(config)))
+        entry = default_registry().select(config)
+        resolve_options(config, load_options_class(entry))
+        if background and entry.spec is not None and not entry.spec.capabilities.background:
+            raise BackendUnavailableError(
+                f"backend {config.name!r} cannot run beside inference, and --pace asks for a background job",
+                name=config.name,
+                remedy="leave --pace away, or give a backend that can: 'eplb backends --json -' says which",
+            )
     return text
+
+
+def _parse_verify(text: str) -> Thoroughness:
+    if text not in THOROUGHNESS:
+        raise InputError(f"--verify cannot be {text!r}", remedy=f"give one of {', '.join(THOROUGHNESS)}")
+    return cast("Thoroughness", text)
 
 
 def _parse_window(text: str | None) -> int | None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eplb_core.cli.rebalance_job import RebalanceJob, open_source
 from eplb_core.inputs.slots import allocate_slots, check_slots, fill_slots
 
 if TYPE_CHECKING:
+    import torch
+
+    from eplb_core.control import ControlPlane
     from eplb_core.launch import RankEnvironment
+    from eplb_core.rearrange import Rearranger
+    from eplb_core.rearrange_result import RearrangeResult
 
 EVENT_INTERVAL_S = 0.1
 _MOST_NAMED = 5  # of wrong slots, in messages
@@ -98,7 +104,11 @@ def run_rank(
         rearranger = Rearranger(
             communicator, weights, window_bytes=job.window_bytes, node_of_rank=list(job.node_of_rank)
         )
-        result = rearranger.run(job.old, job.new, progress=_throttled(report, "move"))
+        advance = _throttled(report, "move")
+        if job.bytes_per_s is None:
+            result = rearranger.run(job.old, job.new, verify=job.verify, progress=advance)
+        else:
+            result = _run_paced(rearranger, job, weights, control, advance)
         control.barrier("that every rank has moved its experts", job.timeout_s)
     check = check_slots(weights, truth, job.layers, job.local(job.new, rank), _throttled(report, "verify"))
     return RankResult(
@@ -116,6 +126,40 @@ def run_rank(
         placement_reached=bool(np.array_equal(result.placement, job.new)),
         backend=communicator.binding.config,
     )
+
+
+def _run_paced(
+    rearranger: Rearranger,
+    job: RebalanceJob,
+    weights: Sequence[Sequence[torch.Tensor]],
+    control: ControlPlane,
+    advance: Callable[[int, int], None],
+) -> RearrangeResult:
+    """Let a background job receive at the job's pace, and commit what is ready meanwhile."""
+    from eplb_core.errors import TransferError
+    from eplb_core.verify import check_end, expected_checksums, slot_checksums
+    from eplb_core.weights import ExpertWeights
+
+    def checksums() -> NDArray[np.int64]:
+        sample = job.verify == "sample"
+        return slot_checksums(ExpertWeights(weights), control, sample=sample, stream=None, timeout_s=job.timeout_s)
+
+    # A job compares nothing by itself: while it runs the engine's weights are in use.
+    expected = None if job.verify == "off" else expected_checksums(job.old, checksums())
+    background = rearranger.start(job.old, job.new, pace=job.bytes_per_s)
+    while not background.received:
+        advance(*background.progress)
+        try:
+            background.wait(EVENT_INTERVAL_S)
+        except TransferError:  # one of them is a TimeoutError too
+            raise
+        except TimeoutError:
+            continue
+    result = background.wait(job.timeout_s)
+    advance(*background.progress)
+    if expected is not None:
+        check_end(result.placement, checksums(), expected, job.slots_per_rank)
+    return result
 
 
 def _throttled(report: Callable[[StageProgress], None], stage: str) -> Callable[[int, int], None]:

@@ -58,6 +58,8 @@ class RebalanceReport:
         bytes_across_nodes: of the bytes that crossed between ranks, those that crossed between nodes.
         seconds: of the rearrangement, on the slowest rank.
         staging_bytes_max: the most staging memory that any rank held.
+        pace_bytes_per_s: the most bytes a second into a rank, of a background job; None if it ran at once.
+        verify: how thoroughly the ranks compared checksums before and after: off, sample or full.
         phases: phase -> seconds, on the slowest rank of each.
         verified: whether every slot of every rank was compared and found right.
         checked_slots: how many were compared.
@@ -81,6 +83,8 @@ class RebalanceReport:
     bytes_across_nodes: int
     seconds: float
     staging_bytes_max: int
+    pace_bytes_per_s: float | None
+    verify: str
     phases: dict[str, float]
     verified: bool
     checked_slots: int
@@ -133,6 +137,8 @@ class RebalanceReport:
             "seconds": self.seconds,
             "gb_per_s": self.gb_per_s,
             "staging_bytes_max": self.staging_bytes_max,
+            "pace_bytes_per_s": self.pace_bytes_per_s,
+            "verify": self.verify,
             "phases": self.phases,
             "verified": self.verified,
             "checked_slots": self.checked_slots,
@@ -194,6 +200,8 @@ def make_report(job: RebalanceJob, results: Sequence[RankResult], *, policy: str
         bytes_across_nodes=int(traffic[nodes[:, None] != nodes[None, :]].sum()),
         seconds=max(result.seconds for result in results),
         staging_bytes_max=max(result.staging_bytes for result in results),
+        pace_bytes_per_s=job.bytes_per_s,
+        verify=job.verify,
         phases=_slowest(results),
         verified=not problems,
         checked_slots=checked_slots,
@@ -242,6 +250,8 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts.add_column()
     facts.add_row("time", f"{report.seconds:.3f} s")
     facts.add_row("rate", f"{report.gb_per_s:.2f} GB/s between ranks, all together" if remote else "nothing crossed")
+    if report.pace_bytes_per_s is not None:
+        facts.add_row("pace", f"in the background, {format_bytes(int(report.pace_bytes_per_s))}/s into a rank at most")
     facts.add_row("peak staging", f"{format_bytes(report.staging_bytes_max)} on a rank")
     if report.verified:
         found = (
@@ -249,6 +259,8 @@ def print_report(report: RebalanceReport, console: Console) -> None:
         )
     else:
         found = f"[bold red]NO[/]: {report.wrong_slots} of {_count(report.checked_slots, 'slot')} hold wrong bytes"
+    if report.verify != "off":
+        facts.add_row("checksums", f"equal before and after ({report.verify})")
     facts.add_row("verified", found)
     console.print(facts)
     for problem in report.problems[:_MOST_NAMED]:
