@@ -65,7 +65,7 @@ class Ending:
         pairs: who sends to whom.
         trusted: whether the ranks skip the comparison of the whole group.
         moment_s: after the start, for `at random`.
-        number: of the call that ends it; 0 takes the one in `TRAPS`.
+        number: of the call that ends it; 0 takes the one in `TRAPS`. For `idle` the transfers before it.
         resumes: whether a stopped victim goes on in the end; otherwise it is killed.
     """
 
@@ -120,7 +120,6 @@ TRAPS: dict[str, tuple[type, str, int, bool]] = {
 def trap(ending: Ending, end: End) -> Iterator[None]:
     """Inside the victim: let the phase of its next transfer end it."""
     if ending.phase == "idle":
-        end()
         yield
     elif ending.phase == "at random":
         timer = threading.Timer(ending.moment_s, end)
@@ -240,7 +239,9 @@ def _victim(ending: Ending, store: dist.Store) -> dict[str, Any]:
 
     def work() -> None:
         with trap(ending, end):
-            for _ in range(ROUNDS):
+            for number in range(ROUNDS):
+                if ending.phase == "idle" and number == ending.number:
+                    end()
                 traffic.queue(communicator)
                 communicator.execute()
 
@@ -457,7 +458,7 @@ def test_every_ending_over_every_transport() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("phase", [*TRAPS, "at random"])
+@pytest.mark.parametrize("phase", [*TRAPS, "idle", "at random"])
 def test_twenty_moments_of_each_phase(phase: str) -> None:
     """Over each transport; each at another call of what ends it, with other sizes."""
     drawn = _random()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,12 +15,20 @@ from eplb_backends.nixl.agent import Agent, NixlError
 from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.inbox import Incoming
 from eplb_backends.nixl.links import Links
-from eplb_backends.nixl.memory import Regions, SlotPool, allocation_of, joined, left_for_staging
+from eplb_backends.nixl.memory import (
+    Regions,
+    SlotPool,
+    allocation_of,
+    expandable_segments,
+    joined,
+    left_for_staging,
+)
+from eplb_backends.nixl.naming import ranks_text
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.round import Round, Shared
-from eplb_backends.nixl.selftest import LARGEST_WORLD, read_from_every_peer
+from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.backend import BackendContext
 from eplb_core.checksums import checksums
 from eplb_core.coalesce import as_bytes
@@ -37,6 +46,9 @@ from eplb_core.queues import Transfer, TransferQueue, check_match
 from eplb_core.streams import mark, on_stream
 
 _MAX_IN_FLIGHT = 8
+_NOT_EXPANDABLE = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the weights are allocated"
+
+logger = logging.getLogger(__name__)
 
 
 def create(context: BackendContext, options: NixlOptions, expert_weights: Sequence[torch.Tensor]) -> NixlCommunicator:
@@ -76,7 +88,7 @@ class NixlCommunicator(EplbCommunicator):
         self._in_flight = 0
         self._links = Links("DRAM" if context.device.type == "cpu" else "VRAM", options.min_gbps)
         try:
-            self._connect(f"eplb-rank{context.rank}")
+            self._connect(context.rank)
             if 1 < context.world_size <= LARGEST_WORLD:
                 self._self_test(context.rank, context.world_size)
         except BaseException:
@@ -92,10 +104,10 @@ class NixlCommunicator(EplbCommunicator):
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the two windows."""
+        """Bytes of the two windows, and of the page that peers read first."""
         if self._shared is None:
             return 0
-        return len(self._shared.send_window.buffer) + len(self._shared.receive_window.buffer)
+        return len(self._shared.send_window.buffer) + len(self._shared.receive_window.buffer) + PAGE_BYTES
 
     @property
     def staging_limit_bytes(self) -> int:
@@ -114,12 +126,13 @@ class NixlCommunicator(EplbCommunicator):
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Register the allocations behind `tensors`, each once; peers learn of them when they first need them.
 
-        An allocation that overlaps an earlier one without lying in it is not registered: its tensors are packed.
+        An allocation that overlaps an earlier one without lying in it is not registered: its tensors are packed. So are
+        those in memory of `expandable_segments`, with a warning; `mode=direct` refuses them.
         Registered memory can be read, and written, by every peer of the group.
 
         Raises:
             InvalidTransferError: a tensor lies on another device.
-            TransferError: NIXL cannot register the memory.
+            TransferError: NIXL cannot register the memory, or it is of `expandable_segments` and `mode=direct`.
         """
         self._queue.check_open()
         elsewhere = next((tensor.device for tensor in tensors if tensor.device != self._device), None)
@@ -127,12 +140,10 @@ class NixlCommunicator(EplbCommunicator):
             raise InvalidTransferError(
                 f"cannot register a tensor on {elsewhere}", why=f"this communicator moves tensors on {self._device}"
             )
-        ranges = [allocation_of(tensor) for tensor in tensors]
+        ranges = self._readable([allocation_of(tensor) for tensor in tensors if tensor.nbytes])
         # NIXL does not find memory that two registrations overlap in, so what overlaps an earlier one is left out.
         fresh = [
-            (address, nbytes)
-            for address, nbytes in joined((at, size) for at, size in ranges if size)
-            if not self._registered.overlap(address, nbytes)
+            (address, nbytes) for address, nbytes in joined(ranges) if not self._registered.overlap(address, nbytes)
         ]
         if fresh and self._agent is not None:
             try:
@@ -145,7 +156,7 @@ class NixlCommunicator(EplbCommunicator):
                 self._registered.add(address, nbytes)
             self._unpublished = True
         for address, nbytes in ranges if landing else ():
-            if nbytes and self._registered.contain(address, nbytes) and not self._landing.contain(address, nbytes):
+            if self._registered.contain(address, nbytes) and not self._landing.contain(address, nbytes):
                 self._landing.add(address, nbytes)
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
@@ -240,6 +251,24 @@ class NixlCommunicator(EplbCommunicator):
 
     # --- steps of a transfer ----------------------------------------------------------------------------------------
 
+    def _readable(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the ranges that peers can read reliably: those that are not of `expandable_segments`."""
+        chunked = expandable_segments(self._device)
+        refused = [each for each in ranges if chunked.overlap(*each)]
+        if not refused:
+            return ranges
+        what = f"{len(refused)} of {len(ranges)} tensors lie in memory of expandable_segments"
+        if self._mode == "direct":
+            raise TransferError(
+                what,
+                phase="register",
+                usable=True,
+                why="peers read such memory over tcp, or wrongly",
+                remedy=f"{_NOT_EXPANDABLE}, or use mode=auto",
+            )
+        logger.warning("%s: they are packed instead of read in place; %s", what, _NOT_EXPANDABLE)
+        return [each for each in ranges if each not in refused]
+
     def _agree(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> None:
         problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
         if not self._trusted:
@@ -254,21 +283,25 @@ class NixlCommunicator(EplbCommunicator):
                 out.sums = checksums(tensors, sample=self._options.verify == "sample")
 
     def _compare_sums(self, incoming: Mapping[int, Incoming]) -> None:
-        """Raise `IntegrityError` for the first source whose checksums differ from those of what arrived."""
+        """Raise `IntegrityError` if a source's checksums differ from those of what arrived; it names all that do."""
+        wrong: list[tuple[int, int]] = []
         for peer, arrived in incoming.items():
             with on_stream(self._device, self._stream):
                 here = checksums(arrived.targets, sample=self._options.verify == "sample")
             there = np.concatenate([*arrived.sums, np.empty(0, np.int64)])
             complete = len(there) == len(here)
-            wrong = np.flatnonzero(here != there).tolist() if complete else list(range(len(here)))
-            if wrong:
-                raise IntegrityError(
-                    f"{len(wrong)} of {len(here)} tensors from rank {peer} arrived with other bytes than were sent",
-                    peers=[peer],
-                    phase="verify",
-                    where="receives from that rank with bytes, counted from 0: " + ", ".join(map(str, wrong[:8])),
-                    wrong=[(peer, index) for index in wrong],
-                )
+            indices = np.flatnonzero(here != there).tolist() if complete else range(len(here))
+            wrong += [(peer, index) for index in indices]
+        if wrong:
+            peers = sorted({peer for peer, _ in wrong})
+            raise IntegrityError(
+                f"{len(wrong)} tensors from {ranks_text(peers)} arrived with other bytes than were sent",
+                peers=peers,
+                phase="verify",
+                where="source rank and number of the receive with bytes, from 0: "
+                + ", ".join(f"{peer}: {index}" for peer, index in wrong[:8]),
+                wrong=wrong,
+            )
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
@@ -288,14 +321,18 @@ class NixlCommunicator(EplbCommunicator):
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
-    def _connect(self, label: str) -> None:
+    def _connect(self, rank: int) -> None:
         error: EplbError | None = None
         name = ""
         try:
-            self._agent = Agent(label, self._device, progress_thread=self._options.progress == "on")
+            self._agent = Agent(f"eplb-rank{rank}", self._device, progress_thread=self._options.progress == "on")
             window = int(self._options.window)
+            page = pattern(rank, PAGE_BYTES, self._device)
+            if self._device.type != "cpu":
+                torch.cuda.current_stream(self._device).synchronize()
+            self._agent.register([(page.data_ptr(), PAGE_BYTES)], [page])
             self._shared = Shared(
-                Peers(self._agent, self._control, self._links, self._timeout_s),
+                Peers(self._agent, self._control, self._links, self._timeout_s, page.data_ptr()),
                 SlotPool(self._agent, window, self._device),
                 SlotPool(self._agent, window, self._device),
                 self._device,
@@ -315,6 +352,7 @@ class NixlCommunicator(EplbCommunicator):
         error: EplbError | None = None
         shared, _ = self._connected()
         send_window, receive_window = shared.send_window, shared.receive_window
+        shared.peers.proven.update(range(world_size))  # or else this raises
         try:
             # For once the windows themselves are read from and into, and nothing may be packed into them.
             self._mode = "direct"

@@ -16,6 +16,7 @@ from eplb_backends.nixl.messages import Writer
 from eplb_backends.nixl.naming import naming
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.pieces import ByteStream, merge
+from eplb_backends.nixl.selftest import PAGE_BYTES, check_page
 from eplb_core.copies import copy_all
 from eplb_core.placement import IntArray
 from eplb_core.streams import on_stream
@@ -67,6 +68,7 @@ class _Job:
     pieces: list[Piece]
     sequence: int | None  # of the chunk that it empties, if it does
     through_slot: bool
+    proves: bool = False  # it reads the page that every rank offers
     slot: Slot | None = None
     posted_at: float = 0.0
 
@@ -110,6 +112,7 @@ class Inbox:
         self._stream = stream
         self._waiting: deque[_Job] = deque()
         self._reading: list[tuple[_Job, Read]] = []
+        self._unproven: set[int] = set()
         self.unread = set(peers)
         self.descriptors = 0
         self.merged_descriptors = 0
@@ -120,6 +123,8 @@ class Inbox:
 
     def announce(self, source: int, addresses: IntArray) -> bool:
         """Take a part of READY; return whether that was the last.
+
+        The first time that a source is heard of, its page is read first and compared.
 
         Raises:
             ValueError: there are more addresses than messages.
@@ -132,6 +137,11 @@ class Inbox:
         if announced < len(incoming.targets):
             return False
         incoming.announced = True
+        page = self._others.page_to_read(source)
+        if page is not None:
+            scratch = torch.empty(PAGE_BYTES, dtype=torch.uint8, device=self._device)
+            self._unproven.add(source)
+            self._waiting.append(_Job(source, [(page, scratch)], None, through_slot=True, proves=True))
         at = np.concatenate(incoming.addresses)
         incoming.packed = [int(message) for message in np.flatnonzero(at == 0)]
         incoming.stream = ByteStream(incoming.lengths[incoming.packed])
@@ -215,8 +225,9 @@ class Inbox:
         else:
             local = np.array([target.data_ptr() for _, target in job.pieces], np.int64)
         pieces = merge(remote, local, lengths)
-        self.descriptors += len(lengths)
-        self.merged_descriptors += len(pieces[2])
+        if not job.proves:
+            self.descriptors += len(lengths)
+            self.merged_descriptors += len(pieces[2])
         job.posted_at = time.perf_counter()
         with naming(job.source, "read"):
             self._reading.append((job, self._others.agent.read(self._others.name(job.source), *pieces)))
@@ -228,7 +239,10 @@ class Inbox:
             self._pool.release(job.slot)
         if job.sequence is not None:
             self._send(job.source, self._writer.taken(job.sequence))
-        self._peers[job.source].left_bytes -= job.nbytes
+        if job.proves:
+            self._prove(job)
+        else:
+            self._peers[job.source].left_bytes -= job.nbytes
         self._finish_if_all_arrived(job.source)
 
     def _unpack(self, job: _Job, slot: Slot) -> None:
@@ -242,7 +256,15 @@ class Inbox:
                 slot.copied = torch.cuda.Event()
                 slot.copied.record()
 
+    def _prove(self, job: _Job) -> None:
+        [(_, page)] = job.pieces
+        with on_stream(self._device, self._stream):
+            check_page(page, job.source)
+        self._others.proven.add(job.source)
+        self._unproven.discard(job.source)
+
     def _finish_if_all_arrived(self, source: int) -> None:
-        if self._peers[source].left_bytes == 0 and source in self.unread:
+        done = self._peers[source].left_bytes == 0 and source not in self._unproven
+        if done and source in self.unread:
             self.unread.discard(source)
             self._send(source, self._writer.done())

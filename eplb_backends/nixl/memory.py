@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from eplb_backends.nixl.agent import Agent
+from eplb_backends.nixl.selftest import PAGE_BYTES
 
 _ALIGNMENT = 256  # bytes; what CUDA's copies like best
 _LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
@@ -48,6 +49,20 @@ def allocation_of(tensor: torch.Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
+def expandable_segments(device: torch.device) -> Regions:
+    """Return the memory that torch's allocator maps in chunks (`expandable_segments`), as far as there is any.
+
+    UCX reads such memory over tcp, if at all, and wrong bytes are reported where it has several chunks. What counts is
+    how the allocator got it: the setting can be changed while the process runs.
+    """
+    regions = Regions()
+    if device.type != "cpu":
+        for segment in torch.cuda.memory_snapshot():
+            if segment.get("is_expandable") and segment["device"] == (device.index or 0):
+                regions.add(segment["address"], segment["total_size"])
+    return regions
+
+
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return disjoint ranges `(address, bytes)` that cover the same bytes: those that overlap are joined."""
     disjoint: list[tuple[int, int]] = []
@@ -61,8 +76,8 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def left_for_staging(staging_bytes: int) -> int:
-    """Return what the two windows leave of a rank's staging memory, in bytes."""
-    return staging_bytes - 2 * (staging_bytes // _WINDOW_SHARE)
+    """Return what the two windows, and the page that peers read first, leave of a rank's staging memory, in bytes."""
+    return staging_bytes - 2 * (staging_bytes // _WINDOW_SHARE) - PAGE_BYTES
 
 
 class Slot:

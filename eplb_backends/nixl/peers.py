@@ -31,12 +31,14 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
         metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
         digest: SHA-256 of the metadata.
         place: where the rank runs.
+        page: address of a page with known bytes, to be read before anything else.
     """
 
     name: str
     metadata: bytes
     digest: bytes
     place: Place
+    page: int
 
 
 class Peers:
@@ -47,12 +49,14 @@ class Peers:
         control: where identities are published.
         links: told where each peer is.
         timeout_s: how long a peer may take to publish its identity, in seconds.
+        page: address of this rank's page with known bytes.
 
     Attributes:
         lost: ranks that nobody should wait for any more.
+        proven: ranks from which right bytes were read.
     """
 
-    def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float) -> None:
+    def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float, page: int) -> None:
         self.agent = agent
         self.rank = control.rank
         self._links = links
@@ -64,7 +68,9 @@ class Peers:
         self._versions: dict[int, int] = {}
         self._ranks: dict[str, int] = {}
         self._left: set[int] = set()
+        self._page = page
         self.lost: set[int] = set()
+        self.proven: set[int] = set()
 
     def meet(self, names: list[str]) -> None:
         """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
@@ -75,7 +81,7 @@ class Peers:
         """Publish what is registered here now, as a new version."""
         self.version += 1
         metadata = self.agent.metadata()
-        identity = Identity(self.agent.name, metadata, hashlib.sha256(metadata).digest(), Place.here())
+        identity = Identity(self.agent.name, metadata, hashlib.sha256(metadata).digest(), Place.here(), self._page)
         self._control.publish(f"identity/{self.version}", msgspec.msgpack.encode(identity))
 
     def know(self, rank: int, version: int) -> str:
@@ -108,6 +114,10 @@ class Peers:
     def name(self, rank: int) -> str:
         """Return the name of a rank's agent, which is made known if it is not."""
         return self.know(rank, max(1, self._versions.get(rank, 0)))
+
+    def page_to_read(self, rank: int) -> int | None:
+        """Return where the page of a rank that is known lies, or None if the way from it is proven."""
+        return None if rank in self.proven else self._identities[rank].page
 
     @property
     def known(self) -> set[int]:

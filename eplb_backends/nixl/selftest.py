@@ -1,6 +1,7 @@
 """What every rank does once at start: read a page and then a block from each peer, compare them, and time the block.
 
-It proves the path and its bytes, and it warms the connections: the first READ from a peer costs 12 to 35 ms.
+It proves the path and its bytes, and it warms the connections: the first READ from a peer costs 12 to 35 ms. In large
+groups a rank reads one small page of a peer instead, together with the first bytes that it wants from it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from eplb_core.errors import IntegrityError
 
 LARGEST_WORLD = 16
 """In larger groups links are opened when they are first used: nobody waits for peers that it never talks to."""
+
+PAGE_BYTES = 1024
+"""Of the page that every rank offers to be read; it fits into the smallest slot."""
 
 _PAGE = 4096
 _TIMES = 3  # a link is judged by the fastest of these
@@ -34,7 +38,7 @@ def read_from_every_peer(
         IntegrityError: bytes came wrong; it names the rank.
         TransferError: a transfer failed.
     """
-    source.copy_(_pattern(rank, len(source), source.device))
+    source.copy_(pattern(rank, len(source), source.device))
     for nbytes in (min(_PAGE, len(source)), *[len(source)] * _TIMES):
         for distance in range(1, world_size):
             to, peer = (rank + distance) % world_size, (rank - distance) % world_size
@@ -42,16 +46,27 @@ def read_from_every_peer(
             communicator.add_send(source[:nbytes], to)
             communicator.add_recv(landing[:nbytes], peer)
             communicator.execute()
-            if not torch.equal(landing[:nbytes], _pattern(peer, len(landing), landing.device)[:nbytes]):
-                raise IntegrityError(
-                    f"bytes that were read from rank {peer} at start are wrong",
-                    peers=[peer],
-                    phase="self-test",
-                    remedy="memory that was allocated with expandable_segments is known to do this",
-                )
+            if not torch.equal(landing[:nbytes], pattern(peer, len(landing), landing.device)[:nbytes]):
+                raise wrong_bytes(peer, "self-test")
 
 
-def _pattern(rank: int, nbytes: int, device: torch.device) -> torch.Tensor:
+def check_page(page: torch.Tensor, peer: int) -> None:
+    """Raise `IntegrityError` unless `page`, uint8 `[PAGE_BYTES]`, is what a rank offers to be read."""
+    if not torch.equal(page, pattern(peer, PAGE_BYTES, page.device)):
+        raise wrong_bytes(peer, "probe")
+
+
+def wrong_bytes(peer: int, phase: str) -> IntegrityError:
+    """Return the error for bytes of a probe that came wrong."""
+    return IntegrityError(
+        f"the first bytes that were read from rank {peer} are wrong",
+        peers=[peer],
+        phase=phase,
+        remedy="memory that was allocated with expandable_segments is known to do this",
+    )
+
+
+def pattern(rank: int, nbytes: int, device: torch.device) -> torch.Tensor:
     """Return a rank's block; every rank computes all of them, so that nothing is compared with itself."""
     words = torch.arange(nbytes // 4, dtype=torch.int32, device=device)
     return words.mul_(2 * rank + 0x9E3779B1 - (1 << 32)).add_(rank).view(torch.uint8)
