@@ -33,7 +33,9 @@ STEPS = [
 ]
 
 
-@pytest.fixture(scope="module", params=(2, 3), ids=("2 ranks", "3 ranks"))
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.nightly), 3], ids=lambda ranks: f"{ranks} ranks"
+)
 def report(request: pytest.FixtureRequest) -> Report:
     return run_steps(STEPS, request.param)
 

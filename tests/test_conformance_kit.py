@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ THREE_RANKS = ("takes_global_ranks", "names_nobody")
 ALONE = ("dies_at_exit",)  # its processes end badly, and with them those of whoever shares them
 STATELESS = ("declares_stateless_groups",)
 BACKGROUND = ("only_on_the_main_thread", "hides_a_capability")
+HANGS = ("waits_for_ever", "hangs_on_close")
+HANG_S = 4.0  # what is not cut does not take that long
 TOGETHER = [name for name in OWN_CHECK if name not in (*THREE_RANKS, *ALONE)]
 
 
@@ -38,7 +41,10 @@ def subject_of(name: str) -> Subject:
 
 
 def steps_of(name: str, others: Sequence[str] = SAMPLE) -> list[Step]:
-    return [Step(subject_of(name), check) for check in checks_named(OWN_CHECK[name], *others)]
+    checks = checks_named(OWN_CHECK[name], *others)
+    if name in HANGS:
+        checks = tuple(dataclasses.replace(check, deadline_s=min(check.deadline_s, HANG_S)) for check in checks)
+    return [Step(subject_of(name), check) for check in checks]
 
 
 def problems(report: Report, name: str) -> dict[str, str]:

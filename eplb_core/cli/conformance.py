@@ -42,19 +42,21 @@ def conformance(
     Every byte that is compared comes from the check, not from the backend. A check that hangs is cut, with a stack
     dump of every rank.
     """
+    from eplb_core.testing.subject import Subject
+
+    if config is None and not list_only:
+        raise click.UsageError("Missing argument 'CONFIG', such as nixl or 'torch_gloo?timeout=5s'.")
+    # What cannot be checked at all is told before torch is imported.
+    subject = None if config is None or list_only else Subject.declared(config, device, must_register=register)
     from eplb_core.testing.contract import all_checks, checks_named
 
     console = human_console(json_path)
     checks = checks_named(*names) if names else all_checks(thorough=thorough)
-    if list_only:
+    if config is None or subject is None:
         _print_list(console)
         return
-    if config is None:
-        raise click.UsageError("Missing argument 'CONFIG', such as nixl or 'torch_gloo?timeout=5s'.")
     from eplb_core.testing.runner import run_conformance
-    from eplb_core.testing.subject import Subject
 
-    subject = Subject.declared(config, device, must_register=register)
     with console.status(f"checking {config} with {ranks} ranks on {device}"):
         report = run_conformance([subject], ranks, checks, on_result=lambda result: _print_result(console, result))
     _print_summary(console, report, config, ranks, device)
