@@ -19,7 +19,7 @@ import torch
 
 from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.control import ControlPlane
-from eplb_core.elastic import remap_placement
+from eplb_core.elastic import remap_placement, reverse_mapping
 from eplb_core.errors import (
     BackendUnavailableError,
     ControlPlaneError,
@@ -529,7 +529,7 @@ class Rearranger:
         def make_plan() -> RearrangementPlan:
             plan = plan_rearrangement(
                 self._carried(old, ranks_before),
-                self._carried(new, None if ranks_after is None else {b: a for a, b in ranks_after.items()}),
+                self._carried(new, None if ranks_after is None else reverse_mapping(ranks_after)),
                 self._world_size,
                 self._node_of_rank,
                 relay=self._relay,
