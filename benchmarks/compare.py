@@ -112,11 +112,11 @@ def run(contestant: Contestant, workload: Path, vllm: Path, device: str, timeout
     return found
 
 
-def summarize(runs: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, Any]]:
+def summarize(runs: Sequence[dict[str, Any]], ranks: int, contestants: Sequence[Contestant]) -> list[dict[str, Any]]:
     """Return one row a contestant: the median of its rounds' medians, their range, and the ratio to its rival."""
     rows = []
     medians: dict[str, float] = {}
-    for contestant in CONTESTANTS:
+    for contestant in contestants:
         own = [run for run in runs if run["contestant"] == contestant.name and run["ranks"] == ranks]
         times = [run["seconds_median"] for run in own if "error" not in run]
         if times:
@@ -132,7 +132,7 @@ def summarize(runs: Sequence[dict[str, Any]], ranks: int) -> list[dict[str, Any]
                 "errors": [run["error"] for run in own if "error" in run],
             }
         )
-    for row, contestant in zip(rows, CONTESTANTS, strict=True):
+    for row, contestant in zip(rows, contestants, strict=True):
         if contestant.name in medians and contestant.rival in medians:
             row["rival"] = contestant.rival
             row["times_as_fast"] = medians[contestant.rival] / medians[contestant.name]
@@ -171,6 +171,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--also", nargs="+", default=[], metavar="CONFIG", help="further backends, against vLLM's nixl")
+    parser.add_argument("--only", nargs="+", metavar="CONTESTANT", help='of all contestants, such as "vLLM nixl"')
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "eplb-bench")
     parser.add_argument("--vllm", type=Path, help="an unzipped wheel, instead of fetching it")
@@ -183,6 +185,11 @@ def main() -> int:
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in (*make_workload.DEFAULTS, "churn") if name != "ranks"}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
+    contestants = [*(Contestant(f"eplb {also}", True, also, "vLLM nixl") for also in arguments.also), *CONTESTANTS]
+    unknown = sorted(set(arguments.only or ()) - {contestant.name for contestant in contestants})
+    if unknown:
+        parser.error(f"there is no contestant {unknown[0]!r}: {', '.join(each.name for each in contestants)}")
+    contestants = [each for each in contestants if not arguments.only or each.name in arguments.only]
     vllm = arguments.vllm or fetch_vllm(arguments.cache)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,11 +197,11 @@ def main() -> int:
             workload = Path(scratch) / f"{ranks}.npz"
             np.savez(workload, **make_workload.make(ranks=ranks, **sizes))
             for number in range(arguments.rounds):
-                for contestant in CONTESTANTS:
+                for contestant in contestants:
                     with console.status(f"{ranks} ranks, round {number + 1}, {contestant.name}"):
                         found = run(contestant, workload, vllm, arguments.device, arguments.timeout)
                     runs.append({"contestant": contestant.name, "round": number, "ranks": ranks, **found})
-    rows = [row for ranks in arguments.ranks for row in summarize(runs, ranks)]
+    rows = [row for ranks in arguments.ranks for row in summarize(runs, ranks, contestants)]
     print_table(rows, console)
     machine = {"platform": platform.platform(), "cpus": psutil.cpu_count(), "memory": psutil.virtual_memory().total}
     versions = {"python": platform.python_version(), "vllm": VLLM}
@@ -207,12 +214,12 @@ def main() -> int:
             "workload": sizes,
             "machine": machine,
             "versions": versions,
-            "contestants": [asdict(contestant) for contestant in CONTESTANTS],
+            "contestants": [asdict(contestant) for contestant in contestants],
             "summary": rows,
             "runs": runs,
         }
         arguments.json.write_text(json.dumps(document, indent=2) + "\n")
-    ours = {contestant.name for contestant in CONTESTANTS if contestant.ours}
+    ours = {contestant.name for contestant in contestants if contestant.ours}
     return 0 if all(row["correct"] for row in rows if row["contestant"] in ours) else 1
 
 
