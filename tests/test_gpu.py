@@ -124,6 +124,40 @@ def weights_are_rearranged_behind_queued_work_on_a_side_stream(member: Member, c
     return test_rearrange.wrong_slots(weights, placements[-1], member.rank)
 
 
+def experts_move_while_a_stream_computes_with_them(member: Member, config: str) -> dict[str, Any]:
+    """A job receives in the background; a busy engine stream reads every slot again and again, and commits."""
+    rng = np.random.default_rng(8)
+    busy, engine = Busy(member.device), torch.cuda.Stream()
+    weights = [[torch.zeros(4, 1 << 20, dtype=torch.uint8, device=member.device)] for _ in range(6)]
+    old, new = (test_rearrange.random_placement(rng, len(weights), member.world_size) for _ in range(2))
+    test_rearrange.fill(weights, old, member.rank)
+    torch.cuda.synchronize()
+    reads: list[tuple[Any, list[torch.Tensor]]] = []
+    with member.communicator(config, weights[0]) as communicator:
+        rearranger = Rearranger(communicator, weights, window_bytes=8 << 20)
+        rearranger.set_stream(engine)
+        job = rearranger.start(old, new)
+        while not job.received:
+            layers = job.ready_layers()
+            with torch.cuda.stream(engine):
+                if layers:
+                    busy()  # what is queued before a commit reads the old weights, however late it runs
+                    reads.append((job.placement, [layer[0].clone() for layer in weights]))
+                    for layer in layers:
+                        job.commit(layer)
+                    reads.append((job.placement, [layer[0].clone() for layer in weights]))
+        result = job.wait(60)
+        engine.synchronize()
+    torch.cuda.synchronize()
+    wrong = [
+        test_rearrange.wrong_slots([[tensor] for tensor in seen], placement, member.rank) for placement, seen in reads
+    ]
+    return {
+        "wrong": [slots for slots in wrong if slots] + test_rearrange.wrong_slots(weights, new, member.rank),
+        "reached": bool((result.placement == new).all()),
+    }
+
+
 def the_gpu_s_memory_is_given_back(member: Member, config: str) -> tuple[int, int]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -168,6 +202,7 @@ def report(request: pytest.FixtureRequest) -> Report:
             Scenario(f"chain {config} {window}", test_rearrange.a_chain_of_placements, (config, window))
             for window in ("default", "one expert")
         ]
+        scenarios.append(Scenario(f"beside {config}", experts_move_while_a_stream_computes_with_them, (config,)))
         scenarios.append(Scenario(f"memory {config}", the_gpu_s_memory_is_given_back, (config,)))
     return run_scenarios(request.param, scenarios, device="cuda:0", timeout_s=270)
 
@@ -181,6 +216,12 @@ def test_contract_on_the_device(report: Report, promise: str, config: str) -> No
 @pytest.mark.parametrize("config", BACKENDS[:3])
 def test_weights_on_the_device_are_rearranged_behind_queued_work(report: Report, config: str) -> None:
     assert report.returned(f"rearranged {config}") == [[]] * len(report.outcomes)
+
+
+@pytest.mark.parametrize("config", BACKENDS[:3])
+def test_work_queued_before_a_commit_sees_old_weights_and_work_after_it_new_ones(report: Report, config: str) -> None:
+    for one in report.returned(f"beside {config}"):
+        assert one == {"wrong": [], "reached": True}
 
 
 @pytest.mark.parametrize("window", ["default", "one expert"])
