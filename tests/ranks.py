@@ -1,4 +1,4 @@
-"""Real ranks for tests: one set of processes runs many named scenarios, since each process takes a second to start."""
+"""Real ranks for tests: one set of processes runs many named scenarios, since starting and ending them takes time."""
 
 from __future__ import annotations
 

