@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from eplb_core.factory import create_eplb_communicator as create_eplb_communicator
     from eplb_core.groups import StatelessGroup as StatelessGroup
     from eplb_core.groups import TorchGroups as TorchGroups
+    from eplb_core.job import RearrangeJob as RearrangeJob
     from eplb_core.plan import plan_rearrangement as plan_rearrangement
     from eplb_core.queues import Transfer as Transfer
     from eplb_core.queues import TransferQueue as TransferQueue
@@ -50,6 +51,7 @@ _HOME = {
     "PLUGIN_API_VERSION": "backend",
     "PendingTransfer": "communicator",
     "ProbeResult": "backend",
+    "RearrangeJob": "job",
     "RearrangeResult": "rearrange_result",
     "Rearranger": "rearrange",
     "StatelessGroup": "groups",

@@ -7,36 +7,34 @@ holds what `error.placement` says, and that is the same on all of them.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from eplb_core.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.communicator import EplbCommunicator
 from eplb_core.control import ControlPlane
 from eplb_core.elastic import remap_placement, reverse_mapping
 from eplb_core.errors import (
     BackendUnavailableError,
-    ControlPlaneError,
-    DecisionUnknownError,
     InputError,
     IntegrityError,
     TransferError,
 )
 from eplb_core.job import RearrangeJob
-from eplb_core.ledger import Ledger, error_of
+from eplb_core.job_receiver import Receiver
+from eplb_core.job_state import JobState
+from eplb_core.ledger import Ledger
 from eplb_core.loading import Loader, load_lost
 from eplb_core.pace import parse_pace
-from eplb_core.placement import EMPTY, IntArray
+from eplb_core.placement import IntArray
 from eplb_core.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange_agreement import agree_on_plan
 from eplb_core.rearrange_events import Narrator
 from eplb_core.rearrange_result import RearrangeResult
+from eplb_core.rearrange_run import Run, question
 from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
 from eplb_core.step_runner import Account, StepRunner, cut_window
 from eplb_core.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
@@ -48,40 +46,6 @@ where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step c
 
 LAYERS_IN_FLIGHT = 2
 """How many layers a background job holds received and not yet committed, unless it is told otherwise."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _UnderWay:
-    """A step that was started, and the part of the window that it lands in."""
-
-    step: Step
-    part: torch.Tensor
-    pending: PendingTransfer
-    began: float
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """A rearrangement that is being made.
-
-    Attributes:
-        steps: what is to do.
-        parts: the parts of the window.
-        ledger: where the ranks decide.
-        placement: what the slots hold now.
-        decided: how many steps are committed.
-        under_way: steps that are started, not committed, in order.
-        account: times and paths.
-    """
-
-    steps: list[Step]
-    parts: list[torch.Tensor]
-    ledger: Ledger
-    placement: IntArray
-    narrator: Narrator
-    decided: int = 0
-    under_way: deque[_UnderWay] = field(default_factory=deque)
-    account: Account = field(default_factory=Account)
 
 
 class Rearranger:
@@ -220,21 +184,25 @@ class Rearranger:
             min(self._communicator.max_in_flight, self._steps_under_way),
         )
         steps = self._schedule(plan, len(parts[0]))
-        run = _Run(
+        ledger = Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s)
+        run = Run(
             steps,
             parts,
-            Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s),
             plan.old.copy(),
+            ledger if self._atomic else None,
+            self._communicator,
+            self._runner,
             Narrator(self._communicator, self._runner, steps, plan.num_layers),
+            self._stream,
         )
         run.account.add("plan", time.perf_counter() - began)
         self._job = None
         run.narrator.started()
         try:
             expected = self._checksums_before(plan, verify, run)
-            self._perform(run, progress)
+            run.perform(progress)
             if len(plan.lost) and loader is not None:
-                self._load(plan, run, loader)
+                self._load(plan, run, loader, ledger)
             if expected is not None:
                 self._check_after(run, expected, verify)
         except BaseException as error:
@@ -244,7 +212,7 @@ class Rearranger:
             run.narrator.failed(error, run.decided)
             raise
         self._placement = run.placement
-        self._finished, self._finished_steps = run.ledger, len(steps)
+        self._finished, self._finished_steps = ledger, len(steps)
         result = self._result(plan, run, time.perf_counter() - began)
         run.narrator.finished(result)
         return result
@@ -309,19 +277,29 @@ class Rearranger:
         )
         parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
         steps = self._schedule(plan, len(parts[0]), max_layers_per_step=1)
-        self._job = RearrangeJob(
-            plan,
-            steps,
-            parts,
+        control = self._control.scoped(f"run {self._runs}")
+        state = JobState(steps, parts, plan.old.copy())
+        receiver = Receiver(
+            state,
             self._runner,
             self._communicator,
-            self._control.scoped(f"run {self._runs}"),
+            control,
             timeout_s=self._timeout_s,
             commit_timeout_s=commit_timeout_s,
             bytes_per_s=bytes_per_s,
             device=self._weights.device,
+        )
+        self._job = RearrangeJob(
+            plan,
+            state,
+            receiver,
+            self._runner,
+            self._communicator,
+            Ledger(control.with_own_connection(), self._timeout_s),
+            timeout_s=self._timeout_s,
+            device=self._weights.device,
             engine_stream=self._stream,
-            summarize=lambda job_account, seconds: self._summary(plan, steps, job_account, seconds),
+            summarize=lambda account, seconds: self._summary(plan, steps, account, seconds),
         )
         self._job.begin()
         return self._job
@@ -339,120 +317,16 @@ class Rearranger:
             max_layers_per_step=max_layers_per_step,
         )
 
-    def _perform(self, run: _Run, progress: Callable[[int, int], None] | None) -> None:
-        """Run all steps, and tell the others if this rank cannot go on."""
-        total = sum(map(self._runner.incoming_bytes, run.steps))
-        done = 0
-        with self._trusting(), self._giving_up(run):
-            for number, step in enumerate(run.steps):
-                while len(run.under_way) == len(run.parts) or any(
-                    self._runner.depends(step, other.step) for other in run.under_way
-                ):
-                    done += self._complete_oldest(run)
-                    if progress is not None:
-                        progress(done, total)
-                part = run.parts[number % len(run.parts)]
-                began = time.perf_counter()
-                run.under_way.append(_UnderWay(step, part, self._runner.transfer(step, part, run.account), began))
-            while run.under_way:
-                done += self._complete_oldest(run)
-                if progress is not None:
-                    progress(done, total)
-
-    def _complete_oldest(self, run: _Run) -> int:
-        """Wait for the oldest step that is under way, decide it, commit it; return the bytes that it has brought."""
-        oldest = run.under_way[0]
-        self._receive(oldest, run.account)
-        question = _question(run.decided)
-        if self._atomic:
-            began = time.perf_counter()
-            verdict = run.ledger.vote(question)
-            run.account.add("decide", time.perf_counter() - began)
-            if verdict.aborted:
-                raise error_of(verdict, self._rank, usable=verdict.usable and len(run.under_way) == 1)
-        self._commit_oldest(run)
-        return self._runner.incoming_bytes(oldest.step)
-
-    def _commit_oldest(self, run: _Run) -> None:
-        oldest = run.under_way[0]
-        began = time.perf_counter()
-        self._runner.commit(oldest.step, oldest.part, self._stream)
-        run.account.add("commit", time.perf_counter() - began)
-        run.placement = oldest.step.apply(run.placement)
-        run.under_way.popleft()
-        run.decided += 1
-        if self._atomic and run.decided > 1 and run.decided % self._world_size == self._rank:
-            # Every rank has read the verdict before, or this one would not stand.
-            run.ledger.forget(_question(run.decided - 2))
-        run.narrator.committed(run.decided - 1, oldest.step, time.perf_counter() - oldest.began)
-
-    def _receive(self, under_way: _UnderWay, account: Account) -> None:
-        began = time.perf_counter()
-        try:
-            stats = under_way.pending.wait()
-        except IntegrityError as error:
-            self._runner.name_experts(error, under_way.step)
-            raise
-        if stats is None:
-            account.add("execute", time.perf_counter() - began)
-            return
-        account.paths.update(stats.paths)
-        for phase, seconds in stats.phases.items():
-            account.add(phase, seconds)
-
-    @contextlib.contextmanager
-    def _trusting(self) -> Iterator[None]:
-        self._communicator.trust_matching(True)
-        try:
-            yield
-        finally:
-            self._communicator.trust_matching(False)
-
-    @contextlib.contextmanager
-    def _giving_up(self, run: _Run) -> Iterator[None]:
-        """On any error, settle with the other ranks which steps are committed, and commit those here too."""
-        try:
-            yield
-        except BaseException as error:
-            if not self._atomic or run.decided == len(run.steps):
-                raise
-            try:
-                self._settle(run, error)
-            except ControlPlaneError as gone:
-                raise self._undecided(run, gone) from error
-            raise
-
-    def _settle(self, run: _Run, error: BaseException) -> None:
-        while run.decided < len(run.steps):
-            if run.ledger.abort(_question(run.decided), error).aborted:
-                return
-            # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
-            self._commit_oldest(run)
-
-    def _undecided(self, run: _Run, gone: ControlPlaneError) -> DecisionUnknownError:
-        error = DecisionUnknownError(
-            f"nobody can tell whether {_question(run.decided)} is committed",
-            phase="commit",
-            why=gone.what,
-            remedy="load the experts with -1 in error.placement anew; let torchrun, or another process that outlives "
-            "the ranks, host the store",
-        )
-        step = run.steps[run.decided]
-        run.placement = run.placement.copy()
-        run.placement[step.changes[:, 0], step.changes[:, 1]] = EMPTY
-        error.placement = run.placement.copy()
-        return error
-
     # --- before and after -------------------------------------------------------------------------------------------
 
     def _checksums_before(
-        self, plan: RearrangementPlan, verify: Thoroughness, run: _Run
+        self, plan: RearrangementPlan, verify: Thoroughness, run: Run
     ) -> dict[tuple[int, int], int] | None:
         if verify == "off":
             return None
         return expected_checksums(plan.old, self._checksums(run, verify))
 
-    def _check_after(self, run: _Run, expected: dict[tuple[int, int], int], verify: Thoroughness) -> None:
+    def _check_after(self, run: Run, expected: dict[tuple[int, int], int], verify: Thoroughness) -> None:
         try:
             check_end(run.placement, self._checksums(run, verify), expected, self._weights.num_slots)
         except IntegrityError as error:
@@ -460,7 +334,7 @@ class Rearranger:
                 run.placement = error.placement.copy()
             raise
 
-    def _checksums(self, run: _Run, verify: Thoroughness) -> IntArray:
+    def _checksums(self, run: Run, verify: Thoroughness) -> IntArray:
         began = time.perf_counter()
         sums = slot_checksums(
             self._weights,
@@ -472,12 +346,12 @@ class Rearranger:
         run.account.add("verify", time.perf_counter() - began)
         return sums
 
-    def _load(self, plan: RearrangementPlan, run: _Run, loader: Loader) -> None:
+    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader, ledger: Ledger) -> None:
         began = time.perf_counter()
-        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, run.ledger, self._stream)
+        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, ledger, self._stream)
         run.account.add("load", time.perf_counter() - began)
 
-    def _result(self, plan: RearrangementPlan, run: _Run, seconds: float) -> RearrangeResult:
+    def _result(self, plan: RearrangementPlan, run: Run, seconds: float) -> RearrangeResult:
         result = self._summary(plan, run.steps, run.account, seconds)
         return result.at(run.placement)
 
@@ -549,7 +423,7 @@ class Rearranger:
         }
         plan = agree_on_plan(self._control, make_plan, asked, self._timeout_s)
         if self._finished is not None and self._finished_steps and self._rank == 0:
-            self._finished.forget(_question(self._finished_steps - 1))  # every rank has come here since
+            self._finished.forget(question(self._finished_steps - 1))  # every rank has come here since
         self._finished = None
         return plan
 
@@ -568,7 +442,3 @@ class Rearranger:
                 f"the placements have {there[0]} layers of {there[1]} slots a rank, "
                 f"the weights {here[0]} layers of {here[1]} slots"
             )
-
-
-def _question(step: int) -> str:
-    return f"step {step}"
