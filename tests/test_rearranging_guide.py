@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from eplb_core.launch import RankEnvironment
 from eplb_core.step_runner import StepRunner
 
 TOY_ENGINE = REPOSITORY / "examples" / "toy_engine.py"
+ELASTIC = "elastic.py"
 GUIDES = (DOCS / "rearranging.md", DOCS / "elastic.md")
 
 
@@ -93,7 +95,16 @@ def test_a_program_for_three_ranks_in_the_guides_runs(block: Block, tmp_path: Pa
     assert [outcome.trace or outcome.message for outcome in outcomes if not outcome.succeeded] == []
 
 
+def test_the_program_of_the_elastic_guide_loses_nothing_while_ranks_come_and_go(tmp_path: Path) -> None:
+    parts = [block.code for block in blocks_of(DOCS / "elastic.md") if block.caption == ELASTIC]
+    program = tmp_path / ELASTIC
+    program.write_text("\n".join(parts))
+    outcomes = run_program(program, 4)
+    assert [outcome.trace or outcome.message for outcome in outcomes[:3] if not outcome.succeeded] == []
+    assert outcomes[3].exit_code == -signal.SIGKILL
+
+
 def test_all_python_of_the_guides_is_run_by_a_test() -> None:
     code = [block for page in GUIDES for block in blocks_of(page) if block.language == "python"]
-    run_here = [block for block in code if block.mark in ("run", "two-ranks", "three-ranks")]
-    assert [str(block) for block in code if block not in run_here and block.caption != "examples/toy_engine.py"] == []
+    marks, captions = ("run", "two-ranks", "three-ranks"), ("examples/toy_engine.py", ELASTIC)
+    assert [str(block) for block in code if block.mark not in marks and block.caption not in captions] == []
