@@ -192,6 +192,7 @@ class _ServerOfThisProcess:
 
     def _fitting(self) -> socket.socket:
         traits = _traits()
+        self._reap()
         if self._control is not None and self._traits == traits:
             return self._control
         self._retire()
@@ -216,6 +217,10 @@ class _ServerOfThisProcess:
             self._control.close()
             self._retired.append(self._server)
         self._control = self._server = None
+        self._reap()
+
+    def _reap(self) -> None:
+        """Let go of the retired servers that have ended: until then they are zombies."""
         self._retired = [server for server in self._retired if server.poll() is None]
 
     def _end(self) -> None:

@@ -237,7 +237,7 @@ def test_nothing_to_explain_is_one_line_and_exit_2():
 def test_an_unknown_command_is_refused_with_the_nearest():
     done = run_eplb("backnds")
     assert done.returncode == 2
-    assert "There is no command 'backnds'. Did you mean backends?" in done.stderr
+    assert "There is no command 'backnds'. Did you mean backends" in done.stderr
 
 
 def test_plugins_add_commands_and_their_errors_end_like_all_others(tmp_path: Path):
