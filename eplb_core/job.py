@@ -37,7 +37,7 @@ class RearrangeJob:
     """A rearrangement that runs beside inference; made by `Rearranger.start`.
 
     Live weights change only inside `commit` and `wait`, on the thread that calls them, in the order of its stream. Call
-    both from one thread. Every rank has to commit every layer that becomes ready, in any order and at any moment.
+    both from one thread. Every rank has to commit every layer that becomes ready, in any order and at any moment::
 
         job = rearranger.start(old, new, pace="20GB/s")
         while not job.received:
