@@ -104,11 +104,14 @@ def holds_no_more_than_allowed(member: Member, config: str) -> tuple[int, int]:
 
 
 def one_rank_cancels(member: Member, config: str) -> dict[str, Any]:
-    weights, old, new = _begin(member, 7)
+    weights = [[torch.zeros(SLOTS, 10_001)] for _ in range(24)]
+    old = np.tile(np.arange(SLOTS * member.world_size), (len(weights), 1))
+    new = np.roll(old, SLOTS, axis=1)
+    fill(weights, old, member.rank)
     with member.communicator(config, weights[0]) as communicator:
-        rearranger = Rearranger(communicator, weights, window_bytes=2 * ONE_EXPERT)
-        job = rearranger.start(old, new, pace="300kB/s")  # some seconds, if nobody cancels
-        while job.progress[0] < 30_000:
+        rearranger = Rearranger(communicator, weights, window_bytes=2 * 40_192)
+        job = rearranger.start(old, new, pace="500kB/s")  # some seconds, if nobody cancels
+        while job.progress[0] < 100_000:
             for layer in job.ready_layers():
                 job.commit(layer)
             time.sleep(0.001)

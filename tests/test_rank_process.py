@@ -54,7 +54,7 @@ def finds_nothing_begun(environment: RankEnvironment) -> dict[str, Any]:
 
 
 def prints(environment: RankEnvironment) -> None:
-    print(f"rank {environment.rank} says this", flush=True)
+    sys.stdout.write(f"rank {environment.rank} says this\n")  # in one piece: the ranks share it
     os.write(2, f"rank {environment.rank} complains".encode())
 
 
