@@ -3,6 +3,7 @@
     torchrun --standalone --nproc-per-node 2 -m pytest tests/multigpu/test_nccl_multi.py
 
 It takes 2, 4 or 8 processes, or any other number, and as many GPUs. Without torchrun everything is skipped.
+A rank that is killed is in test_killed_rank.py: torchrun would end the others with it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from engine_nccl import EngineNccl, why_not
 
+from eplb_core.coalesce import as_bytes
 from eplb_core.communicator import EplbCommunicator
 from eplb_core.elastic import generation_group, remap_placement
 from eplb_core.errors import CommunicatorClosedError, TransferError, TransferMismatchError, TransferTimeoutError
@@ -45,6 +49,10 @@ BACKENDS = [
     "torch_nccl",
     pytest.param("pynccl", marks=pytest.mark.skipif(not HAS_NCCL4PY, reason="nccl4py is not installed")),
 ]
+ENGINES = "pynccl?communicator=engine"
+ALL_KINDS = [*BACKENDS, pytest.param(ENGINES, marks=pytest.mark.skipif(bool(why_not()), reason=why_not() or "-"))]
+QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)} - QUANTIZED, key=str)
 MEET_S = 60.0
 
 
@@ -55,6 +63,7 @@ class World:
     environment: RankEnvironment
     device_group: dist.ProcessGroup
     met: int = 0
+    engine: EngineNccl | None = None
 
     @property
     def rank(self) -> int:
@@ -77,8 +86,16 @@ class World:
         return (self.rank - 1) % self.size
 
     def communicator(self, config: str, device_group: dist.ProcessGroup | None = None) -> EplbCommunicator:
-        groups = TorchGroups(device_group=device_group or self.device_group)
+        carried = SimpleNamespace(pynccl_comm=self.of_engine()) if "communicator=engine" in config else None
+        groups = TorchGroups(device_group=device_group or self.device_group, device_communicator=carried)
         return create_eplb_communicator(groups, config, [torch.zeros(1, device=self.device)])
+
+    def of_engine(self) -> EngineNccl:
+        """Return the engine's communicator, one for all tests."""
+        if self.engine is None:
+            store = dist.PrefixStore("engine", self.environment.store)
+            self.engine = EngineNccl(store, self.rank, self.size, self.device)
+        return self.engine
 
     def meet(self) -> None:
         """Wait for all ranks, so that a failed test on one of them does not shift the others' calls."""
@@ -125,7 +142,7 @@ def exchange(world: World, communicator: EplbCommunicator, sizes: list[int]) -> 
         assert torch.equal(tensor.cpu(), content(other, world.rank, index, len(tensor))), f"{len(tensor)} B of {other}"
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_all_pairs_exchange_small_and_large_tensors(world: World, config: str) -> None:
     with world.communicator(config) as communicator:
         for _ in range(3):
@@ -133,7 +150,7 @@ def test_all_pairs_exchange_small_and_large_tensors(world: World, config: str) -
         communicator.execute()
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_a_ring_leaves_the_other_pairs_alone(world: World, config: str) -> None:
     with world.communicator(config) as communicator:
         for value in range(20):
@@ -145,7 +162,7 @@ def test_a_ring_leaves_the_other_pairs_alone(world: World, config: str) -> None:
             assert bool((landed == world.before + value).all())
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_ranks_with_nothing_to_do_may_execute_all_the_same(world: World, config: str) -> None:
     with world.communicator(config) as communicator:
         landed = torch.zeros(1 << 20, device=world.device)
@@ -157,7 +174,7 @@ def test_ranks_with_nothing_to_do_may_execute_all_the_same(world: World, config:
         assert world.rank != 1 or bool((landed == 1).all())
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_a_mismatch_moves_no_byte_and_the_communicator_goes_on(world: World, config: str) -> None:
     with world.communicator(config) as communicator:
         landed = torch.full((96,), 0xEE, dtype=torch.uint8, device=world.device)
@@ -172,7 +189,7 @@ def test_a_mismatch_moves_no_byte_and_the_communicator_goes_on(world: World, con
         exchange(world, communicator, [1000])
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_stream_order_holds_without_any_synchronisation(world: World, config: str) -> None:
     with world.communicator(config) as communicator:
         stream = torch.cuda.Stream()
@@ -188,6 +205,29 @@ def test_stream_order_holds_without_any_synchronisation(world: World, config: st
                 copy = landed.clone()
                 sent.fill_(-1.0)
                 assert bool((copy == 100 * world.before + value).all())
+
+
+@pytest.mark.parametrize("nbytes", [480, 160_000], ids=["joined", "alone"])
+@pytest.mark.parametrize("config", ALL_KINDS)
+def test_every_dtype_arrives_byte_for_byte(world: World, config: str, nbytes: int) -> None:
+    if config.startswith("pynccl"):
+        config += f"{'&' if '?' in config else '?'}reinterpret=bytes"
+    with world.communicator(config) as communicator:
+        expected, landed = [], []
+        for index, dtype in enumerate(DTYPES):
+            bits = 1 if dtype == torch.bool else 255
+            sent = (content(world.rank, world.after, index, nbytes) & bits).to(world.device)
+            expected.append(content(world.before, world.rank, index, nbytes) & bits)
+            landed.append(torch.zeros(nbytes, dtype=torch.uint8, device=world.device).view(dtype))
+            communicator.add_send(sent.view(dtype), world.after)
+            communicator.add_recv(landed[-1], world.before)
+        communicator.execute()
+        wrong = [
+            dtype
+            for dtype, there, here in zip(DTYPES, expected, landed, strict=True)
+            if not torch.equal(as_bytes(here).cpu(), there)
+        ]
+    assert not wrong
 
 
 @pytest.mark.parametrize(
@@ -221,6 +261,25 @@ def test_ranks_are_those_of_the_group_not_of_the_world(world: World, config: str
         communicator.add_recv(landed, (rank - 1) % size)
         communicator.execute()
         assert bool((landed == members[(rank - 1) % size]).all())
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_two_groups_without_a_common_rank_transfer_at_the_same_time(world: World, config: str) -> None:
+    half = world.size // 2
+    halves = [list(range(half)), list(range(half, world.size))]
+    made = [(dist.new_group(members), dist.new_group(members, backend="nccl")) for members in halves]
+    if half < 2:
+        pytest.skip("two groups of two take four GPUs")
+    mine = world.rank // half if world.rank < 2 * half else 1
+    groups = TorchGroups(*made[mine])
+    with create_eplb_communicator(groups, config, [torch.zeros(1, device=world.device)]) as communicator:
+        size, rank = groups.world_size, groups.rank_in_group
+        for value in range(10):
+            landed = torch.zeros(1 << 20, device=world.device)
+            communicator.add_send(torch.full_like(landed, float(100 * value + world.rank)), (rank + 1) % size)
+            communicator.add_recv(landed, (rank - 1) % size)
+            communicator.execute()
+            assert bool((landed == 100 * value + halves[mine][(rank - 1) % size]).all())
 
 
 @pytest.mark.parametrize("config", BACKENDS)
@@ -269,7 +328,7 @@ def placement_of(num_ranks: int, seed: int) -> np.ndarray:
     return np.stack([rng.permutation(np.resize(np.arange(SLOTS + 3), slots)) for _ in range(LAYERS)])
 
 
-@pytest.mark.parametrize("config", BACKENDS)
+@pytest.mark.parametrize("config", ALL_KINDS)
 def test_experts_are_where_the_placement_says_after_every_rearrangement(world: World, config: str) -> None:
     weights = weights_on(world.device)
     old = placement_of(world.size, 0)
