@@ -188,7 +188,7 @@ class EplbCommunicator(ABC):
         Args:
             tensors: any tensors on the communicator's device; the allocations behind them are registered whole.
             landing: they are received into, and nobody reads them before `execute()` returned. After an error they
-                are not used again before `close()`, since bytes may still arrive.
+                are not used again before `close()`, since bytes may still arrive, unless `may_land_late` is False.
         """
         return
 
@@ -202,6 +202,16 @@ class EplbCommunicator(ABC):
     @property
     def needs_profile_buffer_reservation(self) -> bool:
         """Whether memory profiling has to run a dummy collective so that this transport's buffers are counted."""
+        return True
+
+    @property
+    def may_land_late(self) -> bool:
+        """Whether bytes may be written to receive tensors after `execute()`, or `wait()`, has raised.
+
+        Where that cannot be, a `Rearranger` receives into slots that hold nothing any more instead of a window. False
+        is a promise, also for a peer that is killed, or stopped and goes on later, and until the process ends. It has
+        to be the same on all ranks. The default makes no promise.
+        """
         return True
 
     @property

@@ -12,7 +12,7 @@ from eplb_core.communicator import EplbCommunicator
 from eplb_core.control import ControlPlane
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, TransferError, TransferTimeoutError
 from eplb_core.job_state import CANCEL, JobState, Ready
-from eplb_core.ledger import COMMIT, Ledger, error_of
+from eplb_core.ledger import COMMIT, Ledger, error_of, who_is_to_blame
 from eplb_core.pace import Pace
 from eplb_core.schedule import Step
 from eplb_core.step_runner import Slice, StepRunner
@@ -227,7 +227,7 @@ class Receiver:
         """Tell the other ranks, at the first question that they have not all answered, and keep the error."""
         raised = error
         try:
-            self._settle_failure(number, error)
+            raised = self._settle_failure(number, error)
         except ControlPlaneError as gone:
             raised = DecisionUnknownError(
                 "the store that carries the commit records is gone",
@@ -237,15 +237,18 @@ class Receiver:
             )
         self._state.fail(raised)
 
-    def _settle_failure(self, number: int, error: BaseException) -> None:
+    def _settle_failure(self, number: int, error: BaseException) -> BaseException:
+        """Return what to raise: `error`, or one that names who is really to blame."""
         between = range(self._bursts_between_questions, len(self._bursts(self._state.steps[number])) + 1)
         later = [_going_on(number, i) for i in between if i % self._bursts_between_questions == 0]
         questions = [_go(number), *later, _have(number), _go(number + 1)]
         for question in questions[questions.index(self._question) :]:
-            if self._ledger.abort(question, error).aborted:
-                return
+            verdict = self._ledger.abort(question, error)
+            if verdict.aborted:
+                return who_is_to_blame(error, verdict, self._rank)
             if question == _have(number):
                 self._arrived()  # all ranks had said so, this one too: it can be committed
+        return error
 
 
 def _go(number: int) -> str:

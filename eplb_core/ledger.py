@@ -209,6 +209,20 @@ def error_of(verdict: Verdict, rank: int, *, usable: bool) -> TransferError:
     return kind(what, peers=peers, phase=verdict.phase or "commit", usable=usable)
 
 
+def who_is_to_blame(error: BaseException, verdict: Verdict, rank: int) -> BaseException:
+    """Return what `rank` should raise for its own `error`, given how the question was settled.
+
+    A rank that waited in vain for one that had given up itself blames the wrong one; the verdict says who it was.
+    """
+    misled = (
+        verdict.aborted
+        and isinstance(error, TransferError)
+        and verdict.rank in error.peers
+        and set(verdict.peers) - {rank, verdict.rank}
+    )
+    return error_of(verdict, rank, usable=False) if misled else error
+
+
 def _decode(value: bytes) -> Verdict:
     try:
         return msgspec.msgpack.decode(value, type=Verdict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,10 @@ STEPS_UNDER_WAY = 1
 """Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
 where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step costs a round of messages."""
 
+InPlace = Literal["never", "auto", "always"]
+_STEP_COSTS = {"cpu": 24 << 20, "cuda": 1 << 30}
+"""Bytes that are staged and copied in the time that an additional step takes, by the kind of device."""
+
 LAYERS_IN_FLIGHT = 2
 """How many layers a background job holds received and not yet committed, unless it is told otherwise."""
 
@@ -62,6 +67,10 @@ class Rearranger:
             committed. More parts are smaller ones, and every step costs a round of messages.
         atomic: whether ranks commit a step only when all have received it. Without, each goes ahead as soon as it has
             its own bytes: a little faster, and after a failure the ranks' placements may differ.
+        in_place: whether `run` gives up slots whose expert has another copy, and receives into them directly, which
+            saves the copy out of the window and takes more steps. `auto`: where that is faster, if the communicator
+            promises that nothing lands late (`may_land_late`) and the ranks commit together. After a failure more slots
+            may be empty then; no expert is ever without a copy.
 
     Raises:
         InputError: the weights, or the window, cannot be used.
@@ -77,6 +86,7 @@ class Rearranger:
         relay: bool | None = None,
         steps_under_way: int = STEPS_UNDER_WAY,
         atomic: bool = True,
+        in_place: InPlace = "auto",
     ) -> None:
         binding = communicator.binding
         context = binding.context
@@ -90,6 +100,7 @@ class Rearranger:
             raise InputError(f"steps_under_way has to be at least 1, not {steps_under_way}")
         self._steps_under_way = steps_under_way
         self._atomic = atomic
+        self._in_place_from = self._weigh_in_place(in_place)
         self._rank = context.rank
         self._world_size = context.world_size
         self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
@@ -104,7 +115,7 @@ class Rearranger:
         self._finished: Ledger | None = None
         self._finished_steps = 0
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
-        communicator.register(self._weights.tensors)
+        communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
         communicator.register([self._window], landing=True)
 
     @property
@@ -176,14 +187,14 @@ class Rearranger:
             ranks_after=ranks_after,
             keep_slots=keep_slots,
             loads=loader is not None,
-            settings={"verify": verify, "atomic": str(self._atomic)},
+            settings={"verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)},
         )
         parts = cut_window(
             self._window,
             int(self._weights.expert_bytes.max()),
             min(self._communicator.max_in_flight, self._steps_under_way),
         )
-        steps = self._schedule(plan, len(parts[0]))
+        steps = self._schedule(plan, len(parts[0]), in_place_from=self._in_place_from)
         ledger = Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s)
         run = Run(
             steps,
@@ -306,7 +317,14 @@ class Rearranger:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    def _schedule(self, plan: RearrangementPlan, window: int, max_layers_per_step: int | None = None) -> list[Step]:
+    def _schedule(
+        self,
+        plan: RearrangementPlan,
+        window: int,
+        *,
+        max_layers_per_step: int | None = None,
+        in_place_from: int | None = None,
+    ) -> list[Step]:
         limit = self._communicator.transfer_limit_bytes
         return schedule_steps(
             plan,
@@ -315,6 +333,7 @@ class Rearranger:
             send_limit_bytes=limit,
             recv_limit_bytes=limit,
             max_layers_per_step=max_layers_per_step,
+            in_place_from=in_place_from,
         )
 
     # --- before and after -------------------------------------------------------------------------------------------
@@ -373,6 +392,21 @@ class Rearranger:
         )
 
     # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _weigh_in_place(self, in_place: InPlace) -> int | None:
+        """Return the bytes of staging that an additional step is worth; None to stage everything."""
+        if in_place not in ("never", "auto", "always"):
+            raise InputError(f"in_place has to be never, auto or always, not {in_place!r}")
+        possible = self._atomic and not self._communicator.may_land_late
+        if in_place == "always" and not possible:
+            raise InputError(
+                "experts cannot be received in place",
+                why="the communicator makes no promise that nothing lands late" if self._atomic else "atomic is off",
+                remedy="use in_place='auto'",
+            )
+        if in_place == "never" or not possible:
+            return None
+        return 1 if in_place == "always" else _STEP_COSTS.get(self._weights.device.type, _STEP_COSTS["cuda"])
 
     def _allocate(self, allowed: int) -> torch.Tensor:
         one_each = -(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT

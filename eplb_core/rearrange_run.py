@@ -12,7 +12,7 @@ import torch
 
 from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, IntegrityError
-from eplb_core.ledger import Ledger, error_of
+from eplb_core.ledger import Ledger, error_of, who_is_to_blame
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.rearrange_events import Narrator
 from eplb_core.schedule import Step
@@ -157,17 +157,22 @@ class Run:
             if self._ledger is None or self.decided == len(self.steps):
                 raise
             try:
-                self._settle(self._ledger, error)
+                explained = self._settle(self._ledger, error)
             except ControlPlaneError as gone:
                 raise self._undecided(gone) from error
+            if explained is not error:
+                raise explained from error
             raise
 
-    def _settle(self, ledger: Ledger, error: BaseException) -> None:
+    def _settle(self, ledger: Ledger, error: BaseException) -> BaseException:
+        """Return what to raise: `error`, or one that names who is really to blame."""
         while self.decided < len(self.steps):
-            if ledger.abort(question(self.decided), error).aborted:
-                return
+            verdict = ledger.abort(question(self.decided), error)
+            if verdict.aborted:
+                return who_is_to_blame(error, verdict, self._rank)
             # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
             self._commit_oldest()
+        return error
 
     def _undecided(self, gone: ControlPlaneError) -> DecisionUnknownError:
         error = DecisionUnknownError(

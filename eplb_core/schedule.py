@@ -2,7 +2,8 @@
 
 A step is performed by all ranks together, in this order:
 
-1. transfers: every source slot is read as it is when the step begins; what arrives lands in the receiver's window;
+1. transfers: every source slot is read as it is when the step begins; what arrives lands in the receiver's window, or
+   in a slot of it that was empty before the step;
 2. copies of level 0: slots are saved into the window of their own rank;
 3. copies of level 1, 2, ...: window -> slot and slot -> slot. A rank begins them when all ranks are done with 1.
 
@@ -12,7 +13,7 @@ step than the one that brought it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from eplb_core.copy_order import CopyOrder, order_copies
 from eplb_core.errors import PlacementError
-from eplb_core.layer_cut import Budget, LayerPart, cut_layer
+from eplb_core.layer_cut import Budget, LayerPart, LayerTask, cut_in_place, cut_layer
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.plan import RearrangementPlan, layer_bytes
 
@@ -39,12 +40,13 @@ class Step:
     """One step of a schedule, as int64 arrays. Slots are local to their rank, except in `changes`.
 
     Attributes:
-        transfers: `[T, 6]`: layer, expert, source rank, source slot, destination rank, offset in the destination
-            rank's window in bytes. Both sides of a pair of ranks see its transfers in this order.
+        transfers: `[T, 7]`: layer, expert, source rank, source slot, destination rank, kind of destination,
+            destination. Kinds as in `copies`. Both sides of a pair of ranks see its transfers in this order.
         copies: `[C, 7]`: rank, layer, level, kind of source, source, kind of destination, destination. Kind 0 is a
             slot, 1 a byte offset in the rank's window. Sorted by rank and level. Copies of one level and rank do not
             overwrite what another of them reads. Level 0 only saves slots into the window.
-        changes: `[K, 3]`: layer, slot counted over all ranks, the expert that it holds after the step or -1.
+        changes: `[K, 3]`: layer, slot counted over all ranks, the expert that it holds after the step or -1. Slots
+            that a later step receives into become empty in an earlier one.
         staged_bytes: `[num_ranks]`, the bytes of the window that the step uses.
         finished_layers: `[F]`, the layers that are as the new placement says after the step, and were not before.
     """
@@ -75,6 +77,7 @@ def schedule_steps(
     send_limit_bytes: int | None = None,
     recv_limit_bytes: int | None = None,
     max_layers_per_step: int | None = None,
+    in_place_from: int | None = None,
 ) -> list[Step]:
     """Cut `plan` into steps, as few as a greedy packing finds, in the order in which they have to run.
 
@@ -82,6 +85,10 @@ def schedule_steps(
     that is too large for a step of its own is cut into
     several; that costs no additional transfer. Every step's limits hold for each rank. Smaller limits, or fewer layers
     a step, give more and smaller steps, which overlap better.
+
+    What lands in the window is copied once more. With `in_place_from`, slots are given up (empty) as soon as their
+    expert has another copy, and received into directly by later steps, if that is cheaper: each step counts like
+    `in_place_from` bytes in the window of the rank that uses most.
 
     Args:
         plan: what has to move.
@@ -91,6 +98,8 @@ def schedule_steps(
         send_limit_bytes: what a rank may send in a step, None for no limit.
         recv_limit_bytes: what a rank may receive in a step, None for no limit.
         max_layers_per_step: the most layers that a step may touch, None for no limit.
+        in_place_from: bytes of staging that take as long as an additional step; None stages everything, as does
+            `max_layers_per_step`.
 
     Returns:
         The steps; none if the two placements are the same.
@@ -107,18 +116,73 @@ def schedule_steps(
         "send limit": _UNLIMITED if send_limit_bytes is None else send_limit_bytes,
         "receive limit": _UNLIMITED if recv_limit_bytes is None else recv_limit_bytes,
     }
-    parts = _whole_layers(plan)
-    order = parts.order(plan)
-    use = parts.use(order, aligned, plan.num_ranks)
-    bound = np.repeat(np.array(list(limits.values()), dtype=np.int64), plan.num_ranks)
-    too_large = np.unique(parts.layer[(use > bound).any(axis=1)])
-    if len(too_large):
-        _check_limits(parts.layer, use, aligned, limits, plan.num_ranks)
-        parts = _cut_layers(plan, parts, too_large, aligned, list(limits.values()))
-        order = parts.order(plan)
-        use = parts.use(order, aligned, plan.num_ranks)
-    step = _pack(parts.layer, use, bound, max_layers_per_step or len(parts.layer))
-    return _make_steps(plan, parts, order, aligned, step)
+    work = _Work(plan, aligned, limits, max_layers_per_step)
+    steps = work.staged()
+    if not steps or in_place_from is None or max_layers_per_step is not None:
+        return steps
+    if _cost(steps, in_place_from) <= 2 * in_place_from:  # in place takes two steps at least, and more bytes than none
+        return steps
+    in_place = work.in_place(min(window_bytes, in_place_from))
+    return min(steps, in_place, key=lambda each: _cost(each, in_place_from))
+
+
+def _cost(steps: Sequence[Step], step_bytes: int) -> int:
+    """Return what steps cost, in bytes of staging."""
+    return sum(step_bytes + int(step.staged_bytes.max()) for step in steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What has to be scheduled.
+
+    Attributes:
+        plan: what has to move.
+        aligned: `[num_layers]`, bytes of an expert in the window.
+        limits: name -> bytes a rank and step: window, sent, received.
+        max_layers: the most layers of a step, None for no limit.
+    """
+
+    plan: RearrangementPlan
+    aligned: IntArray
+    limits: dict[str, int]
+    max_layers: int | None
+
+    def staged(self) -> list[Step]:
+        """Return steps that receive everything into the window."""
+        parts = _whole_layers(self.plan)
+        use = parts.use(parts.order(self.plan), self.aligned, self.plan.num_ranks)
+        too_large = np.unique(parts.layer[(use > self._bound).any(axis=1)])
+        if len(too_large):
+            _check_limits(parts.layer, use, self.aligned, self.limits, self.plan.num_ranks)
+            budget = Budget(*self.limits.values())
+            cuts = {int(layer): cut_layer(_task(self.plan, int(layer), self.aligned), budget) for layer in too_large}
+            parts = _with_cuts(self.plan, parts, cuts)
+        order = parts.order(self.plan)
+        use = parts.use(order, self.aligned, self.plan.num_ranks)
+        step = _pack(parts.layer, use, self._bound, self.max_layers or len(parts.layer))
+        return _make_steps(self.plan, parts, order, self.aligned, step)
+
+    def in_place(self, cheap_bytes: int) -> list[Step]:
+        """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides."""
+        layers = np.unique(self.plan.move_layer).tolist()
+        tasks = [_task(self.plan, layer, self.aligned) for layer in layers]
+        cut = cut_in_place(tasks, Budget(*self.limits.values()), cheap_bytes)
+        numbered = {
+            layer: [
+                (number, parts[index]) for number, parts in enumerate(cut) if parts[index].moves or parts[index].vacated
+            ]
+            for index, layer in enumerate(layers)
+        }
+        parts = _with_cuts(
+            self.plan, _whole_layers(self.plan), {la: [p for _, p in own] for la, own in numbered.items()}
+        )
+        step = np.zeros(len(parts.layer), dtype=np.int64)  # where a layer only gets empty slots
+        step[np.isin(parts.layer, layers)] = [number for own in numbered.values() for number, _ in own]
+        return _make_steps(self.plan, parts, parts.order(self.plan), self.aligned, step)
+
+    @property
+    def _bound(self) -> IntArray:
+        return np.repeat(np.array(list(self.limits.values()), dtype=np.int64), self.plan.num_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +191,15 @@ class _Parts:
 
     Attributes:
         layer: `[P]`, ascending.
-        transfers: `[T, 5]`: part, expert, source rank, source slot, destination rank.
+        transfers: `[T, 6]`: part, expert, source rank, source slot, destination rank, the slot that it lands in or -1.
         moves: `[M, 6]`: part, rank, slot, expert, transfer or -1, source slot or -1.
+        vacated: `[V, 2]`: part, slot counted over all ranks.
     """
 
     layer: IntArray
     transfers: IntArray
     moves: IntArray
+    vacated: IntArray
 
     def order(self, plan: RearrangementPlan) -> CopyOrder:
         """Return the order of the copies, each part for itself."""
@@ -144,8 +210,9 @@ class _Parts:
     def use(self, order: CopyOrder, aligned: IntArray, num_ranks: int) -> IntArray:
         """Return what each part uses, `[P, 3 * num_ranks]`: bytes of window, sent, and received, of each rank."""
         use = np.zeros((len(self.layer), 3 * num_ranks), dtype=np.int64)
-        part, _, src_rank, _, dst_rank = self.transfers.T
-        np.add.at(use, (part, dst_rank), 1)
+        part, _, src_rank, _, dst_rank, lands_in = self.transfers.T
+        staged = lands_in < 0
+        np.add.at(use, (part[staged], dst_rank[staged]), 1)
         np.add.at(use, (part, num_ranks + src_rank), 1)
         np.add.at(use, (part, 2 * num_ranks + dst_rank), 1)
         np.add.at(use, (self.moves[order.saved, 0], self.moves[order.saved, 1]), 1)
@@ -166,6 +233,7 @@ def _whole_layers(plan: RearrangementPlan) -> _Parts:
         plan.transfer_src_rank,
         plan.transfer_src_slot,
         plan.transfer_dst_rank,
+        np.full(plan.num_transfers, -1),
     )
     moves = (
         first[plan.move_layer] + np.append(relayed, False)[plan.move_transfer],  # the last one answers for -1
@@ -175,7 +243,12 @@ def _whole_layers(plan: RearrangementPlan) -> _Parts:
         plan.move_transfer,
         plan.move_source,
     )
-    return _Parts(np.repeat(np.arange(plan.num_layers), count), np.stack(transfers, axis=1), np.stack(moves, axis=1))
+    return _Parts(
+        np.repeat(np.arange(plan.num_layers), count),
+        np.stack(transfers, axis=1),
+        np.stack(moves, axis=1),
+        np.empty((0, 2), dtype=np.int64),
+    )
 
 
 def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dict[str, int], num_ranks: int) -> None:
@@ -193,13 +266,11 @@ def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dic
             )
 
 
-def _cut_layers(
-    plan: RearrangementPlan, whole: _Parts, too_large: IntArray, aligned: IntArray, limits: Sequence[int]
-) -> _Parts:
-    """Return `whole` with the parts of the layers `too_large` replaced by smaller ones."""
+def _with_cuts(plan: RearrangementPlan, whole: _Parts, cuts: Mapping[int, list[LayerPart]]) -> _Parts:
+    """Return `whole` with the parts of some layers replaced by those of `cuts`."""
     per_rank = plan.slots_per_rank
-    is_cut = np.isin(whole.layer, too_large)
-    pieces = {int(np.searchsorted(whole.layer, layer)): _cut(plan, int(layer), aligned, limits) for layer in too_large}
+    is_cut = np.isin(whole.layer, list(cuts))
+    pieces = {int(np.searchsorted(whole.layer, layer)): cut for layer, cut in cuts.items()}
     count = (~is_cut).astype(np.int64)
     count[list(pieces)] = [len(cut) for cut in pieces.values()]
     first = np.cumsum(count) - count
@@ -212,12 +283,15 @@ def _cut_layers(
     moves[:, 4] = new_index[moves[:, 4]]
     transfer_rows: list[tuple[int, ...]] = []
     move_rows: list[tuple[int, ...]] = []
+    vacated: list[tuple[int, int]] = []
     for part, cut in pieces.items():
         for number, piece in enumerate(cut, start=int(first[part])):
             base = len(transfers) + len(transfer_rows)
             transfer_rows += [
-                (number, expert, *divmod(source, per_rank), rank) for expert, source, rank in piece.transfers
+                (number, expert, *divmod(source, per_rank), rank, _local(piece.landings.get(index), per_rank))
+                for index, (expert, source, rank) in enumerate(piece.transfers)
             ]
+            vacated += [(number, slot) for slot in piece.vacated]
             move_rows += [
                 (
                     number,
@@ -230,21 +304,24 @@ def _cut_layers(
             ]
     return _Parts(
         np.repeat(whole.layer, count),
-        np.concatenate([transfers, np.array(transfer_rows, dtype=np.int64).reshape(-1, 5)]),
+        np.concatenate([transfers, np.array(transfer_rows, dtype=np.int64).reshape(-1, 6)]),
         np.concatenate([moves, np.array(move_rows, dtype=np.int64).reshape(-1, 6)]),
+        np.array(vacated, dtype=np.int64).reshape(-1, 2),
     )
 
 
-def _cut(plan: RearrangementPlan, layer: int, aligned: IntArray, limits: Sequence[int]) -> list[LayerPart]:
-    """Return the parts of one layer that is too large for a step."""
-    size = int(aligned[layer])
+def _local(slot: int | None, per_rank: int) -> int:
+    """Return the number of a slot on its rank, -1 if there is none."""
+    return -1 if slot is None else slot % per_rank
+
+
+def _task(plan: RearrangementPlan, layer: int, aligned: IntArray) -> LayerTask:
     begin, end = (int(i) for i in np.searchsorted(plan.transfer_layer, [layer, layer + 1]))
     needs = zip(plan.transfer_expert[begin:end].tolist(), plan.transfer_dst_rank[begin:end].tolist(), strict=True)
-    return cut_layer(
+    return LayerTask(
         plan.old[layer].tolist(),
         plan.new[layer].tolist(),
-        plan.num_ranks,
-        Budget(*(limit // size for limit in limits)),
+        int(aligned[layer]),
         planned_source=dict(zip(needs, plan.transfer_src_rank[begin:end].tolist(), strict=True)),
         node_of_rank=plan.node_of_rank.tolist(),
         relay=bool((plan.transfer_after[begin:end] >= 0).any()),
@@ -283,29 +360,34 @@ def _make_steps(
     if not len(step):
         return []
     num_steps, num_ranks = int(step.max()) + 1, plan.num_ranks
-    part, expert, src_rank, src_slot, dst_rank = parts.transfers.T
+    part, expert, src_rank, src_slot, dst_rank, lands_in = parts.transfers.T
     move_part, rank, slot, moved, transfer, source = parts.moves.T
     saved = np.flatnonzero(order.saved)
+    staged_transfer = np.flatnonzero(lands_in < 0)
 
     # Received experts, then saves: each starts where the one before it in its step and rank ends.
-    staged_part = np.concatenate([part, move_part[saved]])
-    window = step[staged_part] * num_ranks + np.concatenate([dst_rank, rank[saved]])
+    staged_part = np.concatenate([part[staged_transfer], move_part[saved]])
+    window = step[staged_part] * num_ranks + np.concatenate([dst_rank[staged_transfer], rank[saved]])
     offset, staged = _offsets(window, aligned[parts.layer[staged_part]], num_steps * num_ranks)
+    destination = lands_in.copy()
+    destination[staged_transfer] = offset[: len(staged_transfer)]
     save_offset = np.full(len(rank), -1, dtype=np.int64)
-    save_offset[saved] = offset[len(part) :]
+    save_offset[saved] = offset[len(staged_transfer) :]
 
-    transfers = np.stack([parts.layer[part], expert, src_rank, src_slot, dst_rank, offset[: len(part)]], axis=1)
+    kind = np.where(lands_in < 0, WINDOW, SLOT)
+    transfers = np.stack([parts.layer[part], expert, src_rank, src_slot, dst_rank, kind, destination], axis=1)
     layer = parts.layer[move_part]
-    in_window = (transfer >= 0) | order.saved
-    read = np.where(transfer >= 0, np.append(offset, 0)[transfer], np.where(order.saved, save_offset, source))
-    zero = np.zeros(len(rank), dtype=np.int64)
-    commits = np.stack([rank, layer, order.level, np.where(in_window, WINDOW, SLOT), read, zero, slot], axis=1)
-    commits[:, 5] = SLOT
+    # Appended, for moves without a transfer: index -1.
+    received_kind, received_at = np.append(kind, WINDOW)[transfer], np.append(destination, 0)[transfer]
+    read = np.where(transfer >= 0, received_at, np.where(order.saved, save_offset, source))
+    read_kind = np.where(transfer >= 0, received_kind, np.where(order.saved, WINDOW, SLOT))
+    commits = np.stack([rank, layer, order.level, read_kind, read, np.full(len(rank), SLOT), slot], axis=1)
     saves = commits[saved]
     saves[:, 2:] = 0
     saves[:, 3], saves[:, 4], saves[:, 5], saves[:, 6] = SLOT, source[saved], WINDOW, save_offset[saved]
-    copies = np.concatenate([saves, commits])
-    copy_step = step[np.concatenate([move_part[saved], move_part])]
+    copied = ~((transfer >= 0) & (received_kind == SLOT) & (received_at == slot))  # the others are there already
+    copies = np.concatenate([saves, commits[copied]])
+    copy_step = step[np.concatenate([move_part[saved], move_part[copied]])]
     sequence = np.lexsort((copies[:, 6], copies[:, 1], copies[:, 2], copies[:, 0], copy_step))
 
     last = np.append(np.diff(parts.layer) != 0, True)  # the last part of its layer: emptied slots change with it
@@ -313,13 +395,15 @@ def _make_steps(
     last_part[parts.layer[last]] = np.flatnonzero(last)
     cleared_layer, cleared_slot = np.nonzero((plan.old != EMPTY) & (plan.new == EMPTY))
     gone = np.full(len(cleared_layer), EMPTY, dtype=np.int64)
+    vacated_part, vacated_slot = parts.vacated.T
     changes = np.concatenate(
         [
             np.stack([layer, rank * plan.slots_per_rank + slot, moved], axis=1),
             np.stack([cleared_layer, cleared_slot, gone], axis=1),
+            np.stack([parts.layer[vacated_part], vacated_slot, np.full(len(vacated_part), EMPTY)], axis=1),
         ]
     )
-    change_step = step[np.concatenate([move_part, last_part[cleared_layer]])]
+    change_step = step[np.concatenate([move_part, last_part[cleared_layer], vacated_part])]
 
     by_step = zip(
         _split(transfers, step[part], num_steps),

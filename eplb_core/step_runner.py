@@ -52,14 +52,16 @@ class StepRunner:
         self._rank = rank
 
     def transfer(self, step: Step, part: torch.Tensor, account: Account) -> PendingTransfer:
-        """Begin to move all of a step's experts; what this rank receives lands in `part` of its window."""
+        """Begin to move all of a step's experts, into this rank's slots or `part` of its window."""
+        if not len(step.transfers):
+            return PendingTransfer(None)
         began = time.perf_counter()
         rows = step.transfers
-        for layer, _, _, slot, destination, _ in rows[rows[:, 2] == self._rank].tolist():
+        for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist():
             for tensor in self._weights.slot(layer, slot):
-                self._communicator.add_send(tensor, destination)
-        for layer, _, source, _, _, offset in rows[rows[:, 4] == self._rank].tolist():
-            for tensor in self._weights.staged(part, layer, offset):
+                self._communicator.add_send(tensor, rank)
+        for layer, _, source, _, _, kind, destination in rows[rows[:, 4] == self._rank].tolist():
+            for tensor in self._tensors(part, layer, kind, destination):
                 self._communicator.add_recv(tensor, source)
         account.add("queue", time.perf_counter() - began)
         return self._communicator.start()
@@ -67,12 +69,12 @@ class StepRunner:
     def transfer_slices(self, step: Step, slices: Sequence[Slice], part: torch.Tensor) -> PendingTransfer:
         """Begin to move some bytes of a step's experts, as `bursts` has cut them."""
         for row, first, end in slices:
-            layer, _, source, slot, destination, offset = step.transfers[row].tolist()
+            layer, _, source, slot, rank, kind, destination = step.transfers[row].tolist()
             if source == self._rank:
                 for tensor in _cut(self._weights.slot(layer, slot), first, end):
-                    self._communicator.add_send(tensor, destination)
-            elif destination == self._rank:
-                for tensor in _cut(self._weights.staged(part, layer, offset), first, end):
+                    self._communicator.add_send(tensor, rank)
+            elif rank == self._rank:
+                for tensor in _cut(self._tensors(part, layer, kind, destination), first, end):
                     self._communicator.add_recv(tensor, source)
         return self._communicator.start()
 
@@ -111,11 +113,14 @@ class StepRunner:
                 copy_all(targets, sources)
 
     def depends(self, step: Step, earlier: Step) -> bool:
-        """Return whether `step` sends from a slot of this rank that `earlier`, not committed yet, fills."""
-        sent = step.transfers[step.transfers[:, 2] == self._rank]
-        filled = earlier.copies[(earlier.copies[:, 0] == self._rank) & (earlier.copies[:, 5] == SLOT)]
+        """Return whether `step` reads from or receives into a slot of this rank that `earlier`, under way, changes."""
         slots = self._weights.num_slots
-        return bool(np.isin(sent[:, 0] * slots + sent[:, 3], filled[:, 1] * slots + filled[:, 6]).any())
+        rows = step.transfers
+        sent = rows[rows[:, 2] == self._rank]
+        landing = rows[(rows[:, 4] == self._rank) & (rows[:, 5] == SLOT)]
+        touched = np.concatenate([sent[:, 0] * slots + sent[:, 3], landing[:, 0] * slots + landing[:, 6]])
+        changed = earlier.changes[earlier.changes[:, 1] // slots == self._rank]
+        return bool(np.isin(touched, changed[:, 0] * slots + changed[:, 1] % slots).any())
 
     def incoming_bytes(self, step: Step) -> int:
         """Return the payload bytes that this rank receives in a step."""
@@ -134,7 +139,7 @@ class StepRunner:
     def name_experts(self, error: IntegrityError, step: Step) -> None:
         """Put into `error` which experts of `step` arrived wrong; it counts receives with bytes, peer by peer."""
         received: dict[int, list[tuple[int, int, int]]] = {}
-        for layer, expert, source, _, destination, _ in step.transfers.tolist():
+        for layer, expert, source, _, destination, *_ in step.transfers.tolist():
             if destination == self._rank:
                 tensors = [rows for rows in self._weights.layers[layer].rows if rows.shape[1]]
                 received.setdefault(source, []).extend([(layer, expert, source)] * len(tensors))

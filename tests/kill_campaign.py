@@ -28,7 +28,7 @@ from eplb_core.groups import StatelessGroup, TorchGroups
 from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
 from eplb_core.ledger import Ledger
 from eplb_core.placement import EMPTY, IntArray
-from eplb_core.rearrange import Rearranger
+from eplb_core.rearrange import InPlace, Rearranger
 from eplb_core.step_runner import StepRunner
 
 SLOTS, EXPERTS, LAYERS = 8, 7, 5
@@ -107,6 +107,7 @@ class Survivor:
     def __init__(self, environment: RankEnvironment, config: str, seed: int) -> None:
         self.environment = environment
         self.config = config
+        self.seed = seed
         self.kills = plan_kills(seed, environment.world_size)
         self.rng = np.random.default_rng(seed)  # the same on every rank
         self.rank = environment.rank
@@ -114,13 +115,19 @@ class Survivor:
         self.weights = [[torch.zeros(SLOTS, ROW, dtype=torch.uint8)] for _ in range(LAYERS)]
         self.kept: list[EplbCommunicator] = []
 
+    def in_place(self, generation: int) -> InPlace:
+        """Receive into slots in two of three generations, where the backend can."""
+        return "always" if "nixl" in self.config and (self.seed + generation) % 3 else "never"
+
     def live(self) -> None:
         placement = random_placement(self.rng, self.size)
         self.fill(placement)
         communicator = self.meet(0)
         usual = 0.0
         for generation, kill in enumerate(self.kills):
-            rearranger = Rearranger(communicator, self.weights, window_bytes=4 * (ROW + 256))
+            rearranger = Rearranger(
+                communicator, self.weights, window_bytes=4 * (ROW + 256), in_place=self.in_place(generation)
+            )
             # Once undisturbed: everybody knows how long it takes, and nothing is lazily made any more.
             began = time.perf_counter()
             target = random_placement(self.rng, self.size)

@@ -28,6 +28,7 @@ class Model:
     window_bytes: int
     slots: dict[tuple[int, int, int], tuple[object, int]] = field(default_factory=dict)  # (layer, rank, slot)
     transfers: list[tuple[int, int, int, int]] = field(default_factory=list)  # (layer, expert, from rank, to rank)
+    landed: int = 0  # transfers that went into slots
     most_sent: int = 0
     most_received: int = 0
     most_staged: int = 0
@@ -43,12 +44,14 @@ class Model:
     def run(self, steps: list[Step]) -> None:
         placement = self.old
         for step in steps:
-            self.run_one(step)
+            self.run_one(step, placement)
             placement = step.apply(placement)
+            for layer, slot in np.argwhere(placement < 0):
+                self.slots[int(layer), *divmod(int(slot), self.per_rank)] = EMPTIED
             self.check_slots(placement)
             self.check_nothing_lost(placement)
 
-    def run_one(self, step: Step) -> None:
+    def run_one(self, step: Step, placement: np.ndarray) -> None:
         windows = defaultdict(lambda: [POISON] * (self.window_bytes // ALIGNMENT))
         taken: dict[int, Counter[int]] = defaultdict(Counter)
         sent, received = Counter(), Counter()
@@ -67,14 +70,22 @@ class Model:
             (token,) = set(windows[rank][first : first + count])
             return token
 
-        for layer, expert, src_rank, src_slot, dst_rank, offset in step.transfers.tolist():
+        landed = {}
+        for layer, expert, src_rank, src_slot, dst_rank, kind, destination in step.transfers.tolist():
             assert src_rank != dst_rank
             token = self.slots[layer, src_rank, src_slot]
             assert token == (layer, expert)
-            store(dst_rank, offset, layer, token)
+            if kind == 1:
+                store(dst_rank, destination, layer, token)
+            else:
+                assert placement[layer, dst_rank * self.per_rank + destination] < 0, "the slot is in use"
+                assert (layer, dst_rank, destination) not in landed, "two experts land in one slot"
+                landed[layer, dst_rank, destination] = token
+                self.landed += 1
             sent[src_rank] += self.blocks(layer) * ALIGNMENT
             received[dst_rank] += self.blocks(layer) * ALIGNMENT
             self.transfers.append((layer, expert, src_rank, dst_rank))
+        self.slots.update(landed)  # when all have been read: what is read in a step is as it was before it
 
         by_level = groupby(step.copies.tolist(), key=lambda copy: (copy[0], copy[2]))
         seen = []

@@ -13,7 +13,7 @@ import test_transports
 import torch
 from ranks import Member, Report, Scenario, bytes_of, content, run_scenarios
 
-from eplb_core.rearrange import Rearranger
+from eplb_core.rearrange import InPlace, Rearranger
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,7 +109,8 @@ def weights_are_rearranged_behind_queued_work_on_a_side_stream(member: Member, c
     test_rearrange.fill(filled, placements[0], member.rank)
     torch.cuda.synchronize()
     with member.communicator(config, weights[0]) as communicator:
-        rearranger = Rearranger(communicator, weights, window_bytes=200_960)
+        in_place: InPlace = "never" if communicator.may_land_late else "always"
+        rearranger = Rearranger(communicator, weights, window_bytes=200_960, in_place=in_place)
         rearranger.set_stream(side)
         with torch.cuda.stream(side), torch.no_grad():
             busy()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from eplb_core.control import ControlPlane
 from eplb_core.errors import ControlPlaneError, PeerLostError, TransferError, TransferTimeoutError
-from eplb_core.ledger import COMMIT, Ledger, Verdict, error_of
+from eplb_core.ledger import COMMIT, Ledger, Verdict, error_of, who_is_to_blame
 
 
 def planes(store: dist.Store, ranks: int) -> list[ControlPlane]:
@@ -69,6 +69,23 @@ def test_what_a_rank_aborts_with_reaches_the_others_as_an_error_of_the_same_clas
     assert (error.peers, error.phase) == ((7,), "read")
     assert "rank 0 could not go on" in str(error)
     assert "rank 7 is gone" in str(error)
+
+
+def test_a_rank_that_waited_for_one_that_had_given_up_blames_whom_that_one_blames() -> None:
+    one, other = (Ledger(plane, 20) for plane in planes(dist.HashStore(), 2))
+    one.abort("step 4", PeerLostError("rank 7 is gone", peers=[7], phase="read"))
+    misled = TransferTimeoutError("rank 0 did nothing", peers=[0], phase="read")
+    error = who_is_to_blame(misled, other.abort("step 4", misled), rank=1)
+    assert isinstance(error, PeerLostError)
+    assert error.peers == (7,)
+
+
+@pytest.mark.parametrize("peers", [[1], [5], []])
+def test_an_error_that_is_not_about_who_gave_up_stays_as_it_is(peers: list[int]) -> None:
+    one, other = (Ledger(plane, 20) for plane in planes(dist.HashStore(), 2))
+    one.abort("step 4", PeerLostError("rank 1 is gone", peers=[1], phase="read"))
+    mine = TransferTimeoutError("it takes too long", peers=peers, phase="read")
+    assert who_is_to_blame(mine, other.abort("step 4", mine), rank=1) is mine
 
 
 def test_an_error_of_another_kind_reaches_them_as_a_transfer_error_of_that_rank() -> None:

@@ -295,7 +295,7 @@ def hosts_the_store(environment: RankEnvironment) -> dict[str, Any] | None:
     old, new = (random_placement(rng, 4, 3) for _ in range(2))
     fill(weights, old, environment.rank)
     communicator = create_eplb_communicator(StatelessGroup(environment.rank, 3, store), "nixl?timeout=5s", weights[0])
-    rearranger = Rearranger(communicator, weights, window_bytes=3 * 4096)
+    rearranger = Rearranger(communicator, weights, window_bytes=3 * 4096, in_place="never")
     votes = 0
     vote = Ledger.vote
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from step_model import Model
 
+from eplb_core.bench.workload import make_workload
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.plan import plan_rearrangement
 from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
@@ -87,6 +88,7 @@ def test_any_rearrangement_ends_in_the_new_placement_within_any_limits(case, dat
         send_limit_bytes=send,
         recv_limit_bytes=receive,
         max_layers_per_step=layers,
+        in_place_from=data.draw(st.one_of(st.none(), st.integers(1, 4000))),
     )
 
     assert model.most_staged <= window
@@ -125,10 +127,74 @@ def test_a_cycle_that_is_longer_than_the_window_is_turned_piece_by_piece(
     assert len(steps) < num_slots
 
 
+@MANY
+@given(rearrangements(max_ranks=8))
+def test_in_place_one_expert_of_window_is_enough_too_and_nothing_crosses_twice(case) -> None:
+    old, new, num_ranks = case
+    run_schedule(old, new, num_ranks, 256, 256, in_place_from=1)
+
+
+def test_in_place_only_cycles_go_through_the_window() -> None:
+    # Expert 0 has two copies; slots 2 .. 5 each hold what the slot before needs, and in one layer 6 and 7 swap.
+    old, new = [[0, 0, 1, 2, 3, 4, 5, 6]] * 9, [[0, 1, 2, 3, 4, 4, 5, 6]] * 9
+    new[0] = [0, 1, 2, 3, 4, 4, 6, 5]
+    steps, model = run_schedule(old, new, 8, 256, 9 * 256, in_place_from=1)
+    assert model.landed == 9 * 4
+    assert [step.staged_bytes.max() for step in steps] == [256, 0, 0, 0, 0]
+    assert [change for change in steps[0].changes.tolist() if change[0] == 0] == [[0, 6, 6], [0, 7, 5], [0, 1, -1]]
+    assert [change for change in steps[1].changes.tolist() if change[0] == 3] == [[3, 1, 1], [3, 2, -1]]
+    assert [row for row in steps[1].transfers.tolist() if row[0] == 3] == [[3, 1, 2, 0, 1, 0, 0]]
+    assert [len(step.copies) for step in steps] == [2, 0, 0, 0, 0]
+
+
+def test_slots_that_are_empty_at_first_are_received_into_at_once() -> None:
+    steps, model = run_schedule([[0, 1, -1, -1]], [[0, 1, 1, 0]], 2, 10**6, 10**7, in_place_from=1)
+    assert len(steps) == 1
+    assert model.landed == 2
+
+
+def test_what_lands_in_a_slot_is_copied_from_there_to_others_that_need_it() -> None:
+    steps, _ = run_schedule([[0, 1, -1, -1]], [[0, 1, 1, 1]], 2, 10**6, 10**7, in_place_from=1)
+    (step,) = steps
+    assert len(step.transfers) == 1
+    landed = int(step.transfers[0, 6])
+    assert step.copies.tolist() == [[1, 0, 1, 0, landed, 0, 1 - landed]]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layers", "slots", "redundant", "mib", "staged", "in_place", "share"),
+    [
+        (4, 8, 16, 8, 42, 25, 8, 0.33),
+        (4, 16, 32, 16, 4.5, 14, 6, 0.63),
+        (32, 58, 9, 32, 42, 184, 18, 0.14),
+        (256, 58, 2, 256, 42, 29, 5, 0.12),
+    ],
+)
+def test_a_redraw_takes_as_many_steps_as_the_documentation_says(
+    ranks: int, layers: int, slots: int, redundant: int, mib: float, staged: int, in_place: int, share: float
+) -> None:
+    workload = make_workload(ranks=ranks, layers=layers, slots=slots, redundant=redundant, steps=2)
+    old, new = workload.placements[1:]
+    plan = plan_rearrangement(old, new, ranks)
+    size = int(mib * 2**20) + 64
+    through_window = schedule_steps(plan, size, window_bytes=192 << 20)
+    assert len(through_window) == staged
+    steps = schedule_steps(plan, size, window_bytes=192 << 20, in_place_from=1 << 30)
+    assert len(steps) == in_place
+    kinds = np.concatenate([step.transfers[:, 5] for step in steps])
+    assert round(float(kinds.mean()), 2) == share
+
+
+def test_few_bytes_are_staged_since_steps_cost_too() -> None:
+    old, new = [[0, 0, 1, 2, 3, 4]], [[0, 1, 2, 3, 4, 4]]
+    steps, model = run_schedule(old, new, 6, 256, 10**6, in_place_from=1000)
+    assert (len(steps), model.landed) == (1, 0)
+
+
 def test_a_swap_between_two_ranks_takes_one_step_and_one_expert_of_window() -> None:
     steps, model = run_schedule([[0, 1]], [[1, 0]], 2, 1000, 1024)
     assert len(steps) == 1
-    assert steps[0].transfers.tolist() == [[0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0]]
+    assert steps[0].transfers.tolist() == [[0, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 0]]
     assert model.most_staged == 1024
 
 
@@ -151,7 +217,7 @@ def test_a_chain_within_a_rank_needs_no_window() -> None:
 def test_an_expert_needed_twice_on_a_rank_crosses_once() -> None:
     steps, _ = run_schedule([[0, 1, 2, 3]], [[0, 1, 0, 0]], 2, 256, 256)
     assert len(steps) == 1
-    assert steps[0].transfers.tolist() == [[0, 0, 0, 0, 1, 0]]
+    assert steps[0].transfers.tolist() == [[0, 0, 0, 0, 1, 1, 0]]
     assert [copy[3:] for copy in steps[0].copies.tolist()] == [[1, 0, 0, 0], [1, 0, 0, 1]]
 
 

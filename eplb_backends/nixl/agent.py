@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import logging
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,8 @@ CUDA_ENVIRONMENT = {
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
 }
 """Set as well where the memory is a CUDA device's."""
+
+_SETTLING_NAP_S = 1e-3
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +81,14 @@ class Agent:
     def _agent(self) -> Any:
         if self._held.agent is None:
             raise NixlError(f"agent {self.name} was closed")
+        if self._held.abandoned:
+            raise NixlError(f"agent {self.name} was abandoned with READs in flight")
         return self._held.agent
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether it was left alone with READs in flight."""
+        return self._held.abandoned
 
     def register(self, regions: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]) -> None:
         """Make `regions`, pairs of address and bytes, readable by peers; `owners` are kept alive."""
@@ -129,6 +139,22 @@ class Agent:
         self._held.reads.remove(read)
         read.release()
         return True
+
+    def settle(self, timeout_s: float) -> None:
+        """Give READs that are in flight a last moment; if some do not end, never drive this agent again.
+
+        NIXL cannot abort a READ. One that waits for its source would go on whenever this agent is polled, and write
+        into memory that its owner may have given another use by then.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self._held.agent is not None and not self._held.abandoned:
+            for read in self._held.reads:
+                with contextlib.suppress(NixlError):
+                    read.poll()
+            if not any(read.in_flight for read in self._held.reads):
+                return
+            self._held.abandoned = time.monotonic() > deadline
+            time.sleep(_SETTLING_NAP_S)  # also after the last look: a copy on a GPU that has begun ends by itself
 
     def notify(self, peer: str, message: bytes) -> None:
         """Send a small message to a peer: fire and forget, in order."""
@@ -216,6 +242,7 @@ class _Held:
         self.reads: list[Read] = []
         self.peers: list[str] = []
         self.registered: list[Registration] = []
+        self.abandoned = False
         self._stays_after_failure = stays_after_failure
 
     def release(self) -> None:
@@ -224,8 +251,9 @@ class _Held:
             return
         in_flight = []
         for read in self.reads:
-            with contextlib.suppress(NixlError):
-                read.poll()
+            if not self.abandoned:
+                with contextlib.suppress(NixlError):
+                    read.poll()
             if read.in_flight or (read.failed and self._stays_after_failure):
                 in_flight.append(read)
             else:

@@ -45,6 +45,7 @@ from eplb_core.errors import (
 from eplb_core.queues import Transfer, TransferQueue, check_match
 from eplb_core.streams import mark, on_stream
 
+_SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
 _MAX_IN_FLIGHT = 8
 _NOT_EXPANDABLE = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the weights are allocated"
 
@@ -86,6 +87,7 @@ class NixlCommunicator(EplbCommunicator):
         self._shared: Shared | None = None
         self._engine: Engine | None = None
         self._in_flight = 0
+        self._one_host = False
         self._links = Links("DRAM" if context.device.type == "cpu" else "VRAM", options.min_gbps)
         try:
             self._connect(context.rank)
@@ -113,6 +115,14 @@ class NixlCommunicator(EplbCommunicator):
     def staging_limit_bytes(self) -> int:
         """What the two windows leave of the `window` option to a rearrangement."""
         return left_for_staging(int(self._options.window))
+
+    @property
+    def may_land_late(self) -> bool:
+        """Not between ranks of one host without a progress thread: there bytes move only while a rank drives them.
+
+        Over a network adapter that writes by itself, or with NIXL's own thread, a READ that was given up may still end.
+        """
+        return not self._one_host or self._options.progress == "on"
 
     @property
     def last_stats(self) -> TransferStats | None:
@@ -243,7 +253,7 @@ class NixlCommunicator(EplbCommunicator):
         self._queue.close("it was closed")
         shared, self._shared, self._engine = self._shared, None, None
         try:
-            if shared is not None:
+            if shared is not None and self._agent is not None and not self._agent.abandoned:
                 shared.peers.part()
         finally:
             if self._agent is not None:
@@ -310,14 +320,19 @@ class NixlCommunicator(EplbCommunicator):
             yield
         except TransferError as error:
             if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
+                self._break(error.what)
             raise
         except NixlError as error:
-            self._queue.close(f"an earlier transfer failed: {error.what}")
+            self._break(error.what)
             raise TransferError("NIXL failed on this rank", phase="pack", why=str(error)) from error
         except BaseException as error:
-            self._queue.close(f"an earlier transfer failed: {type(error).__name__}: {error}")
+            self._break(f"{type(error).__name__}: {error}")
             raise
+
+    def _break(self, why: str) -> None:
+        self._queue.close(f"an earlier transfer failed: {why}")
+        if self._agent is not None:
+            self._agent.settle(_SETTLE_S)
 
     # --- connecting -------------------------------------------------------------------------------------------------
 
@@ -342,9 +357,11 @@ class NixlCommunicator(EplbCommunicator):
             name = self._agent.name
         except EplbError as caught:
             error = caught
-        names = _agree_on_step(self._control, "agent", error, name, self._timeout_s)
+        told = _agree_on_step(self._control, "agent", error, f"{name} {self._links.boot}", self._timeout_s)
+        names, boots = zip(*(each.split(" ", 1) for each in told), strict=True)
+        self._one_host = len(set(boots)) == 1
         shared, _ = self._connected()
-        shared.peers.meet(names)
+        shared.peers.meet(list(names))
         shared.peers.publish()
 
     def _self_test(self, rank: int, world_size: int) -> None:

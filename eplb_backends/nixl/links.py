@@ -121,6 +121,11 @@ class Links:
         self._links: dict[int, Link] = {}
         self._reads: dict[int, int] = {}
 
+    @property
+    def boot(self) -> str:
+        """What identifies the running kernel of this rank's host."""
+        return self._here.boot
+
     def add(self, rank: int, place: Place) -> None:
         """Note where a rank is."""
         self._links[rank] = link_between(self._here, place, self._memory)

@@ -15,7 +15,7 @@ from eplb_core.control import ControlPlane
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.launch import RankEnvironment
-from eplb_core.rearrange import STEPS_UNDER_WAY, Rearranger
+from eplb_core.rearrange import STEPS_UNDER_WAY, InPlace, Rearranger
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
 
@@ -30,6 +30,7 @@ class BenchJob:
         device: "cpu" or "cuda"; there, rank r uses GPU r modulo their number.
         window_bytes: what received experts are staged in; None for what the backend's configuration allows.
         steps_under_way: into how many parts that window is cut; None for the default.
+        in_place: whether experts are received into slots directly.
         timeout_s: the longest that the run may take, in seconds.
     """
 
@@ -38,6 +39,7 @@ class BenchJob:
     device: str = "cpu"
     window_bytes: int | None = None
     steps_under_way: int | None = None
+    in_place: InPlace = "auto"
     timeout_s: float = 1800.0
 
 
@@ -108,6 +110,7 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
             weights,
             window_bytes=job.window_bytes,
             steps_under_way=job.steps_under_way or STEPS_UNDER_WAY,
+            in_place=job.in_place,
         )
         seconds: list[float] = []
         phases: list[dict[str, float]] = []

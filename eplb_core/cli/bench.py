@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -53,6 +53,13 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     help="What received experts are staged in.  [default: what the backend's own windows leave]",
 )
 @click.option("--steps-under-way", type=click.IntRange(1), help="Into how many parts that window is cut.  [default: 1]")
+@click.option(
+    "--in-place",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Receive into slots that were given up, instead of the window.",
+)
 @click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that each run may take.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.pass_context
@@ -65,6 +72,7 @@ def bench(
     rounds: int,
     window_bytes: int | None,
     steps_under_way: int | None,
+    in_place: Literal["auto", "always", "never"],
     timeout_s: float,
     json_path: str | None,
     **sizes: Any,
@@ -93,6 +101,7 @@ def bench(
             device=device,
             window_bytes=window_bytes,
             steps_under_way=steps_under_way,
+            in_place=in_place,
             timeout_s=timeout_s,
         )
         for name in names
