@@ -65,7 +65,8 @@ class RankMeasurement:
         examples: the first of them, in words.
         placements_reached: whether every step returned the placement that it was asked for.
         config: the canonical config string of what moved the bytes.
-        device_name: the name of the rank's device.
+        device: the rank's device, such as "cuda:1".
+        device_name: its name.
     """
 
     seconds: list[float]
@@ -76,6 +77,7 @@ class RankMeasurement:
     examples: list[str] = field(default_factory=list)
     placements_reached: bool
     config: str
+    device: str
     device_name: str
 
 
@@ -88,7 +90,7 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
     # One thread a rank, as in serving processes that share a host's cores.
     torch.set_num_threads(1)
     rank, work = environment.rank, job.workload
-    device = _device(job.device, rank)
+    device = rank_device(job.device, rank)
     weights = [
         [torch.empty(work.slots_per_rank, size, dtype=torch.uint8, device=device) for size in work.tensor_bytes]
         for _ in range(work.num_layers)
@@ -145,11 +147,16 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
         ],
         placements_reached=reached,
         config=config,
+        device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
 
 
-def _device(kind: str, rank: int) -> torch.device:
+def rank_device(kind: str, rank: int) -> torch.device:
+    """Return the device of a local rank, and make it the current one: GPU `rank`, modulo their number.
+
+    So every rank has a GPU of its own where there are enough, and ranks share them elsewhere.
+    """
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device(kind, rank % torch.cuda.device_count())
