@@ -11,11 +11,9 @@ The environment needs eplb with its nixl extra. Exit code 1 if any contestant of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,7 @@ from typing import Any
 import make_workload
 import numpy as np
 import psutil
+from bounded import run_bounded
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -87,28 +86,17 @@ def run(contestant: Contestant, workload: Path, vllm: Path, device: str, timeout
             environment.setdefault(
                 "UCX_CUDA_IPC_ENABLE_GET_ZCOPY", "on"
             )  # without NVLink, READs run over tcp otherwise
-        # A session of its own, so that its ranks can be ended with it.
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            return {"error": f"did not end within {timeout_s:g} s", "correct": False}
-        text = stdout.strip().splitlines()[-1:] if not contestant.ours else [out.read_text()] if out.exists() else []
+        ended = run_bounded(command, timeout_s, environment)
+        if ended.exit_code is None:
+            return {"error": ended.reason, "correct": False}
+        if contestant.ours:
+            text = out.read_text() if out.exists() else ""
+        else:
+            text = (ended.stdout.strip().splitlines() or [""])[-1]
     try:
-        found: dict[str, Any] = json.loads(text[0])
-    except (IndexError, ValueError):
-        last = (stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return {"error": f"exit code {process.returncode}: {last}", "correct": False}
+        found: dict[str, Any] = json.loads(text)
+    except ValueError:
+        return {"error": ended.reason or "it wrote no figures", "correct": False}
     return found
 
 

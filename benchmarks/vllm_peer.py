@@ -8,6 +8,8 @@ FOLDER is the unzipped wheel of vllm 0.33.0, or only its `vllm/distributed/eplb`
 of it are loaded (eplb_communicator, migration_scheduler, rebalance_execute); what they import from the rest of vLLM is
 stubbed below. On a CPU its NIXL communicator is told that the memory is DRAM; nothing else is changed.
 
+With --device cuda rank r uses GPU r modulo their number, as with `eplb bench`; nccl needs a GPU for each rank.
+
 All bytes are compared after the last step; `correct` says whether the weights came out right. On a GPU without visible
 NVLink set UCX_CUDA_IPC_ENABLE_GET_ZCOPY=on, or its READ runs over tcp.
 """
@@ -121,7 +123,7 @@ def run(rank: int, args: argparse.Namespace, port: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     group = dist.group.WORLD
     vllm, execute = load_vllm(args.vllm)
-    device = torch.device("cpu") if args.device == "cpu" else torch.device("cuda", 0)
+    device = torch.device("cpu") if args.device == "cpu" else torch.device("cuda", rank % torch.cuda.device_count())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     sync = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
@@ -140,6 +142,8 @@ def run(rank: int, args: argparse.Namespace, port: int) -> None:
             communicator._nixl_memory_type = "DRAM"
     elif args.backend == "gloo_staged":
         communicator = vllm.TorchDistGlooStagedEplbCommunicator(group)
+    elif args.backend == "nccl":  # takes a GPU for each rank
+        communicator = vllm.TorchDistNcclEplbCommunicator(dist.new_group(backend="nccl"))
     else:
         communicator = vllm.TorchDistNcclEplbCommunicator(group)
     seconds, moved = [], 0
@@ -193,7 +197,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("workload")
     p.add_argument("--vllm", required=True, help="folder that holds the unzipped wheel's vllm/distributed/eplb")
-    p.add_argument("--backend", choices=["nixl", "gloo", "gloo_staged"], default="nixl")
+    p.add_argument("--backend", choices=["nixl", "gloo", "gloo_staged", "nccl"], default="nixl")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     a = p.parse_args()
     with socket.socket() as s:
