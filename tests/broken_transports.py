@@ -347,6 +347,32 @@ class WaitsForEver(Sound):
         self.timeout_s = 3600.0
 
 
+class LandsLate(Sound):
+    """It promises not to, and its thread goes on after a timeout."""
+
+    @property
+    def may_land_late(self) -> bool:
+        return False
+
+    def move(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
+        try:
+            super().move(sends, recvs)
+        except TransferError:
+            self._write_later(recvs)
+            raise
+
+    def check(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
+        try:
+            super().check(sends, recvs)
+        except TransferTimeoutError:
+            self._write_later(recvs)
+            raise
+
+    def _write_later(self, recvs: list[Transfer]) -> None:
+        for recv in recvs:
+            threading.Timer(0.3, recv.tensor.zero_).start()
+
+
 class ClaimsToBeUsable(Sound):
     def execute(self) -> None:
         try:
@@ -474,6 +500,7 @@ OWN_CHECK = {
     "only_on_the_main_thread": "it_works_in_the_background",
     "swallows_timeouts": "a_rank_that_does_not_execute_is_named_within_the_timeout",
     "waits_for_ever": "a_rank_that_does_not_execute_is_named_within_the_timeout",
+    "lands_late": "nothing_lands_after_an_error_if_that_is_promised",
     "claims_to_be_usable": "a_rank_that_does_not_execute_is_named_within_the_timeout",
     "names_nobody": "a_killed_rank_is_named_by_every_survivor",
     "hangs_on_close": "closing_returns",

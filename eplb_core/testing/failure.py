@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
 from eplb_core.errors import CommunicatorClosedError, TransferError, TransferTimeoutError
-from eplb_core.testing.check import Check, expect, raised_by
+from eplb_core.testing.check import Check, expect, raised_by, skip
 from eplb_core.testing.context import RankContext
-from eplb_core.testing.traffic import Traffic, exchange, ring
+from eplb_core.testing.traffic import POISON, Traffic, exchange, ring
 
 _TIMEOUT_S = 1.0
 _KILL_TIMEOUT_S = 3.0
@@ -42,6 +43,35 @@ def a_rank_that_does_not_execute_is_named_within_the_timeout(context: RankContex
     if not error.usable:
         raised_by(lambda: traffic.queue(communicator), CommunicatorClosedError)
         raised_by(communicator.execute, CommunicatorClosedError)
+
+
+def nothing_lands_after_an_error_if_that_is_promised(context: RankContext) -> None:
+    """With `may_land_late` False, nothing is written to receive tensors after `execute()` raised.
+
+    Here a rank comes too late: it sends once the others have given up and use their tensors otherwise.
+    """
+    late = context.world_size - 1
+    communicator = context.fresh(timeout_s=_TIMEOUT_S, own_groups=True)
+    if communicator.may_land_late:
+        skip("it does not promise that")
+    traffic = Traffic(context, ring(context.world_size, 4096))
+    traffic.queue(communicator)
+    if context.rank == late:
+        for rank in range(late):
+            context.ask(f"rank {rank} has given up")
+        with contextlib.suppress(TransferError):
+            communicator.execute()
+        context.tell("the late one is through")
+        return
+    try:
+        raised_by(communicator.execute, TransferError)
+    finally:
+        context.tell(f"rank {context.rank} has given up")
+    for part in traffic.recvs:
+        part.tensor.fill_(POISON)
+    context.ask("the late one is through")
+    communicator.close()
+    traffic.verify_nothing_arrived()
 
 
 def a_killed_rank_is_named_by_every_survivor(context: RankContext) -> None:
@@ -99,6 +129,7 @@ def a_stopped_rank_holds_nobody_up_beyond_the_timeout(context: RankContext) -> N
 
 CHECKS = (
     Check(a_rank_that_does_not_execute_is_named_within_the_timeout, deadline_s=12.0),
+    Check(nothing_lands_after_an_error_if_that_is_promised, deadline_s=12.0),
     Check(a_killed_rank_is_named_by_every_survivor, least_ranks=3, kills=True),
     Check(a_stopped_rank_holds_nobody_up_beyond_the_timeout, least_ranks=3, thorough=True),
 )

@@ -96,6 +96,11 @@ class ShmCommunicator(EplbCommunicator):
         return False
 
     @property
+    def may_land_late(self) -> bool:
+        """False: bytes are copied by the thread that receives them, and by nobody else."""
+        return False
+
+    @property
     def staging_bytes(self) -> int:
         """Bytes of this rank's window."""
         return 0 if self._window.memory is None else self._window.nbytes
