@@ -34,6 +34,7 @@ class Case:
     window: int
     send_limit: int | None
     recv_limit: int | None
+    in_place_from: int | None
 
     @property
     def per_rank(self) -> int:
@@ -57,6 +58,7 @@ class Case:
             window_bytes=self.window,
             send_limit_bytes=self.send_limit,
             recv_limit_bytes=self.recv_limit,
+            in_place_from=self.in_place_from,
         )
 
     def reachable(self) -> np.ndarray:
@@ -124,6 +126,7 @@ def cases(draw) -> Case:
         window=10**7 if window is None else window * largest,
         send_limit=send and send * largest,
         recv_limit=receive and receive * largest,
+        in_place_from=draw(st.sampled_from([None, 1, 1, 1000, 4000])),
     )
 
 

@@ -134,6 +134,20 @@ def test_in_place_one_expert_of_window_is_enough_too_and_nothing_crosses_twice(c
     run_schedule(old, new, num_ranks, 256, 256, in_place_from=1)
 
 
+@MANY
+@given(rearrangements(max_ranks=6), st.data())
+def test_in_place_experts_cross_between_nodes_once_and_are_relayed_as_well(case, data) -> None:
+    old, new, num_ranks = case
+    nodes = data.draw(st.lists(st.integers(0, 2), min_size=num_ranks, max_size=num_ranks))
+    plan = plan_rearrangement(old, new, num_ranks, nodes, relay=True)
+    steps = schedule_steps(plan, 256, window_bytes=data.draw(st.integers(1, 8)) * 256, in_place_from=1)
+    model = Model(old, new, num_ranks, [256] * len(old), 8 * 256)
+    model.run(steps)
+    between = [(nodes[src], nodes[dst]) for _, _, src, dst in model.transfers if nodes[src] != nodes[dst]]
+    assert len(between) == plan.num_between_nodes
+    assert len(model.transfers) == plan.num_transfers
+
+
 def test_in_place_only_cycles_go_through_the_window() -> None:
     # Expert 0 has two copies; slots 2 .. 5 each hold what the slot before needs, and in one layer 6 and 7 swap.
     old, new = [[0, 0, 1, 2, 3, 4, 5, 6]] * 9, [[0, 1, 2, 3, 4, 4, 5, 6]] * 9
