@@ -62,6 +62,8 @@ def executing(member: Member, config: str, times: int) -> tuple[Usage, Usage, fl
     large, far = torch.ones(50_000), torch.zeros(50_000)
     with member.communicator(config) as communicator:
         communicator.register([small, large])
+        if "mode=direct" in config:  # by number, from prepared lists
+            communicator.register([landing, far], landing=True)
         communicator.trust_matching(True)
 
         def execute(count: int) -> None:
@@ -88,7 +90,11 @@ def making_and_closing(member: Member) -> list[Usage]:
     return usages
 
 
-TIMES = {"nixl?window=1MiB": EXECUTES, "nixl?mode=packed&window=1MiB&verify=full": EXECUTES // 5}
+TIMES = {
+    "nixl?window=1MiB": EXECUTES,
+    "nixl?mode=direct&window=1MiB": EXECUTES,
+    "nixl?mode=packed&window=1MiB&verify=full": EXECUTES // 5,
+}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from eplb_backends.nixl import layout
 from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.memory import Regions, SlotPool
 from eplb_backends.nixl.messages import Message, parse
+from eplb_backends.nixl.prepared import Places, Rows
 from eplb_backends.nixl.round import Round, Shared
 from eplb_core.queues import Transfer
 
@@ -76,9 +77,11 @@ class Rank:
     def register(self, regions: object, owners: object) -> None:
         pass
 
-    def read(self, peer: str, *pieces: np.ndarray) -> int:
+    def read(
+        self, peer: str, remote: np.ndarray, local: np.ndarray, lengths: np.ndarray, numbered: object = None
+    ) -> int:
         self.reads += 1
-        self.read_late[self.reads] = pieces
+        self.read_late[self.reads] = (remote, local, lengths)
         return self.reads
 
     def finished(self, read: int) -> bool:
@@ -121,8 +124,8 @@ class Rank:
         this = Round(
             self.shared,
             epoch,
-            layout.outgoing([Transfer(*send) for send in sends], registered, "direct" if direct else "packed"),
-            layout.incoming([Transfer(*recv) for recv in recvs], Regions()),
+            layout.outgoing([Transfer(*send) for send in sends], registered, Rows(), "direct" if direct else "packed"),
+            layout.incoming([Transfer(*recv) for recv in recvs], Regions(), Places()),
             None,
             None,
             lambda peer: "something else",

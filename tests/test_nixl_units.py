@@ -29,6 +29,7 @@ from eplb_backends.nixl.links import Links, Place, link_between
 from eplb_backends.nixl.memory import Regions, SlotPool, left_for_staging
 from eplb_backends.nixl.messages import Kind, Message, Writer, parse
 from eplb_backends.nixl.outbox import Outbox
+from eplb_backends.nixl.prepared import PeerRows, Places, Rows, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.checksums import checksums
@@ -50,8 +51,10 @@ class MemoryAgent:
     def register(self, regions: object, owners: object) -> None:
         pass
 
-    def read(self, peer: str, *pieces: np.ndarray) -> int:
-        self.posted.append(pieces)  # type: ignore[arg-type]
+    def read(
+        self, peer: str, remote: np.ndarray, local: np.ndarray, lengths: np.ndarray, numbered: object = None
+    ) -> int:
+        self.posted.append((remote, local, lengths))
         return len(self.posted) - 1
 
     def finished(self, read: int) -> bool:
@@ -72,6 +75,8 @@ class MemoryPeers:
         self.lost: set[int] = set()
         self.proven: set[int] = set()
         self.pages: dict[int, int] = {}
+        self.published = Rows()
+        self.places = Places()
         self.sent: list[tuple[int, Message]] = []
         self.arriving: list[tuple[int, Message]] = []
         self.answer: Callable[[int, Message], bytes | None] = lambda rank, message: None
@@ -84,6 +89,12 @@ class MemoryPeers:
 
     def know(self, rank: int, version: int) -> str:
         return self.name(rank)
+
+    def rows(self, rank: int) -> PeerRows:
+        return PeerRows(self.name(rank), self.published.blocks)
+
+    def prepared(self, rank: int, rows: list[int], places: list[int]) -> None:
+        return None
 
     def send(self, rank: int, raw: bytes) -> None:
         message = parse(TOKEN, raw)
@@ -119,8 +130,8 @@ def round_of(
     peers: MemoryPeers, sends: list[torch.Tensor], recvs: list[torch.Tensor], registered: Regions, landing: Regions
 ) -> Round:
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
-    outgoing = layout.outgoing([Transfer(tensor, DESTINATION) for tensor in sends], registered, "auto")
-    incoming = layout.incoming([Transfer(tensor, SOURCE) for tensor in recvs], landing)
+    outgoing = layout.outgoing([Transfer(tensor, DESTINATION) for tensor in sends], registered, Rows(), "auto")
+    incoming = layout.incoming([Transfer(tensor, SOURCE) for tensor in recvs], landing, Places())
     return Round(shared, 0, outgoing, incoming, None, None, lambda peer: "something else")
 
 
@@ -174,10 +185,11 @@ def test_a_slot_that_is_still_copied_from_is_not_handed_out() -> None:
     sizes=st.lists(st.sampled_from([0, 1, 7, 1000, 1024, 5000, 70_000]), min_size=1, max_size=12),
     direct=st.booleans(),
     in_place=st.booleans(),
+    numbered=st.booleans(),
     order=st.randoms(use_true_random=False),
 )
 def test_every_byte_arrives_whatever_the_order_of_the_chunks(
-    sizes: list[int], direct: bool, in_place: bool, order: Any
+    sizes: list[int], direct: bool, in_place: bool, numbered: bool, order: Any
 ) -> None:
     sent = tensors(*sizes)
     received = [torch.full_like(tensor, 0xEE) for tensor in sent]
@@ -187,9 +199,14 @@ def test_every_byte_arrives_whatever_the_order_of_the_chunks(
             if tensor.nbytes:
                 regions.add(tensor.data_ptr(), tensor.nbytes)
     peers = MemoryPeers()
+    rows = peers.published
+    for tensor in sent if numbered and direct else ():
+        block = block_of(tensor)
+        if block is not None:
+            rows.add(block)
     send_pool = pool()
-    plan = layout.outgoing([Transfer(tensor, HERE) for tensor in sent], registered, "auto")
-    arriving = layout.incoming([Transfer(tensor, SOURCE) for tensor in received], landing)
+    plan = layout.outgoing([Transfer(tensor, HERE) for tensor in sent], registered, rows, "auto")
+    arriving = layout.incoming([Transfer(tensor, SOURCE) for tensor in received], landing, peers.places)
     writer = Writer(TOKEN, 0)
     said: list[Message] = []
     outbox = Outbox(plan, send_pool, writer, lambda _, raw: said.append(parse(TOKEN, raw)), CPU, None)  # type: ignore[arg-type]
@@ -418,7 +435,7 @@ def test_what_another_rank_says_before_it_takes_part_counts_when_it_does(
     peers.arrive(DESTINATION, Writer(TOKEN, 0).done())
     assert engine._advance()
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
-    incoming = layout.incoming([Transfer(torch.zeros(1), 4)], Regions())
+    incoming = layout.incoming([Transfer(torch.zeros(1), 4)], Regions(), Places())
     later = Round(shared, 1, {}, incoming, None, None, lambda peer: "something")
     with pytest.raises(PeerLostError) as caught:
         engine.start(later)
@@ -519,12 +536,13 @@ class FakeNixl:
 def held(nixl: FakeNixl, memory: torch.Tensor, *, memory_type: str = "DRAM") -> Any:
     everything = agent_module._Held(nixl, stays_after_failure=memory_type == "VRAM")
     everything.reads.append(Read(nixl, "handle"))
+    everything.prepared.append("list")
     everything.peers.append("peer")
     everything.registered.append(Registration("descriptors", [memory]))
     return everything
 
 
-RELEASED = ["release_xfer_handle", "remove_remote_agent", "deregister_memory"]
+RELEASED = ["release_xfer_handle", "release_dlist_handle", "remove_remote_agent", "deregister_memory"]
 
 
 @pytest.mark.parametrize(
@@ -687,13 +705,13 @@ def test_large_registered_tensors_are_read_in_place(mode: str, registered: bool,
     regions = Regions()
     if registered:
         regions.add(tensor.data_ptr(), nbytes)
-    [plan] = layout.outgoing([Transfer(tensor, 1)], regions, mode).values()
+    [plan] = layout.outgoing([Transfer(tensor, 1)], regions, Rows(), mode).values()
     assert plan.addresses.tolist() == [tensor.data_ptr() if direct else 0]
     assert len(plan.packed) == (not direct)
 
 
 def test_tensors_without_bytes_count_but_do_not_travel() -> None:
-    [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in tensors(0, 5, 0)], Regions(), "auto").values()
+    [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in tensors(0, 5, 0)], Regions(), Rows(), "auto").values()
     assert (plan.count, plan.addresses.tolist(), len(plan.packed)) == (3, [0], 1)
 
 
@@ -702,7 +720,7 @@ def test_only_what_was_declared_is_read_into() -> None:
     regions = Regions()
     regions.add(landing.data_ptr(), 100)
     transfers = [Transfer(landing, 1), Transfer(other, 1), Transfer(landing[50:], 1)]
-    assert layout.incoming(transfers, regions)[1].in_place == [True, False, True]
+    assert layout.incoming(transfers, regions, Places())[1].in_place == [True, False, True]
 
 
 # --- checksums -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from eplb_backends.nixl import layout
 from eplb_backends.nixl.agent import Agent, NixlError
 from eplb_backends.nixl.engine import Engine
-from eplb_backends.nixl.inbox import Incoming
+from eplb_backends.nixl.inbox import SCATTER_BYTES, Incoming
 from eplb_backends.nixl.links import Links
 from eplb_backends.nixl.memory import (
     Regions,
@@ -27,6 +27,7 @@ from eplb_backends.nixl.naming import ranks_text
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
+from eplb_backends.nixl.prepared import Places, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.backend import BackendContext
@@ -165,6 +166,8 @@ class NixlCommunicator(EplbCommunicator):
             for address, nbytes in fresh:
                 self._registered.add(address, nbytes)
             self._unpublished = True
+        for tensor in tensors:
+            self._number(tensor)
         for address, nbytes in ranges if landing else ():
             if self._registered.contain(address, nbytes) and not self._landing.contain(address, nbytes):
                 self._landing.add(address, nbytes)
@@ -194,11 +197,11 @@ class NixlCommunicator(EplbCommunicator):
             with _timed(phases, "agree"):
                 self._agree(sends, recvs)
             with _timed(phases, "pack"):
-                outgoing = layout.outgoing(sends, self._registered, self._mode)
-                incoming = layout.incoming(recvs, self._landing)
+                shared, engine = self._connected()
+                outgoing = layout.outgoing(sends, self._registered, shared.peers.own_rows, self._mode)
+                incoming = layout.incoming(recvs, self._landing, shared.peers.places)
                 if self._options.verify != "off":
                     self._add_sums(sends, outgoing)
-                shared, engine = self._connected()
                 if self._unpublished:
                     shared.peers.publish()
                     self._unpublished = False
@@ -278,6 +281,16 @@ class NixlCommunicator(EplbCommunicator):
             )
         logger.warning("%s: they are packed instead of read in place; %s", what, _NOT_EXPANDABLE)
         return [each for each in ranges if each not in refused]
+
+    def _number(self, tensor: torch.Tensor) -> None:
+        """Give numbers to the rows of a tensor that will be read one by one; peers learn them with the metadata."""
+        block = block_of(tensor)
+        if self._shared is None or self._mode == "packed" or block is None:
+            return
+        address, nbytes, distance, count = block
+        large = nbytes >= SCATTER_BYTES or self._mode == "direct"
+        if large and self._registered.contain(address, distance * (count - 1) + nbytes):
+            self._unpublished |= self._shared.peers.own_rows.add(block)
 
     def _agree(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> None:
         problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
@@ -379,6 +392,7 @@ class NixlCommunicator(EplbCommunicator):
         except EplbError as caught:
             error = caught
         self._registered, self._landing, self._mode = Regions(), Regions(), self._options.mode
+        shared.peers.places = Places()  # the window is no landing memory for anybody else
         _agree_on_step(self._control, "self-test", error, "", self._timeout_s)
 
     def _connected(self) -> tuple[Shared, Engine]:

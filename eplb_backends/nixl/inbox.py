@@ -39,12 +39,14 @@ class Incoming:
         digest: 16 bytes over their sizes and dtypes.
         targets: those with bytes, as uint8 tensors, in order.
         in_place: whether each of them may be read into directly.
+        places: their numbers, -1 for none; left out, none has one.
     """
 
     count: int
     digest: bytes
     targets: list[torch.Tensor]
     in_place: list[bool]
+    places: list[int] = field(default_factory=list)
     lengths: IntArray = field(init=False)
     addresses: list[IntArray] = field(default_factory=list)
     sums: list[IntArray] = field(default_factory=list)
@@ -56,6 +58,7 @@ class Incoming:
 
     def __post_init__(self) -> None:
         """Note the sizes."""
+        self.places = self.places or [-1] * len(self.targets)
         self.lengths = np.array([target.nbytes for target in self.targets], np.int64)
         self.left_bytes = int(self.lengths.sum())
 
@@ -69,12 +72,10 @@ class _Job:
     sequence: int | None  # of the chunk that it empties, if it does
     through_slot: bool
     proves: bool = False  # it reads the page that every rank offers
+    numbers: tuple[list[int], list[int]] | None = None  # of the pieces, at the source and here
     slot: Slot | None = None
     posted_at: float = 0.0
-
-    @property
-    def nbytes(self) -> int:
-        return sum(target.nbytes for _, target in self.pieces)
+    nbytes: int = 0  # known once it is posted
 
 
 class Inbox:
@@ -122,12 +123,12 @@ class Inbox:
         return {job.source for job, _ in self._reading}
 
     def announce(self, source: int, addresses: IntArray) -> bool:
-        """Take a part of READY; return whether that was the last.
+        """Take a part of READY, addresses or `~number` of rows; return whether that was the last.
 
         The first time that a source is heard of, its page is read first and compared.
 
         Raises:
-            ValueError: there are more addresses than messages.
+            ValueError: there are more addresses than messages, or rows that the source has not published.
         """
         incoming = self._peers[source]
         incoming.addresses.append(addresses)
@@ -142,16 +143,28 @@ class Inbox:
             scratch = torch.empty(PAGE_BYTES, dtype=torch.uint8, device=self._device)
             self._unproven.add(source)
             self._waiting.append(_Job(source, [(page, scratch)], None, through_slot=True, proves=True))
-        at = np.concatenate(incoming.addresses)
-        incoming.packed = [int(message) for message in np.flatnonzero(at == 0)]
-        incoming.stream = ByteStream(incoming.lengths[incoming.packed])
         direct: list[Piece] = []
         through: list[Piece] = []
-        for message in np.flatnonzero(at).tolist():
-            into_place = incoming.in_place[message]
-            (direct if into_place else through).append((int(at[message]), incoming.targets[message]))
+        rows: list[int] = []
+        places: list[int] = []
+        for message, address in enumerate(np.concatenate(incoming.addresses).tolist()):
+            target = incoming.targets[message]
+            if address == 0:
+                incoming.packed.append(message)
+                continue
+            if address < 0:
+                rows.append(~address)
+                address = self._others.rows(source).address(rows[-1], target.nbytes)
+            if incoming.in_place[message]:
+                direct.append((address, target))
+                places.append(incoming.places[message])
+            else:
+                through.append((address, target))
+        incoming.stream = ByteStream(incoming.lengths[incoming.packed])
         if direct:
-            self._waiting.append(_Job(source, direct, None, through_slot=False))
+            by_number = len(rows) == len(direct) and not through and min(places) >= 0
+            numbers = (rows, places) if by_number else None
+            self._waiting.append(_Job(source, direct, None, through_slot=False, numbers=numbers))
         self._cut(source, through)
         self._finish_if_all_arrived(source)
         return True
@@ -224,13 +237,16 @@ class Inbox:
             local = job.slot.memory.data_ptr() + np.cumsum(lengths) - lengths
         else:
             local = np.array([target.data_ptr() for _, target in job.pieces], np.int64)
+        job.nbytes = int(lengths.sum())
         pieces = merge(remote, local, lengths)
         if not job.proves:
             self.descriptors += len(lengths)
             self.merged_descriptors += len(pieces[2])
         job.posted_at = time.perf_counter()
         with naming(job.source, "read"):
-            self._reading.append((job, self._others.agent.read(self._others.name(job.source), *pieces)))
+            numbered = None if job.numbers is None else self._others.prepared(job.source, *job.numbers)
+            read = self._others.agent.read(self._others.name(job.source), *pieces, numbered)
+            self._reading.append((job, read))
 
     def _arrived(self, job: _Job) -> None:
         self._on_read(job.source, job.nbytes, time.perf_counter() - job.posted_at)

@@ -10,16 +10,17 @@ import numpy as np
 from eplb_backends.nixl.inbox import SCATTER_BYTES, Incoming
 from eplb_backends.nixl.memory import Regions
 from eplb_backends.nixl.outbox import Outgoing
+from eplb_backends.nixl.prepared import Places, Rows
 from eplb_core.coalesce import as_bytes
 from eplb_core.errors import TransferError
 from eplb_core.queues import Transfer
 
 
-def outgoing(sends: Sequence[Transfer], registered: Regions, mode: str) -> dict[int, Outgoing]:
+def outgoing(sends: Sequence[Transfer], registered: Regions, rows: Rows, mode: str) -> dict[int, Outgoing]:
     """Return destination -> what it is sent.
 
-    Registered tensors are announced by their address. The others are packed, and with `mode=auto` so are small ones:
-    a descriptor of their own would cost more than the copy.
+    Registered tensors are announced by their number, or else by their address. The others are packed, and with
+    `mode=auto` so are small ones: a descriptor of their own would cost more than the copy.
     """
     plan: dict[int, Outgoing] = {}
     for peer, transfers in _by_peer(sends):
@@ -28,26 +29,39 @@ def outgoing(sends: Sequence[Transfer], registered: Regions, mode: str) -> dict[
             if not transfer.nbytes:
                 continue
             address = transfer.tensor.data_ptr()
-            direct = mode != "packed" and registered.contain(address, transfer.nbytes)
-            if direct and (mode == "direct" or transfer.nbytes >= SCATTER_BYTES):
-                addresses.append(address)
-            else:
-                addresses.append(0)
+            said = 0
+            if mode == "direct" or (mode == "auto" and transfer.nbytes >= SCATTER_BYTES):
+                number = rows.number(address, transfer.nbytes)
+                if number >= 0:
+                    said = ~number
+                elif registered.contain(address, transfer.nbytes):
+                    said = address
+            addresses.append(said)
+            if not said:
                 packed.append(as_bytes(transfer.tensor))
         plan[peer] = Outgoing(len(transfers), _digest(transfers), np.array(addresses, np.int64), packed)
     return plan
 
 
-def incoming(recvs: Sequence[Transfer], landing: Regions) -> dict[int, Incoming]:
+def incoming(recvs: Sequence[Transfer], landing: Regions, places: Places) -> dict[int, Incoming]:
     """Return source -> what it sends. Only declared landing memory is read into directly."""
     plan: dict[int, Incoming] = {}
     for peer, transfers in _by_peer(recvs):
         with_bytes = [transfer for transfer in transfers if transfer.nbytes]
+        in_place, numbers = [], []
+        for transfer in with_bytes:
+            at = transfer.tensor.data_ptr(), transfer.nbytes
+            number = places.numbers.get(at)
+            in_place.append(number is not None or landing.contain(*at))
+            if number is None:
+                number = places.add(*at) if in_place[-1] else -1
+            numbers.append(number)
         plan[peer] = Incoming(
             len(transfers),
             _digest(transfers),
             [as_bytes(transfer.tensor) for transfer in with_bytes],
-            [landing.contain(transfer.tensor.data_ptr(), transfer.nbytes) for transfer in with_bytes],
+            in_place,
+            numbers,
         )
     return plan
 

@@ -9,7 +9,8 @@ offset  bytes  field
 16      ...    payload, little-endian, by kind:
 
 READY   uint32 version of the source's metadata, uint32 number of messages, 16 bytes digest of their sizes and
-dtypes, then int64 addresses of those that have bytes; 0 where the message comes in packed chunks
+dtypes, then for each that has bytes an int64: its address, `~number` of a row that was published with the
+        metadata, or 0 where the message comes in packed chunks
 CHUNK   uint32 sequence number, uint64 address, uint64 bytes: the next piece of the packed messages is there
 TAKEN   uint32 sequence number: that chunk was read, its slot is free
 DONE    nothing: all was read

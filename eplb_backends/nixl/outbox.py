@@ -23,7 +23,7 @@ class Outgoing:
     Attributes:
         count: messages, those without bytes included.
         digest: 16 bytes over their sizes and dtypes.
-        addresses: int64 `[messages with bytes]`, 0 where the message is packed.
+        addresses: int64 `[messages with bytes]`, 0 where the message is packed, `~number` for a row that has one.
         packed: the packed ones as uint8 tensors, in order.
         sums: checksums of the messages with bytes, or None.
     """

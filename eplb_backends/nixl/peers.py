@@ -13,9 +13,10 @@ import time
 import msgspec
 
 from eplb_backends.nixl import messages
-from eplb_backends.nixl.agent import Agent, NixlError
+from eplb_backends.nixl.agent import Agent, NixlError, Numbered
 from eplb_backends.nixl.links import Links, Place
 from eplb_backends.nixl.messages import Kind, Message, Writer
+from eplb_backends.nixl.prepared import Block, PeerRows, Places, Rows
 from eplb_core.control import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
 
@@ -32,6 +33,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
         digest: SHA-256 of the metadata.
         place: where the rank runs.
         page: address of a page with known bytes, to be read before anything else.
+        rows: pieces of the memory that have numbers.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
     digest: bytes
     place: Place
     page: int
+    rows: list[Block]
 
 
 class Peers:
@@ -52,6 +55,8 @@ class Peers:
         page: address of this rank's page with known bytes.
 
     Attributes:
+        own_rows: what others may read of this rank by number.
+        places: where this rank reads into by number.
         lost: ranks that nobody should wait for any more.
         proven: ranks from which right bytes were read.
     """
@@ -69,6 +74,9 @@ class Peers:
         self._ranks: dict[str, int] = {}
         self._left: set[int] = set()
         self._page = page
+        self._rows: dict[int, PeerRows] = {}
+        self.own_rows = Rows()
+        self.places = Places()
         self.lost: set[int] = set()
         self.proven: set[int] = set()
 
@@ -81,7 +89,9 @@ class Peers:
         """Publish what is registered here now, as a new version."""
         self.version += 1
         metadata = self.agent.metadata()
-        identity = Identity(self.agent.name, metadata, hashlib.sha256(metadata).digest(), Place.here(), self._page)
+        digest = hashlib.sha256(metadata).digest()
+        rows = self.own_rows.blocks
+        identity = Identity(self.agent.name, metadata, digest, Place.here(), self._page, rows)
         self._control.publish(f"identity/{self.version}", msgspec.msgpack.encode(identity))
 
     def know(self, rank: int, version: int) -> str:
@@ -99,15 +109,19 @@ class Peers:
                     raise NixlError(f"agent {identity.name} is not that of rank {rank}")
                 if hashlib.sha256(identity.metadata).digest() != identity.digest:
                     raise NixlError("it arrived damaged", why=f"{len(identity.metadata)} bytes, wrong digest")
+                rows = PeerRows(identity.name, identity.rows)
                 self.agent.add_peer(identity.name, identity.metadata)
                 self._links.add(rank, identity.place)
+                if rank in self._rows:
+                    self._rows[rank].drop(self.agent)
             except ControlPlaneError as error:
                 raise TransferTimeoutError(error.what, peers=[rank], phase="connect", why=error.why) from error
-            except (NixlError, msgspec.DecodeError, msgspec.ValidationError) as error:
+            except (NixlError, msgspec.DecodeError, ValueError, OverflowError) as error:
                 raise TransferError(
                     f"the metadata of rank {rank} cannot be used", peers=[rank], phase="connect", why=str(error)
                 ) from error
             self._identities[rank] = identity
+            self._rows[rank] = rows
             self._versions[rank] = version
         return self._identities[rank].name
 
@@ -118,6 +132,15 @@ class Peers:
     def page_to_read(self, rank: int) -> int | None:
         """Return where the page of a rank that is known lies, or None if the way from it is proven."""
         return None if rank in self.proven else self._identities[rank].page
+
+    def rows(self, rank: int) -> PeerRows:
+        """Return the rows that a rank which is known has published."""
+        return self._rows[rank]
+
+    def prepared(self, rank: int, rows: list[int], places: list[int]) -> Numbered | None:
+        """Return lists of a rank's rows and of places here, or None while it does not pay to have them."""
+        local = self.places.prepared(self.agent, places)
+        return None if local is None else Numbered(self._rows[rank].prepared(self.agent), rows, local, places)
 
     @property
     def known(self) -> set[int]:

@@ -18,6 +18,8 @@ def merge(remote: IntArray, local: IntArray, lengths: IntArray) -> tuple[IntArra
     Returns:
         The same three arrays with m <= n entries.
     """
+    if len(lengths) == 1:
+        return remote, local, lengths
     ends_here = (remote[1:] != remote[:-1] + lengths[:-1]) | (local[1:] != local[:-1] + lengths[:-1])
     starts = np.flatnonzero(np.r_[True, ends_here])
     return remote[starts], local[starts], np.add.reduceat(lengths, starts)

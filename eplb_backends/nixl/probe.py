@@ -30,8 +30,8 @@ def probe(device_type: str) -> ProbeResult:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.monotonic()
-        one = [np.array([value], np.int64) for value in (expected.data_ptr(), landed.data_ptr(), _BYTES)]
-        read = reader.read(source.name, *one)
+        remote, local, lengths = np.array([[expected.data_ptr()], [landed.data_ptr()], [_BYTES]], np.int64)
+        read = reader.read(source.name, remote, local, lengths)
         while not reader.finished(read):
             source.notifications()
             if time.monotonic() - began > _PATIENCE_S:
