@@ -710,6 +710,17 @@ def test_large_registered_tensors_are_read_in_place(mode: str, registered: bool,
     assert len(plan.packed) == (not direct)
 
 
+@pytest.mark.parametrize(("few", "packed"), [(0, 3), (2, 3), (3, 0), (100, 0)])
+def test_small_registered_tensors_are_packed_only_if_a_pair_has_many(few: int, packed: int) -> None:
+    some = tensors(SMALL, LARGE, 1, 5)
+    regions = Regions()
+    for tensor in some:
+        regions.add(tensor.data_ptr(), tensor.nbytes)
+    [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in some], regions, Rows(), "auto", few).values()
+    assert len(plan.packed) == packed
+    assert np.count_nonzero(plan.addresses) == len(some) - packed
+
+
 def test_tensors_without_bytes_count_but_do_not_travel() -> None:
     [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in tensors(0, 5, 0)], Regions(), Rows(), "auto").values()
     assert (plan.count, plan.addresses.tolist(), len(plan.packed)) == (3, [0], 1)

@@ -89,7 +89,8 @@ class NixlCommunicator(EplbCommunicator):
         self._engine: Engine | None = None
         self._in_flight = 0
         self._one_host = False
-        self._links = Links("DRAM" if context.device.type == "cpu" else "VRAM", options.min_gbps)
+        self._memory = "DRAM" if context.device.type == "cpu" else "VRAM"
+        self._links = Links(self._memory, options.min_gbps)
         try:
             self._connect(context.rank)
             if 1 < context.world_size <= LARGEST_WORLD:
@@ -198,7 +199,9 @@ class NixlCommunicator(EplbCommunicator):
                 self._agree(sends, recvs)
             with _timed(phases, "pack"):
                 shared, engine = self._connected()
-                outgoing = layout.outgoing(sends, self._registered, shared.peers.own_rows, self._mode)
+                outgoing = layout.outgoing(
+                    sends, self._registered, shared.peers.own_rows, self._mode, layout.FEW_SMALL[self._memory]
+                )
                 incoming = layout.incoming(recvs, self._landing, shared.peers.places)
                 if self._options.verify != "off":
                     self._add_sums(sends, outgoing)
@@ -288,8 +291,8 @@ class NixlCommunicator(EplbCommunicator):
         if self._shared is None or self._mode == "packed" or block is None:
             return
         address, nbytes, distance, count = block
-        large = nbytes >= SCATTER_BYTES or self._mode == "direct"
-        if large and self._registered.contain(address, distance * (count - 1) + nbytes):
+        alone = nbytes >= SCATTER_BYTES or self._mode == "direct" or layout.FEW_SMALL[self._memory]
+        if alone and self._registered.contain(address, distance * (count - 1) + nbytes):
             self._unpublished |= self._shared.peers.own_rows.add(block)
 
     def _agree(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> None:

@@ -16,21 +16,31 @@ from eplb_core.errors import TransferError
 from eplb_core.queues import Transfer
 
 
-def outgoing(sends: Sequence[Transfer], registered: Regions, rows: Rows, mode: str) -> dict[int, Outgoing]:
+FEW_SMALL = {"DRAM": 0, "VRAM": 128}
+"""Up to so many small tensors of a pair are read in place. Packing takes a launch, a wait for it on both sides and two
+messages more: where 4 ranks shared an H200, reading every scale in place moved 176 instead of 128 GB/s, and 82 instead
+of 53 with small experts."""
+
+
+def outgoing(
+    sends: Sequence[Transfer], registered: Regions, rows: Rows, mode: str, few_small: int = 0
+) -> dict[int, Outgoing]:
     """Return destination -> what it is sent.
 
     Registered tensors are announced by their number, or else by their address. The others are packed, and with
-    `mode=auto` so are small ones: a descriptor of their own would cost more than the copy.
+    `mode=auto` so are small ones, if a pair has more than `few_small`: descriptors would cost more than the copy.
     """
     plan: dict[int, Outgoing] = {}
     for peer, transfers in _by_peer(sends):
         addresses, packed = [], []
+        small = sum(0 < transfer.nbytes < SCATTER_BYTES for transfer in transfers)
+        least = SCATTER_BYTES if small > few_small else 1
         for transfer in transfers:
             if not transfer.nbytes:
                 continue
             address = transfer.tensor.data_ptr()
             said = 0
-            if mode == "direct" or (mode == "auto" and transfer.nbytes >= SCATTER_BYTES):
+            if mode == "direct" or (mode == "auto" and transfer.nbytes >= least):
                 number = rows.number(address, transfer.nbytes)
                 if number >= 0:
                     said = ~number
