@@ -1,0 +1,214 @@
+"""A GPU's memory, through NVIDIA's own binding of the CUDA driver: every call of CUDA that the package makes.
+
+torch can share tensors between processes too, but keeps counts of their users in /dev/shm, where they stay after a
+SIGKILL, and never frees what a dead process has mapped. The driver's own functions have neither.
+
+Addresses are copied, not tensors: torch would copy from another GPU's tensor on that GPU's stream, and make a context
+there, of some hundred MiB, in every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from eplb_core.errors import BackendUnavailableError
+from eplb_cuda_ipc.memory import HANDLE_BYTES, Allocation, Copies, Mark, MemoryMapError
+
+_PAGE_BYTES = 2 << 20
+
+
+class CudaMemory:
+    """The memory of one GPU; a `Memory`.
+
+    Args:
+        device: the GPU.
+
+    Raises:
+        BackendUnavailableError: the binding is not installed, or the driver does not work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._driver = load_driver()
+        self._ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", self._ordinal)
+        self.gpu = _name(self._ordinal)
+        self._lazy = int(self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
+        # torch hands out the same 32 streams again and again; in one of those, somebody else's kernels could stand
+        # before a copy.
+        flags = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+        try:
+            self._number = self._call("cuDeviceGet", self._ordinal)
+            self._context = self._call("cuDevicePrimaryCtxRetain", self._number)
+            with self._current():
+                self._stream = int(self._call("cuStreamCreate", flags))
+        except CudaError as error:
+            raise BackendUnavailableError(
+                f"the CUDA driver does not work on {self._device}", name="cuda_ipc", why=str(error)
+            ) from error
+        self._as_torch = torch.cuda.ExternalStream(self._stream, device=self._device)
+
+    # --- showing and mapping ----------------------------------------------------------------------------------------
+
+    def unreachable(self, gpu: str) -> str:
+        """Return why this GPU cannot read the memory of another one, or an empty text."""
+        for ordinal in range(torch.cuda.device_count()):
+            if _name(ordinal) == gpu:
+                if ordinal == self._ordinal or torch.cuda.can_device_access_peer(self._ordinal, ordinal):
+                    return ""
+                return f"there is no peer-to-peer access from cuda:{self._ordinal} to cuda:{ordinal}"
+        return f"its GPU {gpu} is not visible to this process; let every rank see all GPUs (CUDA_VISIBLE_DEVICES)"
+
+    def exported(self, address: int) -> Allocation | None:
+        """Return the allocation around `address`; None if it is not a plain one, such as of expandable_segments."""
+        capable = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE
+        try:
+            with self._current():
+                if not self._call("cuPointerGetAttribute", capable, address):
+                    return None
+                base, nbytes = self._call("cuMemGetAddressRange", address)
+                handle = self._call("cuIpcGetMemHandle", base)
+        except CudaError:
+            return None
+        return Allocation(int(base), int(nbytes), ctypes.string_at(handle.getPtr(), HANDLE_BYTES))
+
+    def map(self, handle: bytes) -> int:
+        """Map another process's allocation. The driver counts how often one process maps the same."""
+        if len(handle) != HANDLE_BYTES:
+            raise MemoryMapError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
+        native = self._driver.CUipcMemHandle()
+        ctypes.memmove(native.getPtr(), handle, HANDLE_BYTES)  # some versions of the binding name no field of it
+        try:
+            with self._current():
+                return int(self._call("cuIpcOpenMemHandle", native, self._lazy))
+        except CudaError as error:
+            raise MemoryMapError(str(error)) from error
+
+    def unmap(self, address: int) -> None:
+        """Undo `map`."""
+        with contextlib.suppress(CudaError), self._current():
+            self._call("cuIpcCloseMemHandle", address)
+
+    # --- memory of its own ------------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        """Allocate from the driver: torch's allocator may give memory that cannot be mapped.
+
+        Whole pages of the device, since others share a page with what else lies there (CUDA's documentation of IPC).
+        """
+        with self._current():
+            return int(self._call("cuMemAlloc", -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES))
+
+    def free(self, address: int) -> None:
+        """Undo `allocate`."""
+        with contextlib.suppress(CudaError), self._current():
+            self._call("cuMemFree", address)
+
+    def write(self, address: int, content: bytes) -> None:
+        """Write and wait until it is there."""
+        source = np.frombuffer(content, np.uint8)
+        with self._current():
+            self._call("cuMemcpyHtoDAsync", address, source.ctypes.data, len(source), self._stream)
+            self._call("cuStreamSynchronize", self._stream)
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """Read and wait for it."""
+        target = np.empty(nbytes, np.uint8)
+        try:
+            with self._current():
+                self._call("cuMemcpyDtoHAsync", target.ctypes.data, address, nbytes, self._stream)
+                self._call("cuStreamSynchronize", self._stream)
+        except CudaError as error:
+            raise MemoryMapError(str(error)) from error
+        return target.tobytes()
+
+    # --- streams ----------------------------------------------------------------------------------------------------
+
+    def end_of(self, stream: torch.cuda.Stream | None) -> Mark:
+        """Return an event at the end of the engine's stream."""
+        return self._event(torch.cuda.current_stream(self._device) if stream is None else stream)
+
+    def copy(self, copies: Copies) -> Mark:
+        """Enqueue the copies; with unified addresses the driver finds out by itself on which GPU each end lies."""
+        columns = (copies.target.tolist(), copies.source.tolist(), copies.nbytes.tolist())
+        with self._current():
+            for target, source, nbytes in zip(*columns, strict=True):
+                self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
+        return self._event(self._as_torch)
+
+    def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        with torch.cuda.device(self._device):
+            event.record(stream)
+        return event
+
+    def close(self) -> None:
+        """Let go of the stream, and of the context, which torch holds as well."""
+        if self._context is None:
+            return
+        with contextlib.suppress(CudaError):
+            with self._current():
+                self._call("cuStreamDestroy", self._stream)
+            self._call("cuDevicePrimaryCtxRelease", self._number)
+        self._context = None
+
+    # --- the driver -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make this GPU's context the thread's current one: a thread that has used torch for nothing yet has none."""
+        self._call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        return call(self._driver, function, *arguments)
+
+
+class CudaError(RuntimeError):
+    """The driver refused something. The text says what, and its name for why."""
+
+
+def load_driver() -> Any:
+    """Return NVIDIA's binding of the driver.
+
+    Raises:
+        BackendUnavailableError: it is not installed, or cannot be loaded.
+    """
+    try:
+        from cuda.bindings import driver
+    except (ImportError, RuntimeError) as error:
+        raise BackendUnavailableError(
+            "the binding of the CUDA driver cannot be loaded",
+            name="cuda_ipc",
+            why=f"{type(error).__name__}: {error}",
+            remedy="pip install cuda-bindings, of the CUDA version that torch was built for",
+        ) from error
+    return driver
+
+
+def call(driver: Any, function: str, *arguments: Any) -> Any:
+    """Call one function of the driver, and return its result, or results, without the error code.
+
+    Raises:
+        CudaError: the code says that it failed, or there is no driver.
+    """
+    try:
+        code, *results = getattr(driver, function)(*arguments)
+    except RuntimeError as error:  # as the binding says that there is no libcuda
+        raise CudaError(f"{function}: {error}") from error
+    if int(code):
+        raise CudaError(f"{function}: {getattr(code, 'name', code)}")
+    return results[0] if len(results) == 1 else results
+
+
+def _name(ordinal: int) -> str:
+    """Return a device's UUID: ordinals differ between processes that see different devices."""
+    return str(torch.cuda.get_device_properties(ordinal).uuid)

@@ -1,0 +1,86 @@
+"""Where the tensors of a round lie: in memory that peers map, or packed into chunks of a window.
+
+Both sides of a pair cut what is packed alike, and say nothing about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb_core import Transfer
+from eplb_cuda_ipc.memory import Numbers
+
+_ALIGNMENT = 256  # in a window; what GPUs copy fastest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """The tensors of one pair of ranks, in the order queued.
+
+    Attributes:
+        address: `[N]`.
+        nbytes: `[N]`.
+        digest: of sizes and dtypes, to compare.
+        text: the same in words.
+    """
+
+    address: Numbers
+    nbytes: Numbers
+    digest: bytes
+    text: str
+
+
+def by_peer(transfers: Sequence[Transfer]) -> dict[int, Pieces]:
+    """Return peer -> its tensors. A peer whose tensors have no bytes has an entry as well."""
+    lists: dict[int, list[Transfer]] = {}
+    for transfer in transfers:
+        lists.setdefault(transfer.peer, []).append(transfer)
+    return {peer: _pieces(each) for peer, each in lists.items()}
+
+
+def _pieces(transfers: Sequence[Transfer]) -> Pieces:
+    nbytes = [transfer.nbytes for transfer in transfers]
+    dtypes = [str(transfer.tensor.dtype) for transfer in transfers]
+    return Pieces(
+        np.array([transfer.tensor.data_ptr() for transfer in transfers], np.int64),
+        np.array(nbytes, np.int64),
+        hashlib.blake2b(repr((nbytes, dtypes)).encode(), digest_size=16).digest(),
+        f"{len(nbytes)} tensors of {sum(nbytes)} bytes and of {', '.join(sorted(set(dtypes)))}",
+    )
+
+
+class Cut:
+    """Tensors that lie one behind the other in a stream of bytes, which is cut into chunks.
+
+    Args:
+        address: `[N]`, where they lie.
+        nbytes: `[N]`.
+        chunk_bytes: the size of all chunks but the last.
+
+    Attributes:
+        chunks: how many there are.
+    """
+
+    def __init__(self, address: Numbers, nbytes: Numbers, chunk_bytes: int) -> None:
+        self._address = address
+        self._nbytes = nbytes
+        self._chunk_bytes = chunk_bytes
+        aligned = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._ends = np.cumsum(aligned)
+        self._begins = self._ends - aligned
+        self.chunks = -(-int(aligned.sum()) // chunk_bytes)
+
+    def chunk(self, number: int) -> tuple[Numbers, Numbers, Numbers]:
+        """Return the pieces of a chunk: where each lies, its offset in the chunk, and its bytes."""
+        first, end = number * self._chunk_bytes, (number + 1) * self._chunk_bytes
+        low = int(np.searchsorted(self._ends, first, side="right"))
+        high = int(np.searchsorted(self._begins, end, side="left"))
+        begins = self._begins[low:high]
+        within = np.maximum(begins, first)
+        nbytes = np.minimum(begins + self._nbytes[low:high], end) - within
+        some = nbytes > 0
+        return (self._address[low:high] + within - begins)[some], (within - first)[some], nbytes[some]

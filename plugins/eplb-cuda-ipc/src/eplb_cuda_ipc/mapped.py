@@ -1,0 +1,63 @@
+"""The memory of one peer, as far as this rank has mapped it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from eplb_cuda_ipc.memory import Memory, MemoryMapError, Numbers
+from eplb_cuda_ipc.messages import Show, Tensor
+
+
+class Mapped:
+    """What one peer shows.
+
+    Args:
+        memory: this rank's.
+
+    Attributes:
+        tensors: those that the peer has registered.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._begins: list[int] = []  # 0 where it could not be mapped
+        self._sizes: list[int] = []
+        self._columns = np.empty((2, 0), np.int64)
+        self._problem = "it was let go"
+        self.tensors: list[Tensor] = []
+
+    def add(self, show: Show) -> None:
+        """Map what the peer shows; what cannot be mapped is noted, and matters when it is to be read."""
+        for region in show.regions:
+            begin = 0
+            try:
+                begin = self._memory.map(region.handle)
+            except MemoryMapError as error:  # it may have died since, and others of its regions may be there
+                self._problem = str(error)
+            self._begins.append(begin)
+            self._sizes.append(region.nbytes)
+        self.tensors += show.tensors
+        self._columns = np.array([self._begins, self._sizes], np.int64)
+
+    def addresses(self, regions: Numbers, offsets: Numbers, nbytes: Numbers) -> Numbers:
+        """Return where pieces of the peer's memory lie here.
+
+        Raises:
+            ValueError: a piece does not lie in a region that the peer has shown.
+            MemoryMapError: one could not be mapped.
+        """
+        begins, sizes = self._columns
+        known = (regions >= 0) & (regions < len(begins))
+        if not known.all() or (offsets < 0).any() or (offsets + nbytes > sizes[regions]).any():
+            raise ValueError("it names memory that it has not shown")
+        found: Numbers = begins[regions]
+        if not found.all():
+            raise MemoryMapError(self._problem)
+        return found + offsets
+
+    def let_go(self) -> None:
+        """Unmap everything; nothing may be copying out of it any more. May be called twice."""
+        for begin in filter(None, self._begins):
+            self._memory.unmap(begin)
+        self._begins = [0] * len(self._begins)
+        self._columns = np.array([self._begins, self._sizes], np.int64)

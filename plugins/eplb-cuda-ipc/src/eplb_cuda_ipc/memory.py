@@ -1,0 +1,147 @@
+"""What this transport asks of a device: to show memory to other processes, to map theirs, and to copy.
+
+`CudaMemory` (in `driver.py`) does it on a GPU, and is the only part of the package that calls CUDA. The tests have
+another one, of the host's memory, so that everything else runs between real processes on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Numbers = npt.NDArray[np.int64]
+"""Addresses, offsets or numbers of bytes, one for each of several pieces of memory."""
+
+HANDLE_BYTES = 64
+"""The size of what another process maps an allocation by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """An allocation that other processes can map, which they do as a whole.
+
+    Attributes:
+        address: where it begins, in this process.
+        nbytes: its size.
+        handle: what another process maps it by.
+    """
+
+    address: int
+    nbytes: int
+    handle: bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copies:
+    """Copies that may run in any order: no target overlaps another, or a source.
+
+    Attributes:
+        target: `[N]`, addresses.
+        source: `[N]`, addresses.
+        nbytes: `[N]`.
+    """
+
+    target: Numbers
+    source: Numbers
+    nbytes: Numbers
+
+    def merged(self) -> Copies:
+        """Return the same copies, with those joined that follow one another both where they read and write."""
+        kept = self.nbytes > 0
+        target, source, nbytes = self.target[kept], self.source[kept], self.nbytes[kept]
+        if len(nbytes) < 2:
+            return Copies(target, source, nbytes)
+        follows = (target[:-1] + nbytes[:-1] == target[1:]) & (source[:-1] + nbytes[:-1] == source[1:])
+        first = np.flatnonzero(np.append(True, ~follows))
+        return Copies(target[first], source[first], np.add.reduceat(nbytes, first))
+
+
+def together(parts: Sequence[Copies]) -> Copies:
+    """Return all of them, at least one, as one."""
+    return Copies(
+        np.concatenate([part.target for part in parts]),
+        np.concatenate([part.source for part in parts]),
+        np.concatenate([part.nbytes for part in parts]),
+    )
+
+
+class Mark(Protocol):
+    """A place in a stream. A `torch.cuda.Event` is one."""
+
+    def query(self) -> bool:
+        """Return whether everything before it is done."""
+        ...
+
+
+class Memory(Protocol):
+    """The memory of one rank's device, for one communicator. Addresses are plain numbers.
+
+    Copies run on a stream of its own, in the order given. Nothing else is ever enqueued there, so that a copy waits
+    for no work of the engine's, and ends by itself whatever becomes of the peers.
+
+    Attributes:
+        gpu: the device's name, the same in every process that uses it and on no other device.
+    """
+
+    gpu: str
+
+    def unreachable(self, gpu: str) -> str:
+        """Return why this device cannot read the memory of another one, or an empty text if it can."""
+        ...
+
+    def exported(self, address: int) -> Allocation | None:
+        """Return the allocation that `address` lies in, or None if other processes cannot map it."""
+        ...
+
+    def map(self, handle: bytes) -> int:
+        """Map another process's allocation, and return where it begins here.
+
+        Raises:
+            MemoryMapError: that cannot be done.
+        """
+        ...
+
+    def unmap(self, address: int) -> None:
+        """Undo `map`; the address may be used no more. Never raises."""
+        ...
+
+    def allocate(self, nbytes: int) -> int:
+        """Return memory that other processes can map."""
+        ...
+
+    def free(self, address: int) -> None:
+        """Undo `allocate`. Never raises."""
+        ...
+
+    def write(self, address: int, content: bytes) -> None:
+        """Write and wait until it is there."""
+        ...
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        """Read and wait for it.
+
+        Raises:
+            MemoryMapError: it cannot be read.
+        """
+        ...
+
+    def end_of(self, stream: torch.cuda.Stream | None) -> Mark:
+        """Return the present end of the engine's stream; None means the current one."""
+        ...
+
+    def copy(self, copies: Copies) -> Mark:
+        """Enqueue copies, and return what is passed when they are done."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is held beside allocations and mappings. May be called twice; never raises."""
+        ...
+
+
+class MemoryMapError(RuntimeError):
+    """Another process's memory cannot be mapped. The text says why."""

@@ -1,0 +1,121 @@
+"""Where each rank is: the ranks must be processes of one host whose GPUs can read each other's memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from eplb_core import BackendContext
+from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
+from eplb_cuda_ipc.memory import Memory
+
+
+class Card(msgspec.Struct, array_like=True, frozen=True):
+    """What a rank tells every other before they connect.
+
+    Attributes:
+        host: an identifier of the host's kernel since it was booted.
+        pid_namespace: of its process ids; CUDA finds the owner of a handle by its process id.
+        net_namespace: of its sockets.
+        process: its process id.
+        gpu: its device.
+        address: where it listens.
+        sample: what it writes into its window, so that the others can see whether they read that.
+    """
+
+    host: str
+    pid_namespace: int
+    net_namespace: int
+    process: int
+    gpu: str
+    address: bytes
+    sample: bytes
+
+
+def card_of_this_process(gpu: str, address: bytes, sample: bytes) -> Card:
+    """Return this process's card."""
+    return Card(
+        host=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
+        net_namespace=os.stat("/proc/self/ns/net").st_ino,
+        process=os.getpid(),
+        gpu=gpu,
+        address=address,
+        sample=sample,
+    )
+
+
+def exchange(context: BackendContext, mine: Card, memory: Memory, timeout_s: float) -> list[Card]:
+    """Return the card of every rank, in rank order, once all ranks know that they reach one another.
+
+    Raises:
+        BackendUnavailableError: two ranks do not; on every rank.
+        TransferTimeoutError: a rank did not answer in time.
+    """
+    said = _gather(context, "places of cuda_ipc ranks", msgspec.msgpack.encode(mine), timeout_s)
+    cards = [msgspec.msgpack.decode(each, type=Card) for each in said]
+    problem = unlike(cards) or unreachable(cards, context.rank, memory)
+    tell_problem(context, "whether all ranks reach one another", problem, timeout_s)
+    return cards
+
+
+def unlike(cards: Sequence[Card]) -> str:
+    """Return why ranks at these places cannot map each other's memory, or an empty text if they can."""
+    first = cards[0]
+    for rank, card in enumerate(cards):
+        if card.host != first.host:
+            return f"rank {rank} is on another host than rank 0"
+        if card.pid_namespace != first.pid_namespace:
+            return (
+                f"rank {rank} is in another PID namespace, such as another container, than rank 0; "
+                "CUDA does not map memory across them"
+            )
+        if card.net_namespace != first.net_namespace:
+            return f"rank {rank} is in another network namespace, such as another container, than rank 0"
+        if card.process in [other.process for other in cards[:rank]]:
+            return f"rank {rank} is in the same process as another rank; CUDA maps memory of other processes only"
+    return ""
+
+
+def unreachable(cards: Sequence[Card], rank: int, memory: Memory) -> str:
+    """Return why this rank's device cannot read that of some other rank, or an empty text if it can."""
+    for peer, card in enumerate(cards):
+        reason = memory.unreachable(card.gpu) if peer != rank and card.gpu != memory.gpu else ""
+        if reason:
+            return f"rank {rank} cannot read the memory of rank {peer}: {reason}"
+    return ""
+
+
+def tell_problem(context: BackendContext, what: str, problem: str, timeout_s: float) -> None:
+    """Have every rank raise what went wrong on the first of those where something did; return if nothing did.
+
+    Raises:
+        BackendUnavailableError: something did.
+        TransferTimeoutError: a rank did not answer in time.
+    """
+    said = [each.decode(errors="replace") for each in _gather(context, what, problem.encode(), timeout_s)]
+    first = next(filter(None, said), "")
+    if first:
+        raise BackendUnavailableError(
+            "the ranks cannot map each other's memory",
+            name="cuda_ipc",
+            why=first,
+            remedy="use a backend that needs no mapping, such as nixl or torch_nccl",
+        )
+
+
+def _gather(context: BackendContext, what: str, payload: bytes, timeout_s: float) -> list[bytes]:
+    """Return what every rank says.
+
+    Raises:
+        TransferTimeoutError: a rank did not answer in time.
+    """
+    try:
+        return context.control.all_gather(what, payload, timeout_s)
+    except ControlPlaneError as error:
+        raise TransferTimeoutError(
+            error.what, peers=error.missing, phase="connect", why=error.why, remedy=error.remedy
+        ) from error

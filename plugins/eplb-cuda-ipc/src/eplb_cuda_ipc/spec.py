@@ -1,0 +1,18 @@
+"""How the `cuda_ipc` backend registers itself. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from eplb_core import BackendSpec, Capabilities
+
+BACKEND = BackendSpec(
+    name="cuda_ipc",
+    summary="GPUs of one host: peers' memory mapped by CUDA IPC, one copy, no NCCL; not yet run on a GPU",
+    api_version=(1, 0),
+    factory="eplb_cuda_ipc.communicator:create",
+    options="eplb_cuda_ipc.options:CudaIpcOptions",
+    capabilities=Capabilities(device_types=("cuda",), stateless_groups=True, background=True),
+    requires=("torch", "cuda"),
+    install="pip install eplb-cuda-ipc",
+    probe="eplb_cuda_ipc.probe:probe",
+    priority=-10,  # below all others, so that `auto` leaves it to who names it, until it has run on GPUs
+)
