@@ -1,0 +1,169 @@
+"""The edge to CUDA, as far as it can be seen without a GPU: what the binding is asked, and what becomes of answers."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from eplb_cuda_ipc.driver import CudaError, CudaMemory, call, load_driver
+from eplb_cuda_ipc.memory import Copies, MemoryMapError
+
+BINDING = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+
+
+def number(value: int) -> np.ndarray:
+    return np.array([value], np.int64)
+
+
+class Recorder:
+    """A driver that says yes to everything, keeps count, and has the binding's own types."""
+
+    def __init__(self, **answers: tuple[Any, ...]) -> None:
+        self._answers = answers
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cu"):
+            return getattr(BINDING, name)
+
+        def function(*arguments: Any) -> tuple[Any, ...]:
+            self.asked.append((name, *arguments))
+            return self._answers.get(name, (BINDING.CUresult.CUDA_SUCCESS,))
+
+        return function
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.asked]
+
+
+def memory_on(driver: Any) -> CudaMemory:
+    """Return a memory without what torch makes for it, which takes a GPU."""
+    memory = CudaMemory.__new__(CudaMemory)
+    memory._driver, memory._context, memory._stream, memory._number, memory._lazy = driver, 11, 12, 13, 1
+    return memory
+
+
+NO_DRIVER = ".*(libcuda|NVIDIA driver)"  # as versions of the binding say it
+SUCCESS = BINDING.CUresult.CUDA_SUCCESS
+FAILURE = BINDING.CUresult.CUDA_ERROR_INVALID_VALUE
+
+
+# --- what the binding is given ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, which these calls would reach")
+def test_the_binding_takes_every_call_and_finds_no_driver_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong arguments would be a TypeError, which nothing here catches."""
+    memory = memory_on(load_driver())
+    with pytest.raises(CudaError, match=f"cuCtxPushCurrent: {NO_DRIVER}"):
+        memory.allocate(1)
+    monkeypatch.setattr(CudaMemory, "_current", lambda self: contextlib.nullcontext())
+    for function, *arguments in [
+        ("cuDeviceGet", 0),
+        ("cuDevicePrimaryCtxRetain", 0),
+        ("cuStreamCreate", int(BINDING.CUstream_flags.CU_STREAM_NON_BLOCKING)),
+        ("cuMemGetAddressRange", 1),
+        ("cuIpcGetMemHandle", BINDING.CUdeviceptr(1)),
+        ("cuCtxPopCurrent",),
+        ("cuStreamSynchronize", 12),
+        ("cuStreamDestroy", 12),
+        ("cuDevicePrimaryCtxRelease", 13),
+    ]:
+        with pytest.raises(CudaError, match=f"{function}: {NO_DRIVER}"):
+            call(memory._driver, function, *arguments)
+    assert memory.exported(1) is None
+    with pytest.raises(MemoryMapError, match=f"cuIpcOpenMemHandle: {NO_DRIVER}"):
+        memory.map(bytes(64))
+    memory.unmap(1)
+    with pytest.raises(CudaError, match="cuMemAlloc"):
+        memory.allocate(1)
+    memory.free(1)
+    with pytest.raises(CudaError, match="cuMemcpyHtoDAsync"):
+        memory.write(1, b"bytes")
+    with pytest.raises(MemoryMapError, match="cuMemcpyDtoHAsync"):
+        memory.read(1, 5)
+    with pytest.raises(CudaError, match="cuMemcpyDtoDAsync"):
+        memory.copy(Copies(number(1), number(2), number(3)))
+    memory.close()
+
+
+# --- what becomes of the answers -------------------------------------------------------------------------------------
+
+
+def test_an_allocation_is_described_by_its_base_and_handle() -> None:
+    handle = BINDING.CUipcMemHandle()
+    ctypes.memmove(handle.getPtr(), bytes(range(64)), 64)
+    driver = Recorder(
+        cuPointerGetAttribute=(SUCCESS, True),
+        cuMemGetAddressRange=(SUCCESS, BINDING.CUdeviceptr(4096), 1 << 21),
+        cuIpcGetMemHandle=(SUCCESS, handle),
+    )
+    allocation = memory_on(driver).exported(5000)
+    assert allocation is not None
+    assert (allocation.address, allocation.nbytes, allocation.handle) == (4096, 1 << 21, bytes(range(64)))
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"cuPointerGetAttribute": (SUCCESS, False)},
+        {"cuPointerGetAttribute": (FAILURE, None)},
+        {
+            "cuPointerGetAttribute": (SUCCESS, True),
+            "cuMemGetAddressRange": (SUCCESS, BINDING.CUdeviceptr(0), 1),
+            "cuIpcGetMemHandle": (FAILURE, None),
+        },
+    ],
+)
+def test_memory_that_the_driver_does_not_export_is_not_an_error(answers: dict[str, tuple[Any, ...]]) -> None:
+    assert memory_on(Recorder(**answers)).exported(5000) is None
+
+
+def test_a_handle_is_given_to_the_driver_byte_by_byte() -> None:
+    driver = Recorder(cuIpcOpenMemHandle=(SUCCESS, BINDING.CUdeviceptr(7)))
+    assert memory_on(driver).map(bytes(range(64))) == 7
+    name, native, flags = driver.asked[1]
+    assert (name, ctypes.string_at(native.getPtr(), 64), flags) == ("cuIpcOpenMemHandle", bytes(range(64)), 1)
+
+
+@pytest.mark.parametrize("length", [0, 63, 65])
+def test_a_handle_of_another_length_never_reaches_the_driver(length: int) -> None:
+    driver = Recorder()
+    with pytest.raises(MemoryMapError, match="64 bytes"):
+        memory_on(driver).map(bytes(length))
+    assert not driver.asked
+
+
+def test_the_context_is_taken_away_again_also_after_a_failure() -> None:
+    driver = Recorder(cuMemAlloc=(FAILURE, None))
+    with pytest.raises(CudaError, match="cuMemAlloc: CUDA_ERROR_INVALID_VALUE"):
+        memory_on(driver).allocate(100)
+    assert driver.names == ["cuCtxPushCurrent", "cuMemAlloc", "cuCtxPopCurrent"]
+
+
+def test_whole_pages_are_allocated() -> None:
+    driver = Recorder(cuMemAlloc=(SUCCESS, BINDING.CUdeviceptr(7)))
+    memory_on(driver).allocate((2 << 20) + 1)
+    assert driver.asked[1] == ("cuMemAlloc", 4 << 20)
+
+
+def test_copies_go_to_the_own_stream_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Recorder()
+    memory = memory_on(driver)
+    memory._as_torch = None  # type: ignore[assignment]
+    monkeypatch.setattr(CudaMemory, "_event", lambda self, stream: "mark")
+    assert memory.copy(Copies(np.array([1, 2]), np.array([3, 4]), np.array([5, 6]))) == "mark"
+    assert driver.asked[1:-1] == [("cuMemcpyDtoDAsync", 1, 3, 5, 12), ("cuMemcpyDtoDAsync", 2, 4, 6, 12)]
+
+
+def test_closing_twice_lets_go_once() -> None:
+    driver = Recorder()
+    memory = memory_on(driver)
+    memory.close()
+    memory.close()
+    assert driver.names.count("cuStreamDestroy") == driver.names.count("cuDevicePrimaryCtxRelease") == 1
