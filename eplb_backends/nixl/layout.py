@@ -15,7 +15,6 @@ from eplb_core.coalesce import as_bytes
 from eplb_core.errors import TransferError
 from eplb_core.queues import Transfer
 
-
 FEW_SMALL = {"DRAM": 0, "VRAM": 128}
 """Up to so many small tensors of a pair are read in place. Packing takes a launch, a wait for it on both sides and two
 messages more: where 4 ranks shared an H200, reading every scale in place moved 176 instead of 128 GB/s, and 82 instead
