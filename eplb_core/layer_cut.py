@@ -90,6 +90,11 @@ class LayerPart:
     landings: dict[int, int] = field(default_factory=dict)
     vacated: list[int] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing happens in it."""
+        return not self.moves and not self.vacated
+
 
 def cut_layer(task: LayerTask, budget: Budget) -> list[LayerPart]:
     """Cut the way of one layer from `old` to `new` into parts.
@@ -138,7 +143,7 @@ def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -
         for state in states:
             state.vacate()
         steps.append([state.end_part() for state in states])
-        if not any(part.moves or part.vacated for part in steps[-1]):
+        if all(part.is_empty for part in steps[-1]):
             raise _halted(budget)
     return steps
 

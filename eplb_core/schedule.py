@@ -116,7 +116,7 @@ def schedule_steps(
         "send limit": _UNLIMITED if send_limit_bytes is None else send_limit_bytes,
         "receive limit": _UNLIMITED if recv_limit_bytes is None else recv_limit_bytes,
     }
-    work = _Work(plan, aligned, limits, max_layers_per_step)
+    work = _Work(plan, _whole_layers(plan), aligned, limits, max_layers_per_step)
     steps = work.staged()
     if not steps or in_place_from is None or max_layers_per_step is not None:
         return steps
@@ -137,28 +137,31 @@ class _Work:
 
     Attributes:
         plan: what has to move.
+        whole: the same as parts, of whole layers.
         aligned: `[num_layers]`, bytes of an expert in the window.
         limits: name -> bytes a rank and step: window, sent, received.
         max_layers: the most layers of a step, None for no limit.
     """
 
     plan: RearrangementPlan
+    whole: _Parts
     aligned: IntArray
     limits: dict[str, int]
     max_layers: int | None
 
     def staged(self) -> list[Step]:
         """Return steps that receive everything into the window."""
-        parts = _whole_layers(self.plan)
-        use = parts.use(parts.order(self.plan), self.aligned, self.plan.num_ranks)
+        parts = self.whole
+        order = parts.order(self.plan)
+        use = parts.use(order, self.aligned, self.plan.num_ranks)
         too_large = np.unique(parts.layer[(use > self._bound).any(axis=1)])
         if len(too_large):
             _check_limits(parts.layer, use, self.aligned, self.limits, self.plan.num_ranks)
             budget = Budget(*self.limits.values())
             cuts = {int(layer): cut_layer(_task(self.plan, int(layer), self.aligned), budget) for layer in too_large}
             parts = _with_cuts(self.plan, parts, cuts)
-        order = parts.order(self.plan)
-        use = parts.use(order, self.aligned, self.plan.num_ranks)
+            order = parts.order(self.plan)
+            use = parts.use(order, self.aligned, self.plan.num_ranks)
         step = _pack(parts.layer, use, self._bound, self.max_layers or len(parts.layer))
         return _make_steps(self.plan, parts, order, self.aligned, step)
 
@@ -167,17 +170,16 @@ class _Work:
         layers = np.unique(self.plan.move_layer).tolist()
         tasks = [_task(self.plan, layer, self.aligned) for layer in layers]
         cut = cut_in_place(tasks, Budget(*self.limits.values()), cheap_bytes)
-        numbered = {
-            layer: [
-                (number, parts[index]) for number, parts in enumerate(cut) if parts[index].moves or parts[index].vacated
-            ]
-            for index, layer in enumerate(layers)
-        }
-        parts = _with_cuts(
-            self.plan, _whole_layers(self.plan), {la: [p for _, p in own] for la, own in numbered.items()}
-        )
+        cuts: dict[int, list[LayerPart]] = {layer: [] for layer in layers}
+        numbers: dict[int, list[int]] = {layer: [] for layer in layers}
+        for number, of_step in enumerate(cut):
+            for layer, part in zip(layers, of_step, strict=True):
+                if not part.is_empty:
+                    cuts[layer].append(part)
+                    numbers[layer].append(number)
+        parts = _with_cuts(self.plan, self.whole, cuts)
         step = np.zeros(len(parts.layer), dtype=np.int64)  # where a layer only gets empty slots
-        step[np.isin(parts.layer, layers)] = [number for own in numbered.values() for number, _ in own]
+        step[np.isin(parts.layer, layers)] = [number for own in numbers.values() for number in own]
         return _make_steps(self.plan, parts, parts.order(self.plan), self.aligned, step)
 
     @property

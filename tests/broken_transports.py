@@ -354,23 +354,13 @@ class LandsLate(Sound):
     def may_land_late(self) -> bool:
         return False
 
-    def move(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
-        try:
-            super().move(sends, recvs)
-        except TransferError:
-            self._write_later(recvs)
-            raise
-
     def check(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
         try:
             super().check(sends, recvs)
         except TransferTimeoutError:
-            self._write_later(recvs)
+            for recv in recvs:
+                threading.Timer(0.3, recv.tensor.zero_).start()
             raise
-
-    def _write_later(self, recvs: list[Transfer]) -> None:
-        for recv in recvs:
-            threading.Timer(0.3, recv.tensor.zero_).start()
 
 
 class ClaimsToBeUsable(Sound):
