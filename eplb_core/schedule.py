@@ -82,9 +82,8 @@ def schedule_steps(
     """Cut `plan` into steps, as few as a greedy packing finds, in the order in which they have to run.
 
     Whole layers share a step as long as the budgets allow; what is relayed in a layer follows in a later one. A layer
-    that is too large for a step of its own is cut into
-    several; that costs no additional transfer. Every step's limits hold for each rank. Smaller limits, or fewer layers
-    a step, give more and smaller steps, which overlap better.
+    that is too large for a step of its own is cut into several; that costs no additional transfer. Every step's limits
+    hold for each rank. Smaller limits, or fewer layers a step, give more and smaller steps, which overlap better.
 
     What lands in the window is copied once more. With `in_place_from`, slots are given up (empty) as soon as their
     expert has another copy, and received into directly by later steps, if that is cheaper: each step counts like

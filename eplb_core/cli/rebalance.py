@@ -36,7 +36,11 @@ _DEFAULT_RANKS = 4
 @click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
 @click.option("--backend", help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]")
-@click.option("--window", help="The most staging memory of a rank, such as 64MiB.  [default: the backend's]")
+@click.option(
+    "--window",
+    help="The most staging of a rank for received experts, such as 64MiB; that of the backend, such as nixl?window=, "
+    "comes on top.  [default: what the backend leaves of its own]",
+)
 @click.option("--pace", help="Move in the background, with at most so much into a rank, such as 200MB/s.")
 @click.option("--verify", default="off", show_default=True, help="Compare checksums before and after: sample, full.")
 @click.option("--seed", default=0, show_default=True, help="Of random weights.")

@@ -52,7 +52,7 @@ class RebalanceRequest:
         layers: `COUNT` or `START:STOP`, or None for all.
         seed: of the random weights.
         backend: a config string, or None for what the environment says, or `auto`.
-        window: the most staging memory of a rank, as text; None for what the backend's configuration allows.
+        window: the most staging of a rank for received experts, as text; None for what the backend allows.
         pace: the most bytes a second that a background job brings to a rank, as text; None to run at once.
         verify: how thoroughly checksums are compared before and after: off, sample or full.
         timeout_s: the longest that all of it may take, in seconds.
@@ -94,7 +94,7 @@ class RebalanceJob:
         node_of_rank: the node of each rank.
         expert_bytes: for each row, the bytes of one expert.
         backend: the config string of what moves the bytes.
-        window_bytes: the most staging memory of a rank; None for what the backend's configuration allows.
+        window_bytes: the most staging of a rank for received experts; None for what the backend allows.
         timeout_s: the longest that all of it may take, in seconds.
         bytes_per_s: the most that a background job brings to a rank; None to run at once.
         verify: how thoroughly checksums are compared before and after.
