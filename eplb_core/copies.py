@@ -6,23 +6,26 @@ from collections.abc import Sequence
 
 import torch
 
-_LARGE_BYTES = 256 << 10
-"""From here on a copy of its own runs at the memory's rate; smaller ones share a kernel, which copies bytes slowly."""
+_LARGE_BYTES = {"cpu": 256 << 10, "cuda": 8 << 20}
+"""From here on a copy of its own runs at the memory's rate. Smaller ones share a kernel: launching one each takes a CPU
+4 to 6 us, on an H200 five times as long for 1.5 MB as the copy. There a shared kernel copies int64 at 1,480 GB/s, bytes
+at 870 and single copies follow one another at 270."""
 
 
 def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
     """Copy each source into its target, on the current stream, in any order.
 
     Args:
-        targets: uint8 `[bytes]` tensors that do not overlap, nor overlap any source.
-        sources: uint8 `[bytes]` tensors of the same sizes, on the same device.
+        targets: one-dimensional tensors, uint8 or int64, that do not overlap, nor overlap any source.
+        sources: tensors of the same sizes and dtypes, on the same device.
     """
-    small: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        if target.nbytes >= _LARGE_BYTES:
+        if target.nbytes >= _LARGE_BYTES.get(target.device.type, _LARGE_BYTES["cuda"]):
             target.copy_(source)
         else:
-            small[0].append(target)
-            small[1].append(source)
-    if small[0]:
-        torch._foreach_copy_(*small)
+            ends = together.setdefault(target.dtype, ([], []))
+            ends[0].append(target)
+            ends[1].append(source)
+    for ends in together.values():
+        torch._foreach_copy_(*ends)

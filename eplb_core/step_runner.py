@@ -14,7 +14,7 @@ from eplb_core.copies import copy_all
 from eplb_core.errors import IntegrityError
 from eplb_core.schedule import ALIGNMENT, SLOT, Step
 from eplb_core.streams import on_stream
-from eplb_core.weights import ExpertWeights
+from eplb_core.weights import ExpertWeights, words_of
 
 Slice = tuple[int, int, int]
 """A row of `Step.transfers`, and the bytes of that expert's payload to move: row, first, end."""
@@ -103,13 +103,14 @@ class StepRunner:
     def commit(self, step: Step, part: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         """Copy from the window, and between slots, in the order that the schedule says, on `stream`."""
         rows = step.copies[step.copies[:, 0] == self._rank]
+        words = words_of(part)
         with on_stream(self._weights.device, stream):
             for level in np.unique(rows[:, 2]):
                 targets: list[torch.Tensor] = []
                 sources: list[torch.Tensor] = []
                 for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
-                    targets += self._tensors(part, layer, target_kind, target)
-                    sources += self._tensors(part, layer, source_kind, source)
+                    targets += self._words(part, words, layer, target_kind, target)
+                    sources += self._words(part, words, layer, source_kind, source)
                 copy_all(targets, sources)
 
     def depends(self, step: Step, earlier: Step) -> bool:
@@ -159,6 +160,13 @@ class StepRunner:
         if kind == SLOT:
             return self._weights.slot(layer, place)
         return self._weights.staged(part, layer, place)
+
+    def _words(
+        self, part: torch.Tensor, words: torch.Tensor, layer: int, kind: int, place: int
+    ) -> Sequence[torch.Tensor]:
+        if kind == SLOT:
+            return self._weights.slot_words(layer, place)
+        return self._weights.staged_words(part, words, layer, place)
 
 
 def cut_window(window: torch.Tensor, largest_expert: int, count: int) -> list[torch.Tensor]:

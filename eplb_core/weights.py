@@ -12,6 +12,7 @@ from eplb_core.errors import InputError
 from eplb_core.placement import IntArray
 
 _ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
+_WORD = 8  # bytes; what copies on a device move at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +23,13 @@ class LayerLayout:
         rows: its tensors as uint8 `[slots, bytes of a row]`.
         offsets: each one's offset in a staged expert, in bytes.
         slots: for each slot its row of every tensor; made once, since making views costs more than using them.
+        words: the same for copies, as int64 where a row's bytes and places allow that; a GPU copies words faster.
     """
 
     rows: tuple[torch.Tensor, ...]
     offsets: tuple[int, ...]
     slots: tuple[tuple[torch.Tensor, ...], ...]
+    words: tuple[tuple[torch.Tensor, ...], ...]
 
 
 class ExpertWeights:
@@ -97,6 +100,24 @@ class ExpertWeights:
             for rows, start in zip(layout.rows, layout.offsets, strict=True)
         ]
 
+    def slot_words(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """Return the tensors of one slot for copies, as views: int64 `[words]` where that is possible, else uint8."""
+        return self.layers[layer].words[slot]
+
+    def staged_words(self, window: torch.Tensor, words: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
+        """Return what `staged` does, in the dtypes of `slot_words`; `words` is `words_of(window)`."""
+        layout = self.layers[layer]
+        if not layout.words:
+            return []
+        views = []
+        for row, start in zip(layout.words[0], layout.offsets, strict=True):
+            first = offset + start
+            if row.dtype is torch.int64:
+                views.append(words[first // _WORD : first // _WORD + len(row)])
+            else:
+                views.append(window[first : first + len(row)])
+        return views
+
     def describe(self) -> str:
         """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
         tensors = iter(self.tensors)
@@ -133,8 +154,14 @@ class ExpertWeights:
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
-        slots = zip(*(row.unbind(0) for row in rows), strict=True)
-        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), tuple(slots))
+        slots = tuple(zip(*(row.unbind(0) for row in rows), strict=True))
+        words = tuple(zip(*(_as_words(row).unbind(0) for row in rows), strict=True))
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), slots, words)
+
+
+def words_of(window: torch.Tensor) -> torch.Tensor:
+    """Return uint8 `[bytes]`, which begins at a multiple of 8 bytes, as int64 `[words]`; the rest is left out."""
+    return window[: len(window) // _WORD * _WORD].view(torch.int64)
 
 
 def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,6 +170,12 @@ def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     width = tensor[0].numel() if slots else 0
     flat = tensor.as_strided((slots, width), (tensor.stride(0), 1))
     return flat.view(torch.uint8)
+
+
+def _as_words(rows: torch.Tensor) -> torch.Tensor:
+    """Return uint8 `[slots, bytes of a row]` as int64 `[slots, words of a row]`, or as it is where that cannot be."""
+    places = (rows.data_ptr(), rows.storage_offset(), rows.stride(0), rows.shape[1])
+    return rows if not rows.numel() or any(place % _WORD for place in places) else rows.view(torch.int64)
 
 
 def _aligned(nbytes: int) -> int:
