@@ -6,7 +6,7 @@ Every promise is in these docstrings, and is checked for every backend by the sa
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -86,6 +86,14 @@ class PendingTransfer:
     def wait(self) -> TransferStats | None:
         """Return when everything is sent and received, with what was done; raises as `execute()` does."""
         return self._stats
+
+    def use_idle_time(self, work: Iterator[object]) -> None:
+        """Let `wait()` advance `work`, by one item at a time, while this rank has nothing else to do.
+
+        An item takes a few hundred microseconds at most, and queues nothing. What is left of it is the caller's to do;
+        the default leaves all of it.
+        """
+        return
 
 
 class EplbCommunicator(ABC):

@@ -233,7 +233,7 @@ class RearrangeJob:
         stream = self._engine_stream
         if ready.received is not None:
             (stream or torch.cuda.current_stream(self._device)).wait_event(ready.received)
-        self._runner.commit(self._state.steps[ready.number], ready.part, stream)
+        self._runner.commit(self._runner.prepare(self._state.steps[ready.number], ready.part), stream)
         done = mark(self._device, stream)
         with self._state.changed:
             self._state.placement = self._state.steps[ready.number].apply(self._state.placement)

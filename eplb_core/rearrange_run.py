@@ -16,15 +16,14 @@ from eplb_core.ledger import Ledger, error_of, who_is_to_blame
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.rearrange_events import Narrator
 from eplb_core.schedule import Step
-from eplb_core.step_runner import Account, StepRunner
+from eplb_core.step_runner import Account, PreparedStep, StepRunner
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _UnderWay:
-    """A step that was started, and the part of the window that it lands in."""
+    """A step that was started."""
 
-    step: Step
-    part: torch.Tensor
+    prepared: PreparedStep
     pending: PendingTransfer
     began: float
 
@@ -72,6 +71,8 @@ class Run:
         self._stream = stream
         self._rank, self._world_size = context.rank, context.world_size
         self._under_way: deque[_UnderWay] = deque()
+        self._started = 0
+        self._next: PreparedStep | None = None
 
     def perform(self, progress: Callable[[int, int], None] | None) -> None:
         """Run all steps, and tell the others if this rank cannot go on."""
@@ -80,16 +81,18 @@ class Run:
         with self._trusting(), self._giving_up():
             for number, step in enumerate(self.steps):
                 while len(self._under_way) == len(self._parts) or any(
-                    self._runner.depends(step, other.step) for other in self._under_way
+                    self._runner.depends(step, other.prepared.step) for other in self._under_way
                 ):
                     done += self._complete_oldest()
                     if progress is not None:
                         progress(done, total)
-                part = self._parts[number % len(self._parts)]
                 began = time.perf_counter()
+                prepared = self._next_step(number)
+                self._next = None
                 with self._naming(step):
-                    pending = self._runner.transfer(step, part, self.account)
-                self._under_way.append(_UnderWay(step, part, pending, began))
+                    pending = self._runner.transfer(prepared, self.account)
+                self._started = number + 1
+                self._under_way.append(_UnderWay(prepared, pending, began))
             while self._under_way:
                 done += self._complete_oldest()
                 if progress is not None:
@@ -106,24 +109,25 @@ class Run:
             if verdict.aborted:
                 raise error_of(verdict, self._rank, usable=verdict.usable and len(self._under_way) == 1)
         self._commit_oldest()
-        return self._runner.incoming_bytes(oldest.step)
+        return self._runner.incoming_bytes(oldest.prepared.step)
 
     def _commit_oldest(self) -> None:
         oldest = self._under_way[0]
         began = time.perf_counter()
-        self._runner.commit(oldest.step, oldest.part, self._stream)
+        self._runner.commit(oldest.prepared, self._stream)
         self.account.add("commit", time.perf_counter() - began)
-        self.placement = oldest.step.apply(self.placement)
+        self.placement = oldest.prepared.step.apply(self.placement)
         self._under_way.popleft()
         self.decided += 1
         if self._ledger is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
             # Every rank has read the verdict before, or this one would not stand.
             self._ledger.forget(question(self.decided - 2))
-        self.narrator.committed(self.decided - 1, oldest.step, time.perf_counter() - oldest.began)
+        self.narrator.committed(self.decided - 1, oldest.prepared.step, time.perf_counter() - oldest.began)
 
     def _receive(self, under_way: _UnderWay) -> None:
         began = time.perf_counter()
-        with self._naming(under_way.step):
+        under_way.pending.use_idle_time(self._look_ahead(under_way))
+        with self._naming(under_way.prepared.step):
             stats = under_way.pending.wait()
         if stats is None:
             self.account.add("execute", time.perf_counter() - began)
@@ -131,6 +135,18 @@ class Run:
         self.account.paths.update(stats.paths)
         for phase, seconds in stats.phases.items():
             self.account.add(phase, seconds)
+
+    def _look_ahead(self, under_way: _UnderWay) -> Iterator[object]:
+        """Look up what the commit of a step copies, and then what the next step moves."""
+        yield from under_way.prepared.look_up()
+        if self._started < len(self.steps):
+            yield from self._next_step(self._started).look_up()
+
+    def _next_step(self, number: int) -> PreparedStep:
+        """Return the next step to start, as far as it is prepared."""
+        if self._next is None:
+            self._next = self._runner.prepare(self.steps[number], self._parts[number % len(self._parts)])
+        return self._next
 
     @contextlib.contextmanager
     def _naming(self, step: Step) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,75 @@ class Account:
         self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
 
+class PreparedStep:
+    """What one rank does in a step, tensor by tensor: looked up when it is needed, or before in `look_up`.
+
+    Args:
+        step: the step.
+        part: the part of the window that it lands in.
+        weights: the local slots.
+        rank: this rank.
+    """
+
+    def __init__(self, step: Step, part: torch.Tensor, weights: ExpertWeights, rank: int) -> None:
+        self.step = step
+        self.part = part
+        self._weights = weights
+        self._rank = rank
+
+    @functools.cached_property
+    def sends(self) -> list[tuple[torch.Tensor, int]]:
+        """What is sent, and to whom."""
+        rows = self.step.transfers
+        return [
+            (tensor, rank)
+            for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist()
+            for tensor in self._weights.slot(layer, slot)
+        ]
+
+    @functools.cached_property
+    def recvs(self) -> list[tuple[torch.Tensor, int]]:
+        """What is received, and from whom."""
+        rows = self.step.transfers
+        return [
+            (tensor, source)
+            for layer, _, source, _, _, kind, place in rows[rows[:, 4] == self._rank].tolist()
+            for tensor in self.tensors(layer, kind, place)
+        ]
+
+    @functools.cached_property
+    def copies(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Targets and sources of the copies of each level, in order."""
+        words = words_of(self.part)
+        rows = self.step.copies[self.step.copies[:, 0] == self._rank]
+        levels = []
+        for level in np.unique(rows[:, 2]):
+            targets: list[torch.Tensor] = []
+            sources: list[torch.Tensor] = []
+            for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
+                targets += self._words(words, layer, target_kind, target)
+                sources += self._words(words, layer, source_kind, source)
+            levels.append((targets, sources))
+        return levels
+
+    def look_up(self) -> Iterator[object]:
+        """Look everything up, a piece for each item."""
+        yield self.sends
+        yield self.recvs
+        yield self.copies
+
+    def tensors(self, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
+        """Return the tensors of an expert that lies in a slot, or at an offset of the window, as uint8 `[bytes]`."""
+        if kind == SLOT:
+            return self._weights.slot(layer, place)
+        return self._weights.staged(self.part, layer, place)
+
+    def _words(self, words: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
+        if kind == SLOT:
+            return self._weights.slot_words(layer, place)
+        return self._weights.staged_words(self.part, words, layer, place)
+
+
 class StepRunner:
     """Runs steps over one communicator and one set of weights.
 
@@ -51,30 +121,32 @@ class StepRunner:
         self._weights = weights
         self._rank = rank
 
-    def transfer(self, step: Step, part: torch.Tensor, account: Account) -> PendingTransfer:
-        """Begin to move all of a step's experts, into this rank's slots or `part` of its window."""
-        if not len(step.transfers):
+    def prepare(self, step: Step, part: torch.Tensor) -> PreparedStep:
+        """Return what this rank does in a step that lands in `part` of its window."""
+        return PreparedStep(step, part, self._weights, self._rank)
+
+    def transfer(self, prepared: PreparedStep, account: Account) -> PendingTransfer:
+        """Begin to move all of a step's experts, into this rank's slots or its window."""
+        if not len(prepared.step.transfers):
             return PendingTransfer(None)
         began = time.perf_counter()
-        rows = step.transfers
-        for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist():
-            for tensor in self._weights.slot(layer, slot):
-                self._communicator.add_send(tensor, rank)
-        for layer, _, source, _, _, kind, destination in rows[rows[:, 4] == self._rank].tolist():
-            for tensor in self._tensors(part, layer, kind, destination):
-                self._communicator.add_recv(tensor, source)
+        for tensor, rank in prepared.sends:
+            self._communicator.add_send(tensor, rank)
+        for tensor, rank in prepared.recvs:
+            self._communicator.add_recv(tensor, rank)
         account.add("queue", time.perf_counter() - began)
         return self._communicator.start()
 
     def transfer_slices(self, step: Step, slices: Sequence[Slice], part: torch.Tensor) -> PendingTransfer:
         """Begin to move some bytes of a step's experts, as `bursts` has cut them."""
+        prepared = self.prepare(step, part)
         for row, first, end in slices:
             layer, _, source, slot, rank, kind, destination = step.transfers[row].tolist()
             if source == self._rank:
                 for tensor in _cut(self._weights.slot(layer, slot), first, end):
                     self._communicator.add_send(tensor, rank)
             elif rank == self._rank:
-                for tensor in _cut(self._tensors(part, layer, kind, destination), first, end):
+                for tensor in _cut(prepared.tensors(layer, kind, destination), first, end):
                     self._communicator.add_recv(tensor, source)
         return self._communicator.start()
 
@@ -100,17 +172,10 @@ class StepRunner:
         shares = np.bincount(step.transfers[:, 4], weights=self._weights.payload_bytes[step.transfers[:, 0]])
         return int(shares.max(initial=0))
 
-    def commit(self, step: Step, part: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+    def commit(self, prepared: PreparedStep, stream: torch.cuda.Stream | None) -> None:
         """Copy from the window, and between slots, in the order that the schedule says, on `stream`."""
-        rows = step.copies[step.copies[:, 0] == self._rank]
-        words = words_of(part)
         with on_stream(self._weights.device, stream):
-            for level in np.unique(rows[:, 2]):
-                targets: list[torch.Tensor] = []
-                sources: list[torch.Tensor] = []
-                for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
-                    targets += self._words(part, words, layer, target_kind, target)
-                    sources += self._words(part, words, layer, source_kind, source)
+            for targets, sources in prepared.copies:
                 copy_all(targets, sources)
 
     def depends(self, step: Step, earlier: Step) -> bool:
@@ -155,18 +220,6 @@ class StepRunner:
 
     def _bytes(self, step: Step, column: int) -> int:
         return int(self._weights.payload_bytes[step.transfers[step.transfers[:, column] == self._rank, 0]].sum())
-
-    def _tensors(self, part: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
-        if kind == SLOT:
-            return self._weights.slot(layer, place)
-        return self._weights.staged(part, layer, place)
-
-    def _words(
-        self, part: torch.Tensor, words: torch.Tensor, layer: int, kind: int, place: int
-    ) -> Sequence[torch.Tensor]:
-        if kind == SLOT:
-            return self._weights.slot_words(layer, place)
-        return self._weights.staged_words(part, words, layer, place)
 
 
 def cut_window(window: torch.Tensor, largest_expert: int, count: int) -> list[torch.Tensor]:

@@ -493,6 +493,14 @@ def test_the_last_words_of_a_lost_peer_say_who_is_to_blame(
     assert caught.value.peers == (5,)
 
 
+def test_who_waits_does_other_work_meanwhile(waiting: tuple[Engine, MemoryPeers, Round]) -> None:
+    engine, peers, this = waiting
+    done: list[int] = []
+    with pytest.raises(TransferTimeoutError):  # the peers are silent
+        engine.wait(this, (done.append(number) for number in range(3)))
+    assert done == [0, 1, 2]
+
+
 # --- what NIXL raises, and what is released --------------------------------------------------------------------------
 
 

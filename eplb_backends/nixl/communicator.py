@@ -236,7 +236,8 @@ class NixlCommunicator(EplbCommunicator):
         with self._breaking():
             _, engine = self._connected()
             with _timed(phases, "read"):
-                engine.wait(pending.round)
+                work, pending.work = pending.work, iter(())  # it may hold whoever waits
+                engine.wait(pending.round, work)
             self._in_flight -= 1
             if self._options.verify != "off":
                 with _timed(phases, "verify"):
@@ -424,6 +425,11 @@ class _Pending(PendingTransfer):
         self.began = began
         self.sends = sends
         self.recvs = recvs
+        self.work: Iterator[object] = iter(())
+
+    def use_idle_time(self, work: Iterator[object]) -> None:
+        """Let `wait()` advance `work` while READs are in flight and no peer has said anything."""
+        self.work = work
 
     def wait(self) -> TransferStats:
         """Return when everything is read on both sides."""

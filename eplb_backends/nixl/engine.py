@@ -14,9 +14,11 @@ from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.round import Round
 from eplb_core.errors import EplbError, PeerLostError, TransferError, TransferTimeoutError
 
+_POLLS = 4  # in a row that bring nothing, before other work is done meanwhile
 _SPINS = 20  # polls in a row before the first nap
 _NAP_S = 20e-6
 _LONGEST_NAP_S = 500e-6  # while nothing happens a rank leaves the core to those that have work
+_NO_MORE = object()
 _LOOK_S = 0.05  # between two looks at who is late
 _ANSWER_S = 1.0  # how long a suspect may take to say that it is alive, and then half of it to say who is to blame
 _LAST_WORDS_S = 0.02  # how long to look for what a rank said before it was gone
@@ -49,8 +51,8 @@ class Engine:
                 self._hand_out(rank, message)
             self._advance()
 
-    def wait(self, this: Round) -> None:
-        """Return when a round has ended; the others go on meanwhile.
+    def wait(self, this: Round, work: Iterator[object] | None = None) -> None:
+        """Return when a round has ended; the others go on meanwhile, and so does `work` while nothing happens.
 
         Raises:
             TransferMismatchError: a peer announced something else than is expected here, or the other way round.
@@ -59,6 +61,7 @@ class Engine:
             TransferError: a peer gave up, or NIXL failed.
         """
         with self._telling():
+            left = iter(()) if work is None else work
             idle = 0
             look_at = time.monotonic() + _LOOK_S
             while not this.ended:
@@ -67,6 +70,8 @@ class Engine:
                 if time.monotonic() > look_at:
                     self._look(this)
                     look_at = time.monotonic() + _LOOK_S
+                if idle > _POLLS and next(left, _NO_MORE) is not _NO_MORE:
+                    continue
                 if idle > _SPINS:
                     time.sleep(min(_NAP_S * (idle - _SPINS), _LONGEST_NAP_S))
         self._rounds.remove(this)
