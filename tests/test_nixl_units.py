@@ -494,7 +494,7 @@ def test_the_last_words_of_a_lost_peer_say_who_is_to_blame(
 
 
 def test_who_waits_does_other_work_meanwhile(waiting: tuple[Engine, MemoryPeers, Round]) -> None:
-    engine, peers, this = waiting
+    engine, _, this = waiting
     done: list[int] = []
     with pytest.raises(TransferTimeoutError):  # the peers are silent
         engine.wait(this, (done.append(number) for number in range(3)))

@@ -23,7 +23,7 @@ from eplb_core.ledger import Ledger
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.rearrange import Rearranger
 from eplb_core.schedule import Step
-from eplb_core.step_runner import StepRunner
+from eplb_core.step_runner import PreparedStep, StepRunner
 
 CONFIG = "nixl?window=1MiB&timeout=20s"
 
@@ -141,9 +141,10 @@ def checks_its_end(member: Member, how: str) -> dict[str, Any]:
     fill(weights, old, member.rank)
     commit = StepRunner.commit
 
-    def spoil(runner: StepRunner, step: Step, part: torch.Tensor, stream: Any) -> None:
-        commit(runner, step, part, stream)
+    def spoil(runner: StepRunner, prepared: PreparedStep, stream: Any) -> None:
+        commit(runner, prepared, stream)
         if member.rank == 1:
+            step = prepared.step
             changed = step.changes[(step.changes[:, 1] // SLOTS == 1) & (step.changes[:, 2] != EMPTY)]
             layer, slot, _ = changed[0].tolist()
             weights[layer][0][slot - SLOTS, 77] ^= 0x20

@@ -14,7 +14,7 @@ from programs import run_program
 
 from eplb_core.job import RearrangeJob
 from eplb_core.launch import RankEnvironment
-from eplb_core.step_runner import StepRunner
+from eplb_core.step_runner import PreparedStep, StepRunner
 
 TOY_ENGINE = REPOSITORY / "examples" / "toy_engine.py"
 ELASTIC = "elastic.py"
@@ -34,9 +34,10 @@ def one_wrong_bit(environment: RankEnvironment) -> None:
     """Flip one bit of the first expert that rank 1 commits."""
     commit = StepRunner.commit
 
-    def commit_and_flip(runner: StepRunner, step: Any, *more: Any) -> None:
-        commit(runner, step, *more)
-        mine = step.changes[step.changes[:, 1] // runner._weights.num_slots == 1]
+    def commit_and_flip(runner: StepRunner, prepared: PreparedStep, stream: Any) -> None:
+        commit(runner, prepared, stream)
+        changes = prepared.step.changes
+        mine = changes[changes[:, 1] // runner._weights.num_slots == 1]
         if len(mine):
             layer, slot = mine[0, :2].tolist()
             runner._weights.slot(layer, slot % runner._weights.num_slots)[0][1000] ^= 1
