@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from eplb_core.copy_order import CopyOrder, order_copies
 from eplb_core.errors import PlacementError
-from eplb_core.layer_cut import Budget, LayerPart, LayerTask, cut_in_place, cut_layer
+from eplb_core.layer_cut import cut_in_place, cut_layer
+from eplb_core.layer_state import Budget, LayerPart, LayerTask
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.plan import RearrangementPlan, layer_bytes
 
