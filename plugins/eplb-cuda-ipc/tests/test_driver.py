@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from eplb_cuda_ipc.driver import CudaError, CudaMemory, call, load_driver
+from eplb_cuda_ipc.calls import CudaError, call, load_driver
+from eplb_cuda_ipc.driver import CudaMemory
+from eplb_cuda_ipc.kernel import compiled
 from eplb_cuda_ipc.memory import Copies, MemoryMapError
 
 BINDING = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
@@ -45,12 +48,55 @@ def memory_on(driver: Any) -> CudaMemory:
     """Return a memory without what torch makes for it, which takes a GPU."""
     memory = CudaMemory.__new__(CudaMemory)
     memory._driver, memory._context, memory._stream, memory._number, memory._lazy = driver, 11, 12, 13, 1
+    memory._kernel = None
     return memory
 
 
 NO_DRIVER = ".*(libcuda|NVIDIA driver)"  # as versions of the binding say it
 SUCCESS = BINDING.CUresult.CUDA_SUCCESS
 FAILURE = BINDING.CUresult.CUDA_ERROR_INVALID_VALUE
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16, 256])
+def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignment: int, with_kernel: bool) -> None:
+    """Small pieces share a kernel, those of 8 MiB and more are copied by the driver; some begin at odd addresses."""
+    rng = np.random.default_rng(alignment)
+    nbytes = np.concatenate(
+        [rng.integers(1, 70_000, 5_000), [1, 15, 16, 17, 65_536, 65_537, 3 << 20, 8 << 20, 9 << 20]]
+    )
+    room = -(-nbytes // alignment) * alignment + alignment * rng.integers(0, 5, len(nbytes))
+    begins = np.cumsum(room) - room
+    source = torch.from_numpy(rng.integers(0, 256, int(room.sum()) + 512, dtype=np.uint8)).cuda()
+    target = torch.full_like(source, 0xEE)
+    expected = np.full(len(target), 0xEE, np.uint8)
+    content = source.cpu().numpy()
+    order = rng.permutation(len(begins))
+    at = np.empty_like(begins)  # where each piece goes: in another order than it came
+    at[order] = np.cumsum(room[order]) - room[order]
+    for begin, to, count in zip(begins.tolist(), at.tolist(), nbytes.tolist(), strict=True):
+        expected[to : to + count] = content[begin : begin + count]
+    memory = CudaMemory(torch.device("cuda", 0))
+    assert memory._kernel is not None
+    if not with_kernel:
+        memory._kernel = None
+    torch.cuda.synchronize()
+    mark = memory.copy(Copies(target.data_ptr() + at, source.data_ptr() + begins, nbytes.astype(np.int64)))
+    deadline = time.monotonic() + 10
+    while not mark.query():
+        assert time.monotonic() < deadline
+    assert np.array_equal(target.cpu().numpy(), expected)
+    memory.close()
+
+
+def test_the_kernel_compiles_for_this_and_for_other_gpus() -> None:
+    pytest.importorskip("nvidia.cu13", reason="NVRTC is not installed")
+    assert compiled((9, 0))[:4] == compiled((8, 0))[:4] == b"\x7fELF"
 
 
 # --- what the binding is given ---------------------------------------------------------------------------------------

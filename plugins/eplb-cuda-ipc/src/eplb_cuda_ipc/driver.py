@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,9 +19,14 @@ import numpy as np
 import torch
 
 from eplb_core.errors import BackendUnavailableError
+from eplb_cuda_ipc.calls import CudaError, call, load_driver
+from eplb_cuda_ipc.kernel import CopyKernel
 from eplb_cuda_ipc.memory import HANDLE_BYTES, Allocation, Copies, Mark, MemoryMapError
 
 _PAGE_BYTES = 2 << 20
+_LARGE_BYTES = 8 << 20  # from here on the driver's own copy is faster, and takes longer than its launch
+
+logger = logging.getLogger(__name__)
 
 
 class CudaMemory:
@@ -52,6 +58,7 @@ class CudaMemory:
                 f"the CUDA driver does not work on {self._device}", name="cuda_ipc", why=str(error)
             ) from error
         self._as_torch = torch.cuda.ExternalStream(self._stream, device=self._device)
+        self._kernel = self._make_kernel()
 
     # --- showing and mapping ----------------------------------------------------------------------------------------
 
@@ -135,10 +142,15 @@ class CudaMemory:
 
     def copy(self, copies: Copies) -> Mark:
         """Enqueue the copies; with unified addresses the driver finds out by itself on which GPU each end lies."""
-        columns = (copies.target.tolist(), copies.source.tolist(), copies.nbytes.tolist())
+        alone = copies.nbytes >= (_LARGE_BYTES if self._kernel is not None else 0)
+        columns = (copies.target[alone].tolist(), copies.source[alone].tolist(), copies.nbytes[alone].tolist())
         with self._current():
             for target, source, nbytes in zip(*columns, strict=True):
                 self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
+            together = ~alone & (copies.nbytes > 0)
+            if self._kernel is not None and together.any():
+                few = Copies(copies.target[together], copies.source[together], copies.nbytes[together])
+                self._kernel.launch(few, self._stream)
         return self._event(self._as_torch)
 
     def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
@@ -153,9 +165,20 @@ class CudaMemory:
             return
         with contextlib.suppress(CudaError):
             with self._current():
+                if self._kernel is not None:
+                    self._kernel.close()
                 self._call("cuStreamDestroy", self._stream)
             self._call("cuDevicePrimaryCtxRelease", self._number)
         self._context = None
+
+    def _make_kernel(self) -> CopyKernel | None:
+        """Return what copies many pieces at once; None, and single copies do it, where it cannot be made."""
+        try:
+            with self._current():
+                return CopyKernel(self._driver, torch.cuda.get_device_capability(self._ordinal))
+        except CudaError as error:
+            logger.warning("small tensors are copied one by one, which is slower: %s", error)
+            return None
 
     # --- the driver -------------------------------------------------------------------------------------------------
 
@@ -170,43 +193,6 @@ class CudaMemory:
 
     def _call(self, function: str, *arguments: Any) -> Any:
         return call(self._driver, function, *arguments)
-
-
-class CudaError(RuntimeError):
-    """The driver refused something. The text says what, and its name for why."""
-
-
-def load_driver() -> Any:
-    """Return NVIDIA's binding of the driver.
-
-    Raises:
-        BackendUnavailableError: it is not installed, or cannot be loaded.
-    """
-    try:
-        from cuda.bindings import driver
-    except (ImportError, RuntimeError) as error:
-        raise BackendUnavailableError(
-            "the binding of the CUDA driver cannot be loaded",
-            name="cuda_ipc",
-            why=f"{type(error).__name__}: {error}",
-            remedy="pip install cuda-bindings, of the CUDA version that torch was built for",
-        ) from error
-    return driver
-
-
-def call(driver: Any, function: str, *arguments: Any) -> Any:
-    """Call one function of the driver, and return its result, or results, without the error code.
-
-    Raises:
-        CudaError: the code says that it failed, or there is no driver.
-    """
-    try:
-        code, *results = getattr(driver, function)(*arguments)
-    except RuntimeError as error:  # as the binding says that there is no libcuda
-        raise CudaError(f"{function}: {error}") from error
-    if int(code):
-        raise CudaError(f"{function}: {getattr(code, 'name', code)}")
-    return results[0] if len(results) == 1 else results
 
 
 def _name(ordinal: int) -> str:

@@ -38,6 +38,8 @@ class Exchange:
         self._closed_by: set[int] = set()
         self._broken = False
         self._peers = {link.fileno(): link for link in shared.links.values()}
+        self._polled = select.poll()
+        self._interests = dict.fromkeys(self._peers, 0)  # what is polled for
 
     # --- rounds -----------------------------------------------------------------------------------------------------
 
@@ -146,11 +148,17 @@ class Exchange:
             self.listen(20)
 
     def _poll(self) -> select.poll:
-        poll = select.poll()
-        for link in self._peers.values():
-            if link.interest:
-                poll.register(link, link.interest)
-        return poll
+        """Return what tells, in one call for all peers, which of them has said something."""
+        for handle, link in self._peers.items():
+            interest = link.interest
+            if interest == self._interests[handle]:
+                continue
+            if interest:
+                self._polled.register(handle, interest)
+            else:
+                self._polled.unregister(handle)
+            self._interests[handle] = interest
+        return self._polled
 
     def _take(self, link: Link, message: Message) -> None:
         match message:

@@ -25,13 +25,18 @@ class Pieces:
         address: `[N]`.
         nbytes: `[N]`.
         digest: of sizes and dtypes, to compare.
-        text: the same in words.
+        dtypes: in words, those that there are.
     """
 
     address: Numbers
     nbytes: Numbers
     digest: bytes
-    text: str
+    dtypes: str
+
+    @property
+    def text(self) -> str:
+        """How many, how large, and of which dtypes they are, in words."""
+        return f"{len(self.nbytes)} tensors of {int(self.nbytes.sum())} bytes and of {self.dtypes}"
 
 
 def by_peer(transfers: Sequence[Transfer]) -> dict[int, Pieces]:
@@ -43,13 +48,17 @@ def by_peer(transfers: Sequence[Transfer]) -> dict[int, Pieces]:
 
 
 def _pieces(transfers: Sequence[Transfer]) -> Pieces:
-    nbytes = [transfer.nbytes for transfer in transfers]
-    dtypes = [str(transfer.tensor.dtype) for transfer in transfers]
+    # A rearrangement queues hundreds of small tensors of few dtypes, so that whatever is done for each of them counts.
+    nbytes = np.array([transfer.nbytes for transfer in transfers], "<i8")
+    dtypes = [transfer.tensor.dtype for transfer in transfers]
+    names = {str(dtype): dtype for dtype in set(dtypes)}
+    numbers = {names[name]: number for number, name in enumerate(sorted(names))}
+    words = ", ".join(sorted(names))
+    digest = hashlib.blake2b(words.encode() + b"\0" + nbytes.tobytes(), digest_size=16)
+    if len(numbers) > 1:
+        digest.update(bytes([numbers[dtype] for dtype in dtypes]))
     return Pieces(
-        np.array([transfer.tensor.data_ptr() for transfer in transfers], np.int64),
-        np.array(nbytes, np.int64),
-        hashlib.blake2b(repr((nbytes, dtypes)).encode(), digest_size=16).digest(),
-        f"{len(nbytes)} tensors of {sum(nbytes)} bytes and of {', '.join(sorted(set(dtypes)))}",
+        np.array([transfer.tensor.data_ptr() for transfer in transfers], np.int64), nbytes, digest.digest(), words
     )
 
 

@@ -10,7 +10,8 @@ import torch
 
 from eplb_core import ProbeResult
 from eplb_core.errors import BackendUnavailableError
-from eplb_cuda_ipc.driver import CudaError, CudaMemory
+from eplb_cuda_ipc.calls import CudaError
+from eplb_cuda_ipc.driver import CudaMemory
 from eplb_cuda_ipc.memory import MemoryMapError
 
 _BYTES = 4096
