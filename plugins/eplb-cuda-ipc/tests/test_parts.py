@@ -63,6 +63,7 @@ def test_pairs_differ_by_count_size_and_dtype_and_by_nothing_else() -> None:
     eight = torch.zeros(8)
     assert digest(eight, eight) == digest(torch.ones(2, 4), torch.ones(8))
     assert len({digest(eight), digest(eight, eight), digest(torch.zeros(9)), digest(eight.int())}) == 4
+    assert len({digest(eight, eight.int()), digest(eight.int(), eight), digest(eight.int(), eight.int())}) == 3
 
 
 def test_copies_that_follow_one_another_on_both_sides_are_joined() -> None:
@@ -226,7 +227,7 @@ def test_most_of_the_window_cannot_be_kept_for_packing() -> None:
         CudaIpcOptions(window=ByteSize(1 << 20), packed=ByteSize(1 << 20))
 
 
-def test_auto_prefers_every_other_backend_until_this_one_has_run_on_a_gpu() -> None:
+def test_auto_prefers_every_other_backend_until_this_one_has_run_between_gpus() -> None:
     assert BACKEND.priority < 0
 
 
