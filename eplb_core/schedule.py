@@ -116,14 +116,25 @@ def schedule_steps(
         "send limit": _UNLIMITED if send_limit_bytes is None else send_limit_bytes,
         "receive limit": _UNLIMITED if recv_limit_bytes is None else recv_limit_bytes,
     }
-    work = _Work(plan, _whole_layers(plan), aligned, limits, max_layers_per_step)
-    steps = work.staged()
-    if not steps or in_place_from is None or max_layers_per_step is not None:
-        return steps
-    if _cost(steps, in_place_from) <= 2 * in_place_from:  # in place takes two steps at least, and more bytes than none
-        return steps
+    whole = _whole_layers(plan)
+    order = whole.order(plan)
+    use = whole.use(order, aligned, plan.num_ranks)
+    _check_limits(whole.layer, use, aligned, limits, plan.num_ranks)
+    work = _Work(plan, whole, order, use, aligned, limits, max_layers_per_step)
+    if in_place_from is None or max_layers_per_step is not None:
+        return work.staged()
+    # Both schedules cost time to make, so neither is if what is known about it shows that the other one is cheaper.
+    least_staged = work.least_staged_cost(in_place_from)
+    least_in_place = 2 * in_place_from  # it takes two steps at least, and more bytes than none
+    staged = work.staged() if least_staged <= least_in_place else None
+    if staged is not None and _cost(staged, in_place_from) <= least_in_place:
+        return staged
     in_place = work.in_place(min(window_bytes, in_place_from))
-    return min(steps, in_place, key=lambda each: _cost(each, in_place_from))
+    if staged is None:
+        if _cost(in_place, in_place_from) < least_staged:
+            return in_place
+        staged = work.staged()
+    return min(staged, in_place, key=lambda each: _cost(each, in_place_from))
 
 
 def _cost(steps: Sequence[Step], step_bytes: int) -> int:
@@ -138,6 +149,8 @@ class _Work:
     Attributes:
         plan: what has to move.
         whole: the same as parts, of whole layers.
+        order: the order of its copies.
+        use: what its parts use, see `_Parts.use`.
         aligned: `[num_layers]`, bytes of an expert in the window.
         limits: name -> bytes a rank and step: window, sent, received.
         max_layers: the most layers of a step, None for no limit.
@@ -145,18 +158,17 @@ class _Work:
 
     plan: RearrangementPlan
     whole: _Parts
+    order: CopyOrder
+    use: IntArray
     aligned: IntArray
     limits: dict[str, int]
     max_layers: int | None
 
     def staged(self) -> list[Step]:
         """Return steps that receive everything into the window."""
-        parts = self.whole
-        order = parts.order(self.plan)
-        use = parts.use(order, self.aligned, self.plan.num_ranks)
+        parts, order, use = self.whole, self.order, self.use
         too_large = np.unique(parts.layer[(use > self._bound).any(axis=1)])
         if len(too_large):
-            _check_limits(parts.layer, use, self.aligned, self.limits, self.plan.num_ranks)
             budget = Budget(*self.limits.values())
             cuts = {int(layer): cut_layer(_task(self.plan, int(layer), self.aligned), budget) for layer in too_large}
             parts = _with_cuts(self.plan, parts, cuts)
@@ -164,6 +176,13 @@ class _Work:
             use = parts.use(order, self.aligned, self.plan.num_ranks)
         step = _pack(parts.layer, use, self._bound, self.max_layers or len(parts.layer))
         return _make_steps(self.plan, parts, order, self.aligned, step)
+
+    def least_staged_cost(self, step_bytes: int) -> int:
+        """Return what the steps of `staged` cost at least: the rank that receives most stages all of that."""
+        busiest = int(self.use[:, 2 * self.plan.num_ranks :].sum(axis=0).max())
+        unit = max(1, int(np.gcd.reduce(self.aligned)))  # every expert takes a multiple of this
+        room = min(self.limits["window"], self.limits["receive limit"]) // unit * unit
+        return -(-busiest // max(room, 1)) * step_bytes + busiest
 
     def in_place(self, cheap_bytes: int) -> list[Step]:
         """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides."""
@@ -258,7 +277,7 @@ def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dic
     for index, (name, limit) in enumerate(limits.items()):
         concerned = use[:, index * num_ranks : (index + 1) * num_ranks].any(axis=1)
         needed = np.where(concerned, aligned[layer], 0)
-        if needed.max() > limit:
+        if needed.max(initial=0) > limit:
             largest = int(needed.argmax())
             raise PlacementError(
                 f"the {name} of {limit} bytes is smaller than one expert",
