@@ -157,12 +157,12 @@ class CudaIpcCommunicator(EplbCommunicator):
         """Compare pair by pair, without the rest of the group, while `trusted`."""
         self._trusted = trusted
 
-    def finish(self, round_: Round, began: float, stats: TransferStats) -> TransferStats:
-        """Wait for a round that began at this time; the pending transfer calls it."""
+    def finish(self, round_: Round, began: float, stats: TransferStats, work: Iterator[object]) -> TransferStats:
+        """Wait for a round that began at this time, and advance `work` meanwhile; the pending transfer calls it."""
         self._queue.check_open()
         called = time.perf_counter()
         with self._breaking():
-            self._parts()[1].wait(round_)
+            self._parts()[1].wait(round_, work)
         self._in_flight -= 1
         ended = time.perf_counter()
         before, after = round_.direct_copies
@@ -352,12 +352,18 @@ class _Pending(PendingTransfer):
         self._began = began
         self._known = stats
         self._transfers = transfers
+        self._work: Iterator[object] = iter(())
+
+    def use_idle_time(self, work: Iterator[object]) -> None:
+        """Let `wait()` advance `work` while copies are under way."""
+        self._work = work
 
     def wait(self) -> TransferStats | None:
         """Return when everything was copied, on both sides."""
         if self._round is not None:
             try:
-                self._stats = self._communicator.finish(self._round, self._began, self._known)
+                work, self._work = self._work, iter(())  # it may hold whoever waits
+                self._stats = self._communicator.finish(self._round, self._began, self._known, work)
             finally:
                 self._transfers, self._round = [], None
         return self._stats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_cuda_ipc.links import Link
@@ -14,6 +14,7 @@ from eplb_cuda_ipc.round import Round, Shared
 _SPIN_S = 300e-6  # a peer that is in step answers within this, and sleeping would take longer
 _NAP_S = 30e-6  # between two looks at the device, which nothing wakes us for
 _LONGEST_WAIT_S = 0.5
+_NO_MORE = object()
 
 _CLASSES = {each.__name__: each for each in (PeerLostError, TransferMismatchError, TransferTimeoutError)}
 
@@ -60,8 +61,8 @@ class Exchange:
             round_.handle(peer, message)
         self._advance()
 
-    def wait(self, round_: Round) -> None:
-        """Return when the round has ended.
+    def wait(self, round_: Round, work: Iterator[object]) -> None:
+        """Return when the round has ended; `work` goes on while copies are under way and nothing else happens.
 
         Raises:
             TransferTimeoutError: a peer, or this rank's own stream, did nothing for too long.
@@ -73,6 +74,8 @@ class Exchange:
         while not round_.ended:
             if self._advance():
                 idle_since = 0.0
+                continue
+            if round_.copying and next(work, _NO_MORE) is not _NO_MORE:
                 continue
             self._check_overdue()
             now = time.monotonic()
