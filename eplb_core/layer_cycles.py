@@ -16,11 +16,7 @@ _NO_WALK = -1
 
 def turn_cycles(state: LayerState) -> bool:
     """Move along cycles of slots that wait for one another; return whether there were any."""
-    if not state.may_have_cycles:
-        return False
     cycles = _find_cycles(state)
-    # One that is left, since the budget did not allow all of it, is found again.
-    state.may_have_cycles = bool(cycles) or not state.in_place
     for cycle in cycles:
         _turn_cycle(state, cycle)
     return bool(cycles)

@@ -98,10 +98,6 @@ class LayerState:
         targets: expert -> those of `pending` that get it.
         left: rank -> how many of `pending` are its own.
         overwritten: slot -> its expert after the part.
-        may_have_cycles: whether a slot may wait for another one that it did not wait for when cycles were last looked
-            for. A slot waits for the nearest one that needs its expert; when that is brought there, or anywhere, the
-            slot either waits for the same one as before or for none. It takes a lost copy of an expert that is still
-            to be brought somewhere, or a slot that got an expert which it will not keep.
     """
 
     def __init__(self, task: LayerTask, *, in_place: bool) -> None:
@@ -129,7 +125,6 @@ class LayerState:
         for slot, expert in enumerate(held):
             self.holders[expert].append(slot)
         self.after = {expert: slots.copy() for expert, slots in self.holders.items()}
-        self.may_have_cycles = True
         self.needed = set(new) - {EMPTY}
         self.spare = {expert: len(slots) - (expert in self.needed) for expert, slots in self.holders.items()}
 
@@ -184,14 +179,12 @@ class LayerState:
 
     def end_part(self) -> LayerPart:
         """Take the part's moves as done, and return it."""
-        held, new, targets = self.held, self.new, self.targets
+        held = self.held
         changed = set()
         for slot, expert in self.overwritten.items():
             before = held[slot]
             changed.add(expert)
             changed.add(before)
-            if targets.get(before) or expert not in (new[slot], EMPTY):
-                self.may_have_cycles = True
             held[slot] = expert
         changed.discard(EMPTY)
         for expert in changed:
