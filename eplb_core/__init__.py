@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from eplb_core.groups import TorchGroups as TorchGroups
     from eplb_core.job import RearrangeJob as RearrangeJob
     from eplb_core.plan import plan_rearrangement as plan_rearrangement
+    from eplb_core.queues import Payload as Payload
+    from eplb_core.queues import PayloadQueue as PayloadQueue
     from eplb_core.queues import Transfer as Transfer
     from eplb_core.queues import TransferQueue as TransferQueue
     from eplb_core.queues import check_match as check_match
@@ -49,6 +51,8 @@ _HOME = {
     "EplbError": "errors",
     "HandshakeError": "errors",
     "PLUGIN_API_VERSION": "backend",
+    "Payload": "queues",
+    "PayloadQueue": "queues",
     "PendingTransfer": "communicator",
     "ProbeResult": "backend",
     "RearrangeJob": "job",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from eplb_core.backend import BackendContext
     from eplb_core.hooks import PluginHost
+    from eplb_core.queues import Payloads
 
 DEFAULT_STAGING_BYTES = 256 << 20
 """The staging memory that a rank uses where nothing else is configured, in bytes."""
@@ -135,6 +136,27 @@ class EplbCommunicator(ABC):
             InvalidTransferError: as in `add_send`.
             CommunicatorClosedError: as in `add_send`.
         """
+
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many sends and receives at once, as `add_send` and `add_recv` would one by one.
+
+        The caller answers for the payloads: their tensors are such as `add_send` accepts, and nobody gave them other
+        memory since they were made. The default adds one after the other; a backend for which hundreds of small
+        tensors matter holds a `PayloadQueue`, which takes them as they are.
+
+        Args:
+            sends: destination -> what it is sent, in order.
+            recvs: source -> what is received from it, in order.
+
+        Raises:
+            InvalidTransferError, CommunicatorClosedError: as in `add_send`.
+        """
+        for rank, payloads in sends.items():
+            for payload in payloads:
+                self.add_send(payload.tensor, rank)
+        for rank, payloads in recvs.items():
+            for payload in payloads:
+                self.add_recv(payload.tensor, rank)
 
     @abstractmethod
     def execute(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from eplb_core.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
@@ -11,6 +11,8 @@ from eplb_core.hooks import PluginHost, TransferFailed, TransferFinished, Transf
 
 if TYPE_CHECKING:
     import torch
+
+    from eplb_core.queues import Payloads
 
 
 @functools.cache
@@ -81,6 +83,14 @@ class ObservedCommunicator(EplbCommunicator):
         self._received[src_rank] = self._received.get(src_rank, 0) + tensor.nbytes
         self._messages += 1
 
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many sends and receives."""
+        self.inner.add_payloads(sends, recvs)
+        for added, counted in ((sends, self._sent), (recvs, self._received)):
+            for rank, payloads in added.items():
+                counted[rank] = counted.get(rank, 0) + sum(payload.nbytes for payload in payloads)
+                self._messages += len(payloads)
+
     def execute(self) -> None:
         """Perform all that is queued."""
         self.start().wait()
@@ -136,6 +146,11 @@ class ObservedCommunicator(EplbCommunicator):
         return self.inner.needs_profile_buffer_reservation
 
     @property
+    def may_land_late(self) -> bool:
+        """As the inner one says."""
+        return self.inner.may_land_late
+
+    @property
     def transfer_limit_bytes(self) -> int | None:
         """As the inner one says."""
         return self.inner.transfer_limit_bytes
@@ -161,6 +176,9 @@ class _ObservedTransfer(PendingTransfer):
         self._pending = pending
         self._communicator = communicator
         self._about = about
+
+    def use_idle_time(self, work: Iterator[object]) -> None:
+        self._pending.use_idle_time(work)
 
     def wait(self) -> TransferStats | None:
         plugins = self._communicator.plugins

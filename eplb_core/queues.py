@@ -6,8 +6,9 @@ written once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -43,6 +44,34 @@ class Transfer:
         self.nbytes = tensor.nbytes
 
 
+class Payload:
+    """A tensor that will be sent or received, perhaps many times, and what that takes, looked up once.
+
+    Attributes:
+        tensor: contiguous.
+        nbytes: its bytes.
+        place: its address and its bytes.
+        kind: its bytes and dtype, for digests over what a pair of ranks exchanges.
+    """
+
+    __slots__ = ("kind", "nbytes", "place", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.nbytes = tensor.nbytes
+        self.place = tensor.data_ptr(), self.nbytes
+        self.kind = b"%d %s;" % (self.nbytes, _name(tensor.dtype))
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> bytes:
+    return str(dtype).removeprefix("torch.").encode()
+
+
+Payloads = Mapping[int, Sequence[Payload]]
+"""Peer rank -> what is sent to it, or received from it, in order."""
+
+
 class _Queued(msgspec.Struct, array_like=True):
     """What a rank queued, as told to its peers: peer rank -> `(bytes, dtype)` of each tensor in order."""
 
@@ -50,8 +79,8 @@ class _Queued(msgspec.Struct, array_like=True):
     recvs: dict[int, list[tuple[int, str]]]
 
 
-class TransferQueue:
-    """What `add_send` and `add_recv` queued and `execute()` has not yet done.
+class _Checks:
+    """Refuses what cannot be queued.
 
     Args:
         rank: this rank.
@@ -63,33 +92,7 @@ class TransferQueue:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.sends: list[Transfer] = []
-        self.recvs: list[Transfer] = []
         self._closed_because: str | None = None
-
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send; raises as `EplbCommunicator.add_send` does."""
-        self.sends.append(self._checked(tensor, dst_rank, "send", "to"))
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
-        self.recvs.append(self._checked(tensor, src_rank, "receive", "from"))
-
-    def take(self) -> tuple[list[Transfer], list[Transfer]]:
-        """Empty the queue and return its sends and receives.
-
-        Raises:
-            CommunicatorClosedError: the queue was closed.
-        """
-        self.check_open()
-        sends, recvs = self.sends, self.recvs
-        self.sends, self.recvs = [], []
-        return sends, recvs
-
-    def close(self, because: str) -> None:
-        """Empty the queue and refuse everything from now on; the first reason stays."""
-        self.sends, self.recvs = [], []
-        self._closed_because = self._closed_because or because
 
     def check_open(self) -> None:
         """Raise `CommunicatorClosedError` if the queue was closed."""
@@ -100,7 +103,7 @@ class TransferQueue:
                 remedy="make a new one with create_eplb_communicator",
             )
 
-    def _checked(self, tensor: torch.Tensor, peer: int, verb: str, preposition: str) -> Transfer:
+    def _check(self, tensor: torch.Tensor, peer: int, verb: str, preposition: str) -> None:
         self.check_open()
         if isinstance(peer, bool) or not isinstance(peer, int) or not 0 <= peer < self.world_size:
             raise InvalidTransferError(
@@ -123,7 +126,6 @@ class TransferQueue:
                 why=why,
                 remedy=remedy,
             )
-        return Transfer(tensor, peer)
 
     def _fault(self, tensor: torch.Tensor) -> tuple[str, str | None] | None:
         """Return why a tensor cannot be moved as it lies, and the remedy."""
@@ -140,6 +142,101 @@ class TransferQueue:
         if self.device is not None and tensor.device != self.device:
             return f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}", None
         return None
+
+
+class TransferQueue(_Checks):
+    """What `add_send` and `add_recv` queued and `execute()` has not yet done.
+
+    Args:
+        rank: this rank.
+        world_size: the number of ranks.
+        device: the only device that tensors may lie on; None takes any.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
+        super().__init__(rank, world_size, device)
+        self.sends: list[Transfer] = []
+        self.recvs: list[Transfer] = []
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send; raises as `EplbCommunicator.add_send` does."""
+        self._check(tensor, dst_rank, "send", "to")
+        self.sends.append(Transfer(tensor, dst_rank))
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
+        self._check(tensor, src_rank, "receive", "from")
+        self.recvs.append(Transfer(tensor, src_rank))
+
+    def take(self) -> tuple[list[Transfer], list[Transfer]]:
+        """Empty the queue and return its sends and receives.
+
+        Raises:
+            CommunicatorClosedError: the queue was closed.
+        """
+        self.check_open()
+        sends, recvs = self.sends, self.recvs
+        self.sends, self.recvs = [], []
+        return sends, recvs
+
+    def close(self, because: str) -> None:
+        """Empty the queue and refuse everything from now on; the first reason stays."""
+        self.sends, self.recvs = [], []
+        self._closed_because = self._closed_because or because
+
+
+class PayloadQueue(_Checks):
+    """The same by peer, for backends that take payloads as well (`EplbCommunicator.add_payloads`).
+
+    Args:
+        rank: this rank.
+        world_size: the number of ranks.
+        device: the only device that tensors may lie on; None takes any.
+    """
+
+    def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
+        super().__init__(rank, world_size, device)
+        self._sends: dict[int, list[Payload]] = {}
+        self._recvs: dict[int, list[Payload]] = {}
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send; raises as `EplbCommunicator.add_send` does."""
+        self._check(tensor, dst_rank, "send", "to")
+        self._sends.setdefault(dst_rank, []).append(Payload(tensor))
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
+        self._check(tensor, src_rank, "receive", "from")
+        self._recvs.setdefault(src_rank, []).append(Payload(tensor))
+
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many at once; whoever made them has checked them."""
+        self.check_open()
+        for peer, payloads in sends.items():
+            self._sends.setdefault(peer, []).extend(payloads)
+        for peer, payloads in recvs.items():
+            self._recvs.setdefault(peer, []).extend(payloads)
+
+    def take(self) -> tuple[Payloads, Payloads]:
+        """Empty the queue and return its sends and receives, in the order of the peers' ranks.
+
+        Raises:
+            CommunicatorClosedError: the queue was closed.
+        """
+        self.check_open()
+        sends, recvs = dict(sorted(self._sends.items())), dict(sorted(self._recvs.items()))
+        self._sends, self._recvs = {}, {}
+        return sends, recvs
+
+    def close(self, because: str) -> None:
+        """Empty the queue and refuse everything from now on; the first reason stays."""
+        self._sends, self._recvs = {}, {}
+        self._closed_because = self._closed_because or because
+
+
+def transfers_of(payloads: Payloads) -> list[Transfer]:
+    """Return payloads as transfers, for `check_match`."""
+    return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]
 
 
 def check_match(

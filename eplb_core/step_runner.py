@@ -13,9 +13,14 @@ import torch
 from eplb_core.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.copies import copy_all
 from eplb_core.errors import IntegrityError
+from eplb_core.queues import Payload, Payloads
 from eplb_core.schedule import ALIGNMENT, SLOT, Step
+from eplb_core.staged import StagedExperts
 from eplb_core.streams import on_stream
-from eplb_core.weights import ExpertWeights, words_of
+from eplb_core.weights import ExpertWeights
+
+_MOST_PARTS = 32
+"""How many parts of the window, as it was cut before, are remembered."""
 
 Slice = tuple[int, int, int]
 """A row of `Step.transfers`, and the bytes of that expert's payload to move: row, first, end."""
@@ -43,49 +48,46 @@ class PreparedStep:
 
     Args:
         step: the step.
-        part: the part of the window that it lands in.
+        staged: the part of the window that it lands in.
         weights: the local slots.
         rank: this rank.
     """
 
-    def __init__(self, step: Step, part: torch.Tensor, weights: ExpertWeights, rank: int) -> None:
+    def __init__(self, step: Step, staged: StagedExperts, weights: ExpertWeights, rank: int) -> None:
         self.step = step
-        self.part = part
+        self._staged = staged
         self._weights = weights
         self._rank = rank
 
     @functools.cached_property
-    def sends(self) -> list[tuple[torch.Tensor, int]]:
+    def sends(self) -> Payloads:
         """What is sent, and to whom."""
         rows = self.step.transfers
-        return [
-            (tensor, rank)
-            for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist()
-            for tensor in self._weights.slot(layer, slot)
-        ]
+        sends: dict[int, list[Payload]] = {}
+        for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist():
+            sends.setdefault(rank, []).extend(self._weights.payloads(layer, slot))
+        return sends
 
     @functools.cached_property
-    def recvs(self) -> list[tuple[torch.Tensor, int]]:
+    def recvs(self) -> Payloads:
         """What is received, and from whom."""
         rows = self.step.transfers
-        return [
-            (tensor, source)
-            for layer, _, source, _, _, kind, place in rows[rows[:, 4] == self._rank].tolist()
-            for tensor in self.tensors(layer, kind, place)
-        ]
+        recvs: dict[int, list[Payload]] = {}
+        for layer, _, source, _, _, kind, place in rows[rows[:, 4] == self._rank].tolist():
+            recvs.setdefault(source, []).extend(self.payloads(layer, kind, place))
+        return recvs
 
     @functools.cached_property
     def copies(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Targets and sources of the copies of each level, in order."""
-        words = words_of(self.part)
         rows = self.step.copies[self.step.copies[:, 0] == self._rank]
         levels = []
         for level in np.unique(rows[:, 2]):
             targets: list[torch.Tensor] = []
             sources: list[torch.Tensor] = []
             for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
-                targets += self._words(words, layer, target_kind, target)
-                sources += self._words(words, layer, source_kind, source)
+                targets += self._words(layer, target_kind, target)
+                sources += self._words(layer, source_kind, source)
             levels.append((targets, sources))
         return levels
 
@@ -95,16 +97,16 @@ class PreparedStep:
         yield self.recvs
         yield self.copies
 
-    def tensors(self, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
+    def payloads(self, layer: int, kind: int, place: int) -> tuple[Payload, ...]:
         """Return the tensors of an expert that lies in a slot, or at an offset of the window, as uint8 `[bytes]`."""
         if kind == SLOT:
-            return self._weights.slot(layer, place)
-        return self._weights.staged(self.part, layer, place)
+            return self._weights.payloads(layer, place)
+        return self._staged.payloads(layer, place)
 
-    def _words(self, words: torch.Tensor, layer: int, kind: int, place: int) -> Sequence[torch.Tensor]:
+    def _words(self, layer: int, kind: int, place: int) -> tuple[torch.Tensor, ...]:
         if kind == SLOT:
             return self._weights.slot_words(layer, place)
-        return self._weights.staged_words(self.part, words, layer, place)
+        return self._staged.words(layer, place)
 
 
 class StepRunner:
@@ -120,20 +122,23 @@ class StepRunner:
         self._communicator = communicator
         self._weights = weights
         self._rank = rank
+        self._parts: dict[tuple[int, int], StagedExperts] = {}
 
     def prepare(self, step: Step, part: torch.Tensor) -> PreparedStep:
         """Return what this rank does in a step that lands in `part` of its window."""
-        return PreparedStep(step, part, self._weights, self._rank)
+        place = part.data_ptr(), len(part)
+        if place not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            self._parts[place] = StagedExperts(self._weights, part)
+        return PreparedStep(step, self._parts[place], self._weights, self._rank)
 
     def transfer(self, prepared: PreparedStep, account: Account) -> PendingTransfer:
         """Begin to move all of a step's experts, into this rank's slots or its window."""
         if not len(prepared.step.transfers):
             return PendingTransfer(None)
         began = time.perf_counter()
-        for tensor, rank in prepared.sends:
-            self._communicator.add_send(tensor, rank)
-        for tensor, rank in prepared.recvs:
-            self._communicator.add_recv(tensor, rank)
+        self._communicator.add_payloads(prepared.sends, prepared.recvs)
         account.add("queue", time.perf_counter() - began)
         return self._communicator.start()
 
@@ -146,7 +151,8 @@ class StepRunner:
                 for tensor in _cut(self._weights.slot(layer, slot), first, end):
                     self._communicator.add_send(tensor, rank)
             elif rank == self._rank:
-                for tensor in _cut(prepared.tensors(layer, kind, destination), first, end):
+                tensors = [payload.tensor for payload in prepared.payloads(layer, kind, destination)]
+                for tensor in _cut(tensors, first, end):
                     self._communicator.add_recv(tensor, source)
         return self._communicator.start()
 

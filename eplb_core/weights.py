@@ -10,9 +10,11 @@ import torch
 
 from eplb_core.errors import InputError
 from eplb_core.placement import IntArray
+from eplb_core.queues import Payload
 
 _ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
-_WORD = 8  # bytes; what copies on a device move at a time
+WORD = 8
+"""Bytes that copies on a device move at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,17 @@ class LayerLayout:
         rows: its tensors as uint8 `[slots, bytes of a row]`.
         offsets: each one's offset in a staged expert, in bytes.
         slots: for each slot its row of every tensor; made once, since making views costs more than using them.
+        payloads: the same as they are sent and received.
         words: the same for copies, as int64 where a row's bytes and places allow that; a GPU copies words faster.
+        form: a number; layers whose experts look alike in a window have the same.
     """
 
     rows: tuple[torch.Tensor, ...]
     offsets: tuple[int, ...]
     slots: tuple[tuple[torch.Tensor, ...], ...]
+    payloads: tuple[tuple[Payload, ...], ...]
     words: tuple[tuple[torch.Tensor, ...], ...]
+    form: int
 
 
 class ExpertWeights:
@@ -52,6 +58,7 @@ class ExpertWeights:
         self.tensors = [tensor for layer in weights for tensor in layer]
         self.device = first.device
         self.num_slots = first.shape[0] if first.dim() else 0
+        self._forms: dict[tuple[tuple[int, torch.dtype], ...], int] = {}
         self.layers = [self._layout(number, layer) for number, layer in enumerate(weights)]
         self.expert_bytes: IntArray = np.array(
             [sum(_aligned(row.shape[1]) for row in layer.rows) for layer in self.layers], np.int64
@@ -92,31 +99,13 @@ class ExpertWeights:
         for tensor, target in zip(tensors, targets, strict=True):
             target.copy_(tensor.detach())
 
-    def staged(self, window: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
-        """Return the tensors of an expert of `layer` that lies at byte `offset` of `window` (uint8), as views."""
-        layout = self.layers[layer]
-        return [
-            window[offset + start : offset + start + rows.shape[1]]
-            for rows, start in zip(layout.rows, layout.offsets, strict=True)
-        ]
+    def payloads(self, layer: int, slot: int) -> tuple[Payload, ...]:
+        """Return the tensors of one slot as they are sent and received, each as uint8 `[bytes]`."""
+        return self.layers[layer].payloads[slot]
 
     def slot_words(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one slot for copies, as views: int64 `[words]` where that is possible, else uint8."""
         return self.layers[layer].words[slot]
-
-    def staged_words(self, window: torch.Tensor, words: torch.Tensor, layer: int, offset: int) -> list[torch.Tensor]:
-        """Return what `staged` does, in the dtypes of `slot_words`; `words` is `words_of(window)`."""
-        layout = self.layers[layer]
-        if not layout.words:
-            return []
-        views = []
-        for row, start in zip(layout.words[0], layout.offsets, strict=True):
-            first = offset + start
-            if row.dtype is torch.int64:
-                views.append(words[first // _WORD : first // _WORD + len(row)])
-            else:
-                views.append(window[first : first + len(row)])
-        return views
 
     def describe(self) -> str:
         """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
@@ -155,13 +144,11 @@ class ExpertWeights:
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
         slots = tuple(zip(*(row.unbind(0) for row in rows), strict=True))
+        payloads = tuple(tuple(map(Payload, tensors)) for tensors in slots)
         words = tuple(zip(*(_as_words(row).unbind(0) for row in rows), strict=True))
-        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), slots, words)
-
-
-def words_of(window: torch.Tensor) -> torch.Tensor:
-    """Return uint8 `[bytes]`, which begins at a multiple of 8 bytes, as int64 `[words]`; the rest is left out."""
-    return window[: len(window) // _WORD * _WORD].view(torch.int64)
+        form = tuple((row.shape[1], word.dtype) for row, word in zip(rows, words[0] if words else rows, strict=True))
+        number = self._forms.setdefault(form, len(self._forms))
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), slots, payloads, words, number)
 
 
 def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,7 +162,7 @@ def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _as_words(rows: torch.Tensor) -> torch.Tensor:
     """Return uint8 `[slots, bytes of a row]` as int64 `[slots, words of a row]`, or as it is where that cannot be."""
     places = (rows.data_ptr(), rows.storage_offset(), rows.stride(0), rows.shape[1])
-    return rows if not rows.numel() or any(place % _WORD for place in places) else rows.view(torch.int64)
+    return rows if not rows.numel() or any(place % WORD for place in places) else rows.view(torch.int64)
 
 
 def _aligned(nbytes: int) -> int:

@@ -20,7 +20,7 @@ from eplb_core.coalesce import as_bytes
 from eplb_core.communicator import PendingTransfer
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.p2p import Message, exchange
-from eplb_core.queues import Transfer, TransferQueue, check_match
+from eplb_core.queues import Payloads, Transfer, TransferQueue, check_match
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -162,6 +162,14 @@ class ReadsWhenAdded(Sound):
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         super().add_send(tensor, dst_rank)
         self.queue.sends[-1] = Transfer(tensor.clone(), dst_rank)
+
+
+class PutsPayloadsFirst(Sound):
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        added = self.queue.sends
+        self.queue.sends = []
+        super().add_payloads(sends, recvs)
+        self.queue.sends += added
 
 
 class GoesStale(Sound):
@@ -472,6 +480,7 @@ OWN_CHECK = {
     "returns_too_early": "received_data_is_there_on_return",
     "reads_the_sent_tensor_late": "sent_tensors_may_be_overwritten_on_return",
     "reads_when_added": "what_is_sent_is_what_the_tensor_holds_at_execute",
+    "puts_payloads_first": "payloads_are_queued_like_tensors_one_by_one",
     "goes_stale": "registered_tensors_serve_a_hundred_epochs",
     "sends_twice": "the_queue_is_empty_after_a_transfer",
     "keeps_references": "no_reference_to_a_moved_tensor_is_kept",

@@ -267,6 +267,7 @@ class ThreeMethods(EplbCommunicator):
 
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "add_payloads": ({1: [eplb_core.Payload(torch.zeros(1))]}, {}),
     "add_send": (torch.zeros(1), 1),
     "add_recv": (torch.zeros(1), 1),
     "set_stream": (None,),

@@ -19,6 +19,7 @@ from eplb_core.errors import TransferError
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import StatelessGroup
 from eplb_core.launch import RankEnvironment, collect_local_ranks
+from eplb_core.queues import Payloads
 from eplb_core.rearrange import InPlace, Rearranger
 
 CONFIG = "nixl?window=1MiB&timeout=20s"
@@ -41,13 +42,13 @@ def a_chain_of_placements(member: Member, in_place: InPlace) -> list[dict[str, A
     with member.communicator(CONFIG, weights[0]) as communicator:
         rearranger = Rearranger(communicator, weights, window_bytes=4 * 40_192, in_place=in_place)
         landed: list[bool] = []
-        add_recv = communicator.add_recv
+        add_payloads = communicator.add_payloads
 
-        def watched(tensor: torch.Tensor, src_rank: int) -> None:
-            landed.append(_lies_in(tensor, weights))
-            add_recv(tensor, src_rank)
+        def watched(sends: Payloads, recvs: Payloads) -> None:
+            landed.extend(_lies_in(payload.tensor, weights) for each in recvs.values() for payload in each)
+            add_payloads(sends, recvs)
 
-        communicator.add_recv = watched  # type: ignore[method-assign]
+        communicator.add_payloads = watched  # type: ignore[method-assign]
         for old, new in itertools.pairwise(placements):
             landed.clear()
             result = rearranger.run(old, new)

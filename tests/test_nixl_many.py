@@ -21,12 +21,17 @@ from eplb_backends.nixl.memory import Regions, SlotPool
 from eplb_backends.nixl.messages import Message, parse
 from eplb_backends.nixl.prepared import Places, Rows
 from eplb_backends.nixl.round import Round, Shared
-from eplb_core.queues import Transfer
+from eplb_core.queues import Payload, Payloads
 
 CPU = torch.device("cpu")
 TOKEN = b"12345678"
 MIB = 1 << 20
 TURNS = 100_000  # of one rank; far more than any of these takes
+
+
+def by_peer(transfers: list[tuple[torch.Tensor, int]]) -> Payloads:
+    peers = sorted({peer for _, peer in transfers})
+    return {rank: [Payload(tensor) for tensor, peer in transfers if peer == rank] for rank in peers}
 
 
 class Network:
@@ -124,8 +129,8 @@ class Rank:
         this = Round(
             self.shared,
             epoch,
-            layout.outgoing([Transfer(*send) for send in sends], registered, Rows(), "direct" if direct else "packed"),
-            layout.incoming([Transfer(*recv) for recv in recvs], Regions(), Places()),
+            layout.outgoing(by_peer(sends), registered, Rows(), "direct" if direct else "packed"),
+            layout.incoming(by_peer(recvs), Regions(), Places()),
             None,
             None,
             lambda peer: "something else",

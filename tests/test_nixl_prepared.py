@@ -43,15 +43,15 @@ def test_every_row_of_a_tensor_has_a_number_under_which_peers_find_it(dtype: tor
     expected = [*first, second, *(row[:7] for row in padded[::2])]
     published = PeerRows("peer", rows.blocks)
     for number, each in enumerate(expected):
-        assert rows.number(each.data_ptr(), each.nbytes) == number
-        assert published.address(number, each.nbytes) == each.data_ptr()
+        assert rows.number((each.data_ptr(), each.nbytes)) == number
+        assert published.addresses(np.array([number]), np.array([each.nbytes])) == [each.data_ptr()]
 
 
 def test_parts_of_rows_and_several_of_them_have_no_number() -> None:
     tensor = torch.zeros(4, ROW)
     rows = rows_of(tensor)
     for other in (tensor[0, 1:], tensor[0, :-1], tensor[:2], tensor):
-        assert rows.number(other.data_ptr(), other.nbytes) == -1
+        assert rows.number((other.data_ptr(), other.nbytes)) == -1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_table_that_cannot_be_is_refused(blocks: list[Any]) -> None:
 def test_rows_that_were_not_published_are_refused(number: int, nbytes: int) -> None:
     rows = PeerRows("peer", rows_of(torch.zeros(4, ROW)).blocks)
     with pytest.raises(ValueError, match="published"):
-        rows.address(number, nbytes)
+        rows.addresses(np.array([1, number]), np.array([4 * ROW, nbytes]))
 
 
 # --- NIXL itself -----------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Pair:
         numbered = None
         if local is not None:
             numbered = Numbered(self.peer_rows.prepared(self.reader), rows, local, numbers)
-        remote = np.array([self.peer_rows.address(row, ROW) for row in rows])
+        remote = self.peer_rows.addresses(np.array(rows), np.full(len(rows), ROW))
         lengths = np.full(len(pieces), ROW)
         self.wait(self.reader.read(self.source.name, remote, addresses, lengths, numbered))
         return numbered is not None

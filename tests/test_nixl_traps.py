@@ -53,7 +53,7 @@ from eplb_backends.nixl.prepared import Places
 from eplb_backends.nixl.round import Round
 from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.errors import IntegrityError, TransferError
-from eplb_core.queues import Transfer, TransferQueue
+from eplb_core.queues import Payload, PayloadQueue
 
 # --- how NIXL is loaded and asked ------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ def test_only_segments_of_this_device_that_are_mapped_in_chunks_are_refused(monk
 def unconnected(mode: str) -> NixlCommunicator:
     """A communicator that can register, and nothing else."""
     one = object.__new__(NixlCommunicator)
-    one._queue, one._device, one._mode, one._shared = TransferQueue(0, 2, CPU), CPU, mode, None
+    one._queue, one._device, one._mode, one._shared = PayloadQueue(0, 2, CPU), CPU, mode, None
     one._registered, one._landing, one._agent = Regions(), Regions(), MemoryAgent()  # type: ignore[assignment]
     return one
 
@@ -200,7 +200,7 @@ class FirstContact:
         landing.add(received.data_ptr(), nbytes)
         self.round: Round = round_of(self.peers, [], [received], Regions(), landing)
         self.round.advance(True)
-        digest = layout.incoming([Transfer(self.sent, SOURCE)], Regions(), Places())[SOURCE].digest
+        digest = layout.incoming({SOURCE: [Payload(self.sent)]}, Regions(), Places())[SOURCE].digest
         address = np.array([self.sent.data_ptr()] if nbytes else [], np.int64)
         [raw] = Writer(TOKEN, 0).ready(1, 1, digest, address)
         message = parse(TOKEN, raw)

@@ -34,7 +34,7 @@ from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.checksums import checksums
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
-from eplb_core.queues import Transfer
+from eplb_core.queues import Payload, Payloads
 
 CPU = torch.device("cpu")
 TOKEN = b"12345678"
@@ -126,12 +126,16 @@ def tensors(*sizes: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.from_numpy(drawn.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
 
 
+def payloads(peer: int, tensors: list[torch.Tensor]) -> Payloads:
+    return {peer: [*map(Payload, tensors)]} if tensors else {}
+
+
 def round_of(
     peers: MemoryPeers, sends: list[torch.Tensor], recvs: list[torch.Tensor], registered: Regions, landing: Regions
 ) -> Round:
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
-    outgoing = layout.outgoing([Transfer(tensor, DESTINATION) for tensor in sends], registered, Rows(), "auto")
-    incoming = layout.incoming([Transfer(tensor, SOURCE) for tensor in recvs], landing, Places())
+    outgoing = layout.outgoing(payloads(DESTINATION, sends), registered, Rows(), "auto")
+    incoming = layout.incoming(payloads(SOURCE, recvs), landing, Places())
     return Round(shared, 0, outgoing, incoming, None, None, lambda peer: "something else")
 
 
@@ -205,8 +209,8 @@ def test_every_byte_arrives_whatever_the_order_of_the_chunks(
         if block is not None:
             rows.add(block)
     send_pool = pool()
-    plan = layout.outgoing([Transfer(tensor, HERE) for tensor in sent], registered, rows, "auto")
-    arriving = layout.incoming([Transfer(tensor, SOURCE) for tensor in received], landing, peers.places)
+    plan = layout.outgoing(payloads(HERE, sent), registered, rows, "auto")
+    arriving = layout.incoming(payloads(SOURCE, received), landing, peers.places)
     writer = Writer(TOKEN, 0)
     said: list[Message] = []
     outbox = Outbox(plan, send_pool, writer, lambda _, raw: said.append(parse(TOKEN, raw)), CPU, None)  # type: ignore[arg-type]
@@ -240,7 +244,7 @@ PACKED_BYTES = 5000
 @pytest.fixture
 def inbox() -> Inbox:
     """It expects 5,000 bytes in packed chunks, and its slots are 1 or 2 KiB large."""
-    incoming = Incoming(2, b"", tensors(PACKED_BYTES - 100, 100), [False, False])
+    incoming = Incoming(2, b"", [*map(Payload, tensors(PACKED_BYTES - 100, 100))], [False, False])
     peers = MemoryPeers()
     return Inbox({SOURCE: incoming}, pool(), peers, Writer(TOKEN, 0), peers.send, CPU, None, lambda *measured: None)  # type: ignore[arg-type]
 
@@ -435,7 +439,7 @@ def test_what_another_rank_says_before_it_takes_part_counts_when_it_does(
     peers.arrive(DESTINATION, Writer(TOKEN, 0).done())
     assert engine._advance()
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
-    incoming = layout.incoming([Transfer(torch.zeros(1), 4)], Regions(), Places())
+    incoming = layout.incoming(payloads(4, [torch.zeros(1)]), Regions(), Places())
     later = Round(shared, 1, {}, incoming, None, None, lambda peer: "something")
     with pytest.raises(PeerLostError) as caught:
         engine.start(later)
@@ -713,7 +717,7 @@ def test_large_registered_tensors_are_read_in_place(mode: str, registered: bool,
     regions = Regions()
     if registered:
         regions.add(tensor.data_ptr(), nbytes)
-    [plan] = layout.outgoing([Transfer(tensor, 1)], regions, Rows(), mode).values()
+    [plan] = layout.outgoing(payloads(1, [tensor]), regions, Rows(), mode).values()
     assert plan.addresses.tolist() == [tensor.data_ptr() if direct else 0]
     assert len(plan.packed) == (not direct)
 
@@ -724,13 +728,13 @@ def test_small_registered_tensors_are_packed_only_if_a_pair_has_many(few: int, p
     regions = Regions()
     for tensor in some:
         regions.add(tensor.data_ptr(), tensor.nbytes)
-    [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in some], regions, Rows(), "auto", few).values()
+    [plan] = layout.outgoing(payloads(1, some), regions, Rows(), "auto", few).values()
     assert len(plan.packed) == packed
     assert np.count_nonzero(plan.addresses) == len(some) - packed
 
 
 def test_tensors_without_bytes_count_but_do_not_travel() -> None:
-    [plan] = layout.outgoing([Transfer(tensor, 1) for tensor in tensors(0, 5, 0)], Regions(), Rows(), "auto").values()
+    [plan] = layout.outgoing(payloads(1, tensors(0, 5, 0)), Regions(), Rows(), "auto").values()
     assert (plan.count, plan.addresses.tolist(), len(plan.packed)) == (3, [0], 1)
 
 
@@ -738,8 +742,8 @@ def test_only_what_was_declared_is_read_into() -> None:
     landing, other = tensors(100, 100)
     regions = Regions()
     regions.add(landing.data_ptr(), 100)
-    transfers = [Transfer(landing, 1), Transfer(other, 1), Transfer(landing[50:], 1)]
-    assert layout.incoming(transfers, regions, Places())[1].in_place == [True, False, True]
+    received = payloads(1, [landing, other, landing[50:]])
+    assert layout.incoming(received, regions, Places())[1].in_place == [True, False, True]
 
 
 # --- checksums -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from ranks import Member, Report, Scenario, Sent, error_of, exchange, ring, run_scenarios
 
+from eplb_core.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.hooks import PluginHost, hookimpl
 from eplb_core.observed import ObservedCommunicator, about_group, plugins_of
 from eplb_core.rearrange import Rearranger
@@ -161,13 +164,8 @@ def an_observed_communicator_is_as_good_as_a_plain_one(member: Member, config: s
     ):
         assert isinstance(communicator, ObservedCommunicator)
         assert not isinstance(plain, ObservedCommunicator)
-        for name in (
-            "needs_profile_buffer_reservation",
-            "transfer_limit_bytes",
-            "staging_bytes",
-            "staging_limit_bytes",
-            "max_in_flight",
-        ):
+        said = {name for name, what in vars(EplbCommunicator).items() if isinstance(what, property)}
+        for name in sorted(said - {"binding", "last_stats"}):
             assert getattr(communicator, name) == getattr(plain, name), name
         Rearranger(communicator, weights, window_bytes=20_224).run(old, new)
         assert {name for name in vars(plain) if not hasattr(communicator, name)} == set()
@@ -240,6 +238,47 @@ def test_bytes_are_told_peer_by_peer_and_staging_as_the_transport_says(report: R
 @pytest.mark.parametrize("config", BACKENDS)
 def test_an_observed_communicator_does_all_that_a_plain_one_does(report: Report, config: str) -> None:
     assert report.returned(f"an_observed_communicator_is_as_good_as_a_plain_one {config}") == [[3, 2], [1, 0]]
+
+
+def test_nothing_that_the_contract_names_is_left_to_its_default() -> None:
+    names = {name for name in vars(EplbCommunicator) if not name.startswith("_")}
+    assert names - vars(ObservedCommunicator).keys() == {"binding"}
+
+
+class Idle(PendingTransfer):
+    """It does in `wait()` what it was given for idle time."""
+
+    def use_idle_time(self, work: Iterator[object]) -> None:
+        self.work = work
+
+    def wait(self) -> TransferStats | None:
+        for _ in self.work:
+            pass
+        return None
+
+
+class Idles(EplbCommunicator):
+    """Its transfers are idle and nothing else."""
+
+    def __init__(self) -> None:
+        self.bind(Binding("idles", SimpleNamespace(rank=0, world_size=1)))  # type: ignore[arg-type]
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None: ...
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None: ...
+
+    def execute(self) -> None: ...
+
+    def start(self) -> Idle:
+        return Idle(None)
+
+
+def test_the_idle_time_of_an_observed_transfer_is_used() -> None:
+    pending = ObservedCommunicator(Idles(), host_with()).start()
+    done: list[int] = []
+    pending.use_idle_time(done.append(number) for number in range(3))
+    pending.wait()
+    assert done == [0, 1, 2]
 
 
 def test_every_rank_exits_in_order(report: Report) -> None:

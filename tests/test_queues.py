@@ -22,7 +22,7 @@ from eplb_core.errors import (
     TransferOverflowError,
     TransferTimeoutError,
 )
-from eplb_core.queues import Transfer, TransferQueue, check_match
+from eplb_core.queues import Payload, PayloadQueue, Transfer, TransferQueue, check_match, transfers_of
 
 RANKS = 3
 LONG_S, SHORT_S = 20.0, 0.2
@@ -161,12 +161,46 @@ def test_taking_empties_the_queue_and_keeps_the_order() -> None:
     assert queue.take() == ([], [])
 
 
+def test_payloads_join_what_was_queued_before_in_the_order_of_each_pair() -> None:
+    queue = PayloadQueue(0, 3)
+    tensors = [torch.zeros(n, dtype=torch.int32) for n in range(6)]
+    once = {2: [Payload(tensors[2]), Payload(tensors[0])], 1: [Payload(tensors[3])]}
+    queue.add_send(tensors[1], 2)
+    queue.add_payloads(once, {1: [Payload(tensors[4])]})
+    queue.add_send(tensors[5], 2)
+    sends, recvs = queue.take()
+    assert list(sends) == [1, 2]
+    assert [(transfer.nbytes // 4, transfer.peer) for transfer in transfers_of(sends)] == [
+        (3, 1),
+        (1, 2),
+        (2, 2),
+        (0, 2),
+        (5, 2),
+    ]
+    assert [(transfer.tensor is tensors[4], transfer.peer) for transfer in transfers_of(recvs)] == [(True, 1)]
+    assert queue.take() == ({}, {})
+    assert [len(each) for each in once.values()] == [2, 1]  # they belong to the caller
+
+
+def test_a_payload_tells_where_a_tensor_lies_and_what_kind_it_is() -> None:
+    tensor = torch.zeros(10, 3, dtype=torch.bfloat16)
+    payload = Payload(tensor[2:4])
+    assert payload.place == (tensor.data_ptr() + 12, 12)
+    kinds = {Payload(torch.zeros(n, dtype=dtype)).kind for n in (1, 2, 11) for dtype in (torch.int8, torch.uint8)}
+    assert len(kinds) == 6
+    assert Payload(torch.zeros(3, 2)).kind == Payload(torch.ones(6)).kind
+
+
+QUEUES = (TransferQueue, PayloadQueue)
+
+
+@pytest.mark.parametrize("kind", QUEUES)
 @pytest.mark.parametrize("peer", [0, 3, -1, True, 1.0, "1", None], ids=repr)
-def test_what_is_not_another_rank_is_refused_by_name(peer: Any) -> None:
-    queue = TransferQueue(0, 3)
+def test_what_is_not_another_rank_is_refused_by_name(peer: Any, kind: type[TransferQueue | PayloadQueue]) -> None:
+    queue = kind(0, 3)
     with pytest.raises(InvalidTransferError, match=rf"cannot send to rank {peer!r}"):
         queue.add_send(torch.zeros(1), peer)
-    assert queue.take() == ([], [])
+    assert not any(queue.take())
 
 
 @pytest.mark.parametrize(
@@ -181,19 +215,29 @@ def test_what_is_not_another_rank_is_refused_by_name(peer: Any) -> None:
     ],
     ids=["sliced", "sparse", "elsewhere", "conjugated", "negated", "a list"],
 )
-def test_a_tensor_that_cannot_be_moved_as_it_lies_is_refused_with_the_reason(tensor: Any, why: str) -> None:
-    queue = TransferQueue(0, 2, torch.device("cpu"))
+@pytest.mark.parametrize("kind", QUEUES)
+def test_a_tensor_that_cannot_be_moved_as_it_lies_is_refused_with_the_reason(
+    tensor: Any, why: str, kind: type[TransferQueue | PayloadQueue]
+) -> None:
+    queue = kind(0, 2, torch.device("cpu"))
     with pytest.raises(InvalidTransferError, match=why):
         queue.add_recv(tensor, 1)
-    assert queue.take() == ([], [])
+    assert not any(queue.take())
 
 
-def test_a_closed_queue_is_empty_and_says_why_it_was_closed_first() -> None:
-    queue = TransferQueue(0, 2)
+def test_a_closed_queue_takes_no_payloads() -> None:
+    queue = PayloadQueue(0, 2)
+    queue.close("rank 1 is gone")
+    with pytest.raises(CommunicatorClosedError, match="rank 1 is gone"):
+        queue.add_payloads({1: [Payload(torch.zeros(1))]}, {})
+
+
+@pytest.mark.parametrize("kind", QUEUES)
+def test_a_closed_queue_is_empty_and_says_why_it_was_closed_first(kind: type[TransferQueue | PayloadQueue]) -> None:
+    queue = kind(0, 2)
     queue.add_send(torch.zeros(1), 1)
     queue.close("rank 1 is gone")
     queue.close("it was closed")
-    assert queue.sends == []
     for call in (queue.take, queue.check_open, lambda: queue.add_send(torch.zeros(1), 1)):
         with pytest.raises(CommunicatorClosedError, match="rank 1 is gone"):
             call()

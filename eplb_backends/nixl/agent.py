@@ -221,9 +221,9 @@ class Numbered:
     """
 
     remote: Any
-    rows: list[int]
+    rows: Sequence[int] | IntArray
     local: Any
-    places: list[int]
+    places: Sequence[int] | IntArray
 
 
 class Read:

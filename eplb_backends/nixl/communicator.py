@@ -43,7 +43,7 @@ from eplb_core.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from eplb_core.queues import Transfer, TransferQueue, check_match
+from eplb_core.queues import PayloadQueue, Payloads, check_match, transfers_of
 from eplb_core.streams import mark, on_stream
 
 _SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
@@ -77,7 +77,7 @@ class NixlCommunicator(EplbCommunicator):
         self._options = options
         self._mode = options.mode
         self._timeout_s = float(options.timeout)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
+        self._queue = PayloadQueue(context.rank, context.world_size, context.device)
         self._registered = Regions()
         self._landing = Regions()
         self._unpublished = False
@@ -181,6 +181,10 @@ class NixlCommunicator(EplbCommunicator):
         """Queue a receive."""
         self._queue.add_recv(tensor, src_rank)
 
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many at once."""
+        self._queue.add_payloads(sends, recvs)
+
     def execute(self) -> None:
         """Compare, announce, let the peers read, read."""
         self.start().wait()
@@ -208,7 +212,6 @@ class NixlCommunicator(EplbCommunicator):
                 if self._unpublished:
                     shared.peers.publish()
                     self._unpublished = False
-                expected = {peer: [r for r in recvs if r.peer == peer] for peer in incoming}
                 this = Round(
                     shared,
                     self._epoch,
@@ -216,7 +219,7 @@ class NixlCommunicator(EplbCommunicator):
                     incoming,
                     self._stream,
                     mark(self._device, self._stream),
-                    lambda peer: layout.describe(expected.get(peer, [])),
+                    lambda peer: layout.describe(recvs.get(peer, [])),
                 )
                 self._epoch += 1
             with _timed(phases, "read"):
@@ -245,9 +248,9 @@ class NixlCommunicator(EplbCommunicator):
         before, after = pending.round.descriptors
         self._stats = TransferStats(
             seconds=time.perf_counter() - pending.began,
-            bytes_sent=sum(send.nbytes for send in pending.sends),
-            bytes_received=sum(recv.nbytes for recv in pending.recvs),
-            messages=len(pending.sends) + len(pending.recvs),
+            bytes_sent=_nbytes(pending.sends),
+            bytes_received=_nbytes(pending.recvs),
+            messages=sum(len(each) for side in (pending.sends, pending.recvs) for each in side.values()),
             phases=phases,
             paths={peer: self._links.describe(peer) for peer in sorted(pending.round.partners)},
             descriptors=before,
@@ -296,17 +299,17 @@ class NixlCommunicator(EplbCommunicator):
         if alone and self._registered.contain(address, distance * (count - 1) + nbytes):
             self._unpublished |= self._shared.peers.own_rows.add(block)
 
-    def _agree(self, sends: Sequence[Transfer], recvs: Sequence[Transfer]) -> None:
+    def _agree(self, sends: Payloads, recvs: Payloads) -> None:
         problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
         if not self._trusted:
-            check_match(self._control, sends, recvs, self._timeout_s, problem)
+            check_match(self._control, transfers_of(sends), transfers_of(recvs), self._timeout_s, problem)
         elif problem is not None:
             raise problem
 
-    def _add_sums(self, sends: Sequence[Transfer], outgoing: Mapping[int, Outgoing]) -> None:
+    def _add_sums(self, sends: Payloads, outgoing: Mapping[int, Outgoing]) -> None:
         with on_stream(self._device, self._stream):
             for peer, out in outgoing.items():
-                tensors = [as_bytes(send.tensor) for send in sends if send.peer == peer and send.nbytes]
+                tensors = [as_bytes(payload.tensor) for payload in sends[peer] if payload.nbytes]
                 out.sums = checksums(tensors, sample=self._options.verify == "sample")
 
     def _compare_sums(self, incoming: Mapping[int, Incoming]) -> None:
@@ -314,7 +317,8 @@ class NixlCommunicator(EplbCommunicator):
         wrong: list[tuple[int, int]] = []
         for peer, arrived in incoming.items():
             with on_stream(self._device, self._stream):
-                here = checksums(arrived.targets, sample=self._options.verify == "sample")
+                targets = [arrived.target(message) for message in range(len(arrived.messages))]
+                here = checksums(targets, sample=self._options.verify == "sample")
             there = np.concatenate([*arrived.sums, np.empty(0, np.int64)])
             complete = len(there) == len(here)
             indices = np.flatnonzero(here != there).tolist() if complete else range(len(here))
@@ -415,8 +419,8 @@ class _Pending(PendingTransfer):
         incoming: Mapping[int, Incoming],
         phases: dict[str, float],
         began: float,
-        sends: Sequence[Transfer],
-        recvs: Sequence[Transfer],
+        sends: Payloads,
+        recvs: Payloads,
     ) -> None:
         self._communicator = communicator
         self.round = this
@@ -434,6 +438,10 @@ class _Pending(PendingTransfer):
     def wait(self) -> TransferStats:
         """Return when everything is read on both sides."""
         return self._communicator.finish(self)
+
+
+def _nbytes(payloads: Payloads) -> int:
+    return sum(payload.nbytes for each in payloads.values() for payload in each)
 
 
 def _agree_on_step(

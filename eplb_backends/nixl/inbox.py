@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,11 @@ from eplb_backends.nixl.naming import naming
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.pieces import ByteStream, merge
 from eplb_backends.nixl.selftest import PAGE_BYTES, check_page
+from eplb_core.coalesce import as_bytes
 from eplb_core.copies import copy_all
+from eplb_core.errors import EplbError
 from eplb_core.placement import IntArray
+from eplb_core.queues import Payload
 from eplb_core.streams import on_stream
 
 SCATTER_BYTES = 64 << 10
@@ -37,14 +40,14 @@ class Incoming:
     Attributes:
         count: messages, those without bytes included.
         digest: 16 bytes over their sizes and dtypes.
-        targets: those with bytes, as uint8 tensors, in order.
+        messages: those with bytes, in order.
         in_place: whether each of them may be read into directly.
         places: their numbers, -1 for none; left out, none has one.
     """
 
     count: int
     digest: bytes
-    targets: list[torch.Tensor]
+    messages: Sequence[Payload]
     in_place: list[bool]
     places: list[int] = field(default_factory=list)
     lengths: IntArray = field(init=False)
@@ -58,9 +61,13 @@ class Incoming:
 
     def __post_init__(self) -> None:
         """Note the sizes."""
-        self.places = self.places or [-1] * len(self.targets)
-        self.lengths = np.array([target.nbytes for target in self.targets], np.int64)
+        self.places = self.places or [-1] * len(self.messages)
+        self.lengths = np.array([message.nbytes for message in self.messages], np.int64)
         self.left_bytes = int(self.lengths.sum())
+
+    def target(self, message: int) -> torch.Tensor:
+        """Return where a message belongs, as uint8 `[bytes]`."""
+        return as_bytes(self.messages[message].tensor)
 
 
 @dataclass(slots=True, eq=False)
@@ -68,14 +75,20 @@ class _Job:
     """One READ: posted as soon as there is a slot, if it needs one."""
 
     source: int
-    pieces: list[Piece]
-    sequence: int | None  # of the chunk that it empties, if it does
-    through_slot: bool
+    remote: IntArray  # addresses of the pieces
+    lengths: IntArray  # and their bytes
+    local: IntArray | None  # where they belong; None if they are read through a slot
+    targets: list[torch.Tensor] = field(default_factory=list)  # where they belong then
+    sequence: int | None = None  # of the chunk that it empties, if it does
     proves: bool = False  # it reads the page that every rank offers
-    numbers: tuple[list[int], list[int]] | None = None  # of the pieces, at the source and here
+    numbers: tuple[IntArray, IntArray] | None = None  # of the pieces, at the source and here
     slot: Slot | None = None
     posted_at: float = 0.0
     nbytes: int = 0  # known once it is posted
+
+    @property
+    def through_slot(self) -> bool:
+        return self.local is None
 
 
 class Inbox:
@@ -133,39 +146,34 @@ class Inbox:
         incoming = self._peers[source]
         incoming.addresses.append(addresses)
         announced = sum(map(len, incoming.addresses))
-        if incoming.announced or announced > len(incoming.targets):
-            raise ValueError(f"{announced} addresses were announced for {len(incoming.targets)} messages")
-        if announced < len(incoming.targets):
+        if incoming.announced or announced > len(incoming.messages):
+            raise ValueError(f"{announced} addresses were announced for {len(incoming.messages)} messages")
+        if announced < len(incoming.messages):
             return False
         incoming.announced = True
         page = self._others.page_to_read(source)
         if page is not None:
             scratch = torch.empty(PAGE_BYTES, dtype=torch.uint8, device=self._device)
             self._unproven.add(source)
-            self._waiting.append(_Job(source, [(page, scratch)], None, through_slot=True, proves=True))
-        direct: list[Piece] = []
-        through: list[Piece] = []
-        rows: list[int] = []
-        places: list[int] = []
-        for message, address in enumerate(np.concatenate(incoming.addresses).tolist()):
-            target = incoming.targets[message]
-            if address == 0:
-                incoming.packed.append(message)
-                continue
-            if address < 0:
-                rows.append(~address)
-                address = self._others.rows(source).address(rows[-1], target.nbytes)
-            if incoming.in_place[message]:
-                direct.append((address, target))
-                places.append(incoming.places[message])
-            else:
-                through.append((address, target))
+            self._waiting.append(_job(source, [(page, scratch)], through_slot=True, proves=True))
+        said = np.concatenate(incoming.addresses)
+        by_row = said < 0
+        remote = said.copy()
+        if by_row.any():
+            remote[by_row] = self._others.rows(source).addresses(~said[by_row], incoming.lengths[by_row])
+        in_place = np.array(incoming.in_place, np.bool_)
+        incoming.packed = np.flatnonzero(said == 0).tolist()
         incoming.stream = ByteStream(incoming.lengths[incoming.packed])
-        if direct:
-            by_number = len(rows) == len(direct) and not through and min(places) >= 0
-            numbers = (rows, places) if by_number else None
-            self._waiting.append(_Job(source, direct, None, through_slot=False, numbers=numbers))
-        self._cut(source, through)
+        direct = np.flatnonzero((said != 0) & in_place)
+        through = np.flatnonzero((said != 0) & ~in_place).tolist()
+        if len(direct):
+            here = np.array([incoming.messages[message].place[0] for message in direct.tolist()], np.int64)
+            job = _Job(source, remote[direct], incoming.lengths[direct], here)
+            places = np.array(incoming.places, np.int64)[direct]
+            if by_row[direct].all() and not through and places.min() >= 0:
+                job.numbers = ~said[direct], places
+            self._waiting.append(job)
+        self._cut(source, [(int(remote[message]), incoming.target(message)) for message in through])
         self._finish_if_all_arrived(source)
         return True
 
@@ -189,10 +197,10 @@ class Inbox:
         for message, first, last in incoming.stream.pieces(start, start + nbytes):
             number = incoming.packed[message]
             in_place &= incoming.in_place[number]
-            pieces.append((address, incoming.targets[number][first:last]))
+            pieces.append((address, incoming.target(number)[first:last]))
             address += last - first
         scattered = nbytes < SCATTER_BYTES * len(pieces) and len(pieces) > 1
-        self._waiting.append(_Job(source, pieces, sequence, through_slot=scattered or not in_place))
+        self._waiting.append(_job(source, pieces, through_slot=scattered or not in_place, sequence=sequence))
 
     def advance(self) -> set[int]:
         """Finish READs that are done and post those that can be; return the sources for which something happened."""
@@ -217,30 +225,30 @@ class Inbox:
 
     def _cut(self, source: int, pieces: list[Piece]) -> None:
         """Cut what has to go through the window into READs of one slot each."""
-        job, room = _Job(source, [], None, through_slot=True), self._pool.slot_bytes
+        part: list[Piece] = []
+        room = self._pool.slot_bytes
         for address, target in pieces:
             offset = 0
             while offset < target.nbytes:
                 take = min(room, target.nbytes - offset)
-                job.pieces.append((address + offset, target[offset : offset + take]))
+                part.append((address + offset, target[offset : offset + take]))
                 offset, room = offset + take, room - take
                 if room == 0:
-                    self._waiting.append(job)
-                    job, room = _Job(source, [], None, through_slot=True), self._pool.slot_bytes
-        if job.pieces:
-            self._waiting.append(job)
+                    self._waiting.append(_job(source, part, through_slot=True))
+                    part, room = [], self._pool.slot_bytes
+        if part:
+            self._waiting.append(_job(source, part, through_slot=True))
 
     def _post(self, job: _Job) -> None:
-        lengths = np.array([target.nbytes for _, target in job.pieces], np.int64)
-        remote = np.array([address for address, _ in job.pieces], np.int64)
-        if job.slot is not None:
-            local = job.slot.memory.data_ptr() + np.cumsum(lengths) - lengths
-        else:
-            local = np.array([target.data_ptr() for _, target in job.pieces], np.int64)
-        job.nbytes = int(lengths.sum())
-        pieces = merge(remote, local, lengths)
+        local = job.local
+        if local is None:
+            if job.slot is None:
+                raise EplbError("a READ that needs a slot has none")
+            local = job.slot.memory.data_ptr() + np.cumsum(job.lengths) - job.lengths
+        job.nbytes = int(job.lengths.sum())
+        pieces = merge(job.remote, local, job.lengths)
         if not job.proves:
-            self.descriptors += len(lengths)
+            self.descriptors += len(job.lengths)
             self.merged_descriptors += len(pieces[2])
         job.posted_at = time.perf_counter()
         with naming(job.source, "read"):
@@ -263,17 +271,17 @@ class Inbox:
 
     def _unpack(self, job: _Job, slot: Slot) -> None:
         sources, offset = [], 0
-        for _, target in job.pieces:
+        for target in job.targets:
             sources.append(slot.memory[offset : offset + target.nbytes])
             offset += target.nbytes
         with on_stream(self._device, self._stream):
-            copy_all([target for _, target in job.pieces], sources)
+            copy_all(job.targets, sources)
             if self._device.type != "cpu":
                 slot.copied = torch.cuda.Event()
                 slot.copied.record()
 
     def _prove(self, job: _Job) -> None:
-        [(_, page)] = job.pieces
+        [page] = job.targets
         with on_stream(self._device, self._stream):
             check_page(page, job.source)
         self._others.proven.add(job.source)
@@ -284,3 +292,19 @@ class Inbox:
         if done and source in self.unread:
             self.unread.discard(source)
             self._send(source, self._writer.done())
+
+
+def _job(
+    source: int, pieces: Sequence[Piece], *, through_slot: bool, sequence: int | None = None, proves: bool = False
+) -> _Job:
+    """Return a READ of pieces, into place or through a slot."""
+    targets = [target for _, target in pieces]
+    return _Job(
+        source,
+        np.array([address for address, _ in pieces], np.int64),
+        np.array([target.nbytes for target in targets], np.int64),
+        None if through_slot else np.array([target.data_ptr() for target in targets], np.int64),
+        targets if through_slot else [],
+        sequence,
+        proves,
+    )

@@ -13,7 +13,9 @@ from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.prepared import Places, Rows
 from eplb_core.coalesce import as_bytes
 from eplb_core.errors import TransferError
-from eplb_core.queues import Transfer
+from eplb_core.queues import Payload, Payloads
+
+_NONE_IS_AS_LARGE = 1 << 63
 
 FEW_SMALL = {"DRAM": 0, "VRAM": 128}
 """Up to so many small tensors of a pair are read in place. Packing takes a launch, a wait for it on both sides and two
@@ -21,88 +23,72 @@ messages more: where 4 ranks shared an H200, reading every scale in place moved 
 of 53 with small experts."""
 
 
-def outgoing(
-    sends: Sequence[Transfer], registered: Regions, rows: Rows, mode: str, few_small: int = 0
-) -> dict[int, Outgoing]:
+def outgoing(sends: Payloads, registered: Regions, rows: Rows, mode: str, few_small: int = 0) -> dict[int, Outgoing]:
     """Return destination -> what it is sent.
 
     Registered tensors are announced by their number, or else by their address. The others are packed, and with
     `mode=auto` so are small ones, if a pair has more than `few_small`: descriptors would cost more than the copy.
     """
     plan: dict[int, Outgoing] = {}
-    for peer, transfers in _by_peer(sends):
+    for peer, payloads in sends.items():
         addresses, packed = [], []
-        small = sum(0 < transfer.nbytes < SCATTER_BYTES for transfer in transfers)
-        least = SCATTER_BYTES if small > few_small else 1
-        for transfer in transfers:
-            if not transfer.nbytes:
-                continue
-            address = transfer.tensor.data_ptr()
+        small = sum(0 < payload.nbytes < SCATTER_BYTES for payload in payloads)
+        least = {"direct": 1, "auto": SCATTER_BYTES if small > few_small else 1}.get(mode, _NONE_IS_AS_LARGE)
+        for payload in payloads:
             said = 0
-            if mode == "direct" or (mode == "auto" and transfer.nbytes >= least):
-                number = rows.number(address, transfer.nbytes)
+            if payload.nbytes >= least:
+                number = rows.number(payload.place)
                 if number >= 0:
                     said = ~number
-                elif registered.contain(address, transfer.nbytes):
-                    said = address
+                elif registered.contain(*payload.place):
+                    said = payload.place[0]
+            elif not payload.nbytes:
+                continue
             addresses.append(said)
             if not said:
-                packed.append(as_bytes(transfer.tensor))
-        plan[peer] = Outgoing(len(transfers), _digest(transfers), np.array(addresses, np.int64), packed)
+                packed.append(as_bytes(payload.tensor))
+        plan[peer] = Outgoing(len(payloads), _digest(payloads), np.array(addresses, np.int64), packed)
     return plan
 
 
-def incoming(recvs: Sequence[Transfer], landing: Regions, places: Places) -> dict[int, Incoming]:
+def incoming(recvs: Payloads, landing: Regions, places: Places) -> dict[int, Incoming]:
     """Return source -> what it sends. Only declared landing memory is read into directly."""
     plan: dict[int, Incoming] = {}
-    for peer, transfers in _by_peer(recvs):
-        with_bytes = [transfer for transfer in transfers if transfer.nbytes]
+    for peer, payloads in recvs.items():
+        with_bytes = [payload for payload in payloads if payload.nbytes]
         in_place, numbers = [], []
-        for transfer in with_bytes:
-            at = transfer.tensor.data_ptr(), transfer.nbytes
-            number = places.numbers.get(at)
-            in_place.append(number is not None or landing.contain(*at))
+        for payload in with_bytes:
+            number = places.numbers.get(payload.place)
+            lands = number is not None or landing.contain(*payload.place)
             if number is None:
-                number = places.add(*at) if in_place[-1] else -1
+                number = places.add(*payload.place) if lands else -1
+            in_place.append(lands)
             numbers.append(number)
-        plan[peer] = Incoming(
-            len(transfers),
-            _digest(transfers),
-            [as_bytes(transfer.tensor) for transfer in with_bytes],
-            in_place,
-            numbers,
-        )
+        plan[peer] = Incoming(len(payloads), _digest(payloads), with_bytes, in_place, numbers)
     return plan
 
 
-def unregistered(sends: Sequence[Transfer], registered: Regions) -> TransferError | None:
+def unregistered(sends: Payloads, registered: Regions) -> TransferError | None:
     """Return the reason why `mode=direct` refuses these sends, or None if it does not."""
-    missing = [s for s in sends if s.nbytes and not registered.contain(s.tensor.data_ptr(), s.nbytes)]
+    missing = [peer for peer, each in sends.items() for p in each if p.nbytes and not registered.contain(*p.place)]
     if not missing:
         return None
     return TransferError(
-        f"{len(missing)} of {len(sends)} tensors to send are not registered, and mode=direct sends no other",
-        peers={transfer.peer for transfer in missing},
+        f"{len(missing)} of {sum(map(len, sends.values()))} tensors to send are not registered, "
+        "and mode=direct sends no other",
+        peers=set(missing),
         phase="pack",
         usable=True,
         remedy="register(tensors) first, or use mode=auto",
     )
 
 
-def describe(transfers: Iterable[Transfer]) -> str:
+def describe(payloads: Iterable[Payload]) -> str:
     """Return sizes and dtypes, in words, of the first few."""
-    entries = [f"{t.nbytes} bytes of {str(t.tensor.dtype).removeprefix('torch.')}" for t in transfers]
+    entries = [f"{p.nbytes} bytes of {str(p.tensor.dtype).removeprefix('torch.')}" for p in payloads]
     more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
     return f"{len(entries)} tensors ({', '.join(entries[:8])}{more})" if entries else "nothing"
 
 
-def _by_peer(transfers: Sequence[Transfer]) -> list[tuple[int, list[Transfer]]]:
-    peers: dict[int, list[Transfer]] = {}
-    for transfer in transfers:
-        peers.setdefault(transfer.peer, []).append(transfer)
-    return sorted(peers.items())
-
-
-def _digest(transfers: Sequence[Transfer]) -> bytes:
-    text = ";".join(f"{transfer.nbytes} {transfer.tensor.dtype}" for transfer in transfers)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _digest(payloads: Sequence[Payload]) -> bytes:
+    return hashlib.blake2b(b"".join([payload.kind for payload in payloads]), digest_size=16).digest()

@@ -19,6 +19,7 @@ from eplb_backends.nixl.messages import Kind, Message, Writer
 from eplb_backends.nixl.prepared import Block, PeerRows, Places, Rows
 from eplb_core.control import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
+from eplb_core.placement import IntArray
 
 _PARTING_S = 1.0  # how long a rank that closes waits for the others to do so too
 _NAP_S = 1e-3
@@ -137,7 +138,7 @@ class Peers:
         """Return the rows that a rank which is known has published."""
         return self._rows[rank]
 
-    def prepared(self, rank: int, rows: list[int], places: list[int]) -> Numbered | None:
+    def prepared(self, rank: int, rows: IntArray, places: IntArray) -> Numbered | None:
         """Return lists of a rank's rows and of places here, or None while it does not pay to have them."""
         local = self.places.prepared(self.agent, places)
         return None if local is None else Numbered(self._rows[rank].prepared(self.agent), rows, local, places)

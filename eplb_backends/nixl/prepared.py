@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from eplb_backends.nixl.agent import Agent
+from eplb_core.placement import IntArray
 
 MOST_PIECES = 1 << 14
 """How many rows, and how many places, have numbers; 100 to 200 bytes each. What comes later is read by address."""
@@ -46,9 +47,9 @@ class Rows:
         self._count += count
         return True
 
-    def number(self, address: int, nbytes: int) -> int:
-        """Return the number of a row, or -1 if this is none."""
-        return self._numbers.get((address, nbytes), -1)
+    def number(self, place: tuple[int, int]) -> int:
+        """Return the number of the row at `(address, bytes)`, or -1 if this is none."""
+        return self._numbers.get(place, -1)
 
 
 def block_of(tensor: torch.Tensor) -> Block | None:
@@ -81,19 +82,23 @@ class PeerRows:
         if (self._blocks <= 0).any() or (count > MOST_PIECES).any() or count.sum() > MOST_PIECES:
             raise ValueError(f"a table of {count.sum()} rows")
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        self._addresses: list[int] = (np.repeat(address, count) + within * np.repeat(distance, count)).tolist()
-        self._lengths: list[int] = np.repeat(nbytes, count).tolist()
+        self._addresses: IntArray = np.repeat(address, count) + within * np.repeat(distance, count)
+        self._lengths: IntArray = np.repeat(nbytes, count)
         self._list: Any = None
 
-    def address(self, number: int, nbytes: int) -> int:
-        """Return where a row lies.
+    def addresses(self, numbers: IntArray, nbytes: IntArray) -> IntArray:
+        """Return where rows lie; all three are int64 `[rows]`, the numbers from 0.
 
         Raises:
             ValueError: there is no such row, or it has other bytes.
         """
-        if number >= len(self._addresses) or self._lengths[number] != nbytes:
-            raise ValueError(f"row {number} of {nbytes} bytes is none of {len(self._addresses)} that were published")
-        return self._addresses[number]
+        wrong = numbers >= len(self._addresses)
+        if not wrong.any():
+            wrong = self._lengths[numbers] != nbytes
+        if wrong.any():
+            number, size = int(numbers[wrong][0]), int(nbytes[wrong][0])
+            raise ValueError(f"row {number} of {size} bytes is none of {len(self._addresses)} that were published")
+        return self._addresses[numbers]
 
     def prepared(self, agent: Agent) -> Any:
         """Return the list of all rows."""
@@ -127,12 +132,12 @@ class Places:
             return self.numbers.get((address, nbytes), -1)
         return self.numbers.setdefault((address, nbytes), len(self.numbers))
 
-    def prepared(self, agent: Agent, numbers: list[int]) -> Any:
+    def prepared(self, agent: Agent, numbers: Sequence[int] | IntArray) -> Any:
         """Return a list that holds pieces, or None while it does not pay to make one.
 
         A new list costs in proportion to all the pieces in it, so there is one when as many as that were missed.
         """
-        if self._list is None or max(numbers) >= self._prepared:
+        if self._list is None or np.max(numbers) >= self._prepared:
             self._missed += len(numbers)
             if self._missed < len(self.numbers):
                 return None

@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import torch
 
+from eplb_core.queues import Payload
 from eplb_core.testing.check import Check, expect, skip
 from eplb_core.testing.context import RankContext
 from eplb_core.testing.traffic import (
@@ -95,6 +96,26 @@ def tensors_of_any_shape_arrive(context: RankContext) -> None:
     if context.rank == 1:
         expect(all(bool((tensor == 7.0).all()) for tensor in tensors), "a tensor did not arrive")
         expect(bool((whole[:2] == -1.0).all() and (whole[4:] == -1.0).all()), "bytes beside a view were overwritten")
+
+
+def payloads_are_queued_like_tensors_one_by_one(context: RankContext) -> None:
+    """What `add_payloads` queues lies between what `add_send` and `add_recv` queue before and after it."""
+    after, before = (context.rank + 1) % context.world_size, (context.rank - 1) % context.world_size
+    sent = [torch.full((100,), 10.0 * context.rank + number, device=context.device) for number in range(5)]
+    received = [torch.full_like(tensor, -1.0) for tensor in sent]
+    communicator = context.communicator
+    if context.subject.must_register:
+        communicator.register(sent)
+        communicator.register(received, landing=True)
+    communicator.add_send(sent[0], after)
+    communicator.add_payloads({}, {before: [Payload(tensor) for tensor in received[:2]]})
+    communicator.add_payloads({after: [Payload(tensor) for tensor in sent[1:3]]}, {})
+    communicator.add_recv(received[2], before)
+    communicator.add_payloads({after: [Payload(sent[3])]}, {before: [Payload(tensor) for tensor in received[3:]]})
+    communicator.add_send(sent[4], after)
+    communicator.execute()
+    found = [tensor.unique().tolist() for tensor in received]
+    expect(found == [[10.0 * before + number] for number in range(5)], f"{found} arrived from rank {before}")
 
 
 def every_rank_sends_to_every_other(context: RankContext) -> None:
@@ -288,6 +309,7 @@ CHECKS = (
     Check(many_small_tensors_arrive),
     Check(tensors_without_elements_are_sent),
     Check(tensors_of_any_shape_arrive),
+    Check(payloads_are_queued_like_tensors_one_by_one),
     Check(every_rank_sends_to_every_other),
     Check(one_rank_feeds_all_and_is_fed_by_all),
     Check(a_ring_of_ranks_moves_both_ways),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from eplb_cuda_ipc import links
-from eplb_cuda_ipc.layout import Cut, by_peer
+from eplb_cuda_ipc.layout import Cut, pieces_of
 from eplb_cuda_ipc.links import Link, connect, listen
 from eplb_cuda_ipc.mapped import Mapped
 from eplb_cuda_ipc.memory import Copies, MemoryMapError
@@ -23,7 +23,7 @@ from eplb_cuda_ipc.shown import Shown
 from eplb_cuda_ipc.spec import BACKEND
 from standin import ENGINE, HostMemory
 
-from eplb_core import ByteSize, Transfer
+from eplb_core import ByteSize, Payload
 from eplb_core.errors import TransferTimeoutError
 
 
@@ -58,7 +58,7 @@ def test_nothing_is_cut_into_no_chunks() -> None:
 
 def test_pairs_differ_by_count_size_and_dtype_and_by_nothing_else() -> None:
     def digest(*tensors: torch.Tensor) -> bytes:
-        return by_peer([Transfer(tensor, 1) for tensor in tensors])[1].digest
+        return pieces_of([Payload(tensor) for tensor in tensors]).digest
 
     eight = torch.zeros(8)
     assert digest(eight, eight) == digest(torch.ones(2, 4), torch.ones(8))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,16 +14,17 @@ import torch
 from eplb_core import (
     BackendContext,
     EplbCommunicator,
+    Payload,
+    PayloadQueue,
     PendingTransfer,
     Transfer,
-    TransferQueue,
     TransferStats,
     check_match,
 )
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError, TransferError
 from eplb_cuda_ipc.driver import CudaMemory
 from eplb_cuda_ipc.exchange import Exchange
-from eplb_cuda_ipc.layout import by_peer
+from eplb_cuda_ipc.layout import pieces_of
 from eplb_cuda_ipc.links import Link, connect, listen
 from eplb_cuda_ipc.mapped import Mapped
 from eplb_cuda_ipc.memory import Memory, MemoryMapError
@@ -67,7 +68,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._device = context.device
         self._options = options
         self._timeout_s = float(options.timeout)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
+        self._queue = PayloadQueue(context.rank, context.world_size, context.device)
         self._memory = memory
         self._shown = Shown(memory)
         self._links: dict[int, Link] = {}
@@ -117,6 +118,10 @@ class CudaIpcCommunicator(EplbCommunicator):
         for link in self._links.values():
             link.send(show)
 
+    def add_payloads(self, sends: Mapping[int, Sequence[Payload]], recvs: Mapping[int, Sequence[Payload]]) -> None:
+        """Queue many at once."""
+        self._queue.add_payloads(sends, recvs)
+
     def execute(self) -> None:
         """Compare, say where everything lies, copy what the peers say, and wait until they have copied too."""
         self.start().wait()
@@ -133,20 +138,22 @@ class CudaIpcCommunicator(EplbCommunicator):
                 )
             exchange.check()
             if not self._trusted:
-                check_match(self._control, sends, recvs, self._timeout_s)
+                check_match(self._control, _transfers(sends), _transfers(recvs), self._timeout_s)
             agreed = time.perf_counter()
-            this = Round(shared, self._epoch, by_peer(sends), by_peer(recvs), self._memory.end_of(self._stream))
+            outgoing = {peer: pieces_of(payloads) for peer, payloads in sends.items()}
+            incoming = {peer: pieces_of(payloads) for peer, payloads in recvs.items()}
+            this = Round(shared, self._epoch, outgoing, incoming, self._memory.end_of(self._stream))
             self._epoch += 1
             exchange.begin(this)
         self._in_flight += 1
         stats = TransferStats(
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
+            bytes_sent=sum(int(pieces.nbytes.sum()) for pieces in outgoing.values()),
+            bytes_received=sum(int(pieces.nbytes.sum()) for pieces in incoming.values()),
+            messages=sum(len(pieces.nbytes) for side in (outgoing, incoming) for pieces in side.values()),
             phases={"agree": agreed - began, "offer": time.perf_counter() - agreed},
             paths={peer: self._paths[peer] for peer in sorted(this.heard)},
         )
-        return _Pending(self, this, began, stats, [*sends, *recvs])
+        return _Pending(self, this, began, stats, [sends, recvs])
 
     @property
     def max_in_flight(self) -> int:
@@ -344,14 +351,14 @@ class _Pending(PendingTransfer):
         round_: Round,
         began: float,
         stats: TransferStats,
-        transfers: list[Transfer],
+        kept: list[Mapping[int, Sequence[Payload]]],
     ) -> None:
         super().__init__(None)
         self._communicator = communicator
         self._round: Round | None = round_
         self._began = began
         self._known = stats
-        self._transfers = transfers
+        self._kept = kept  # the tensors, until they have been copied
         self._work: Iterator[object] = iter(())
 
     def use_idle_time(self, work: Iterator[object]) -> None:
@@ -365,5 +372,9 @@ class _Pending(PendingTransfer):
                 work, self._work = self._work, iter(())  # it may hold whoever waits
                 self._stats = self._communicator.finish(self._round, self._began, self._known, work)
             finally:
-                self._transfers, self._round = [], None
+                self._kept, self._round = [], None
         return self._stats
+
+
+def _transfers(payloads: Mapping[int, Sequence[Payload]]) -> list[Transfer]:
+    return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]

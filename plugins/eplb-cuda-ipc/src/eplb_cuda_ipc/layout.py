@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_core import Transfer
+from eplb_core import Payload
 from eplb_cuda_ipc.memory import Numbers
 
 _ALIGNMENT = 256  # in a window; what GPUs copy fastest
@@ -39,26 +39,14 @@ class Pieces:
         return f"{len(self.nbytes)} tensors of {int(self.nbytes.sum())} bytes and of {self.dtypes}"
 
 
-def by_peer(transfers: Sequence[Transfer]) -> dict[int, Pieces]:
-    """Return peer -> its tensors. A peer whose tensors have no bytes has an entry as well."""
-    lists: dict[int, list[Transfer]] = {}
-    for transfer in transfers:
-        lists.setdefault(transfer.peer, []).append(transfer)
-    return {peer: _pieces(each) for peer, each in lists.items()}
-
-
-def _pieces(transfers: Sequence[Transfer]) -> Pieces:
-    # A rearrangement queues hundreds of small tensors of few dtypes, so that whatever is done for each of them counts.
-    nbytes = np.array([transfer.nbytes for transfer in transfers], "<i8")
-    dtypes = [transfer.tensor.dtype for transfer in transfers]
-    names = {str(dtype): dtype for dtype in set(dtypes)}
-    numbers = {names[name]: number for number, name in enumerate(sorted(names))}
-    words = ", ".join(sorted(names))
-    digest = hashlib.blake2b(words.encode() + b"\0" + nbytes.tobytes(), digest_size=16)
-    if len(numbers) > 1:
-        digest.update(bytes([numbers[dtype] for dtype in dtypes]))
+def pieces_of(payloads: Sequence[Payload]) -> Pieces:
+    """Return the tensors of one pair."""
+    # A rearrangement queues hundreds of small tensors, so that whatever is done for each of them counts.
     return Pieces(
-        np.array([transfer.tensor.data_ptr() for transfer in transfers], np.int64), nbytes, digest.digest(), words
+        np.array([payload.place[0] for payload in payloads], np.int64),
+        np.array([payload.nbytes for payload in payloads], np.int64),
+        hashlib.blake2b(b"".join([payload.kind for payload in payloads]), digest_size=16).digest(),
+        ", ".join(sorted({str(payload.tensor.dtype) for payload in payloads})),
     )
 
 
