@@ -19,13 +19,17 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
         targets: one-dimensional tensors, uint8 or int64, that do not overlap, nor overlap any source.
         sources: tensors of the same sizes and dtypes, on the same device.
     """
+    if not targets:
+        return
+    large = _LARGE_BYTES.get(targets[0].device.type, _LARGE_BYTES["cuda"])
     together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        if target.nbytes >= _LARGE_BYTES.get(target.device.type, _LARGE_BYTES["cuda"]):
+        if target.nbytes >= large:
             target.copy_(source)
-        else:
-            ends = together.setdefault(target.dtype, ([], []))
+        elif (ends := together.get(target.dtype)) is not None:
             ends[0].append(target)
             ends[1].append(source)
+        else:
+            together[target.dtype] = [target], [source]
     for ends in together.values():
         torch._foreach_copy_(*ends)
