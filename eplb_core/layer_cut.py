@@ -19,13 +19,14 @@ from collections.abc import Sequence
 
 from eplb_core.errors import EplbError
 from eplb_core.layer_cycles import turn_cycles
-from eplb_core.layer_state import Budget, LayerPart, LayerState, LayerTask, Use
+from eplb_core.layer_state import LayerState
+from eplb_core.layer_task import Budget, LayerParts, LayerTask, Use
 
 _FEW = 3
 """So many times `cheap_bytes` are staged in one last step rather than moved in place in several."""
 
 
-def cut_layer(task: LayerTask, budget: Budget) -> list[LayerPart]:
+def cut_layer(task: LayerTask, budget: Budget) -> LayerParts:
     """Cut the way of one layer from `old` to `new` into parts.
 
     After each part, every expert that `new` needs has a copy. What is empty in `new` keeps its expert to the end.
@@ -35,20 +36,17 @@ def cut_layer(task: LayerTask, budget: Budget) -> list[LayerPart]:
         budget: what a part may use, at least one expert of each that the layer needs.
     """
     state = LayerState(task, in_place=False)
-    parts = []
     while state.pending:
-        state.begin_part(budget, Use(len(task.node_of_rank)))
+        state.begin_part(budget, Use(task.places.num_ranks))
         state.overwrite()
         if turn_cycles(state):
             state.overwrite()
-        part = state.end_part()
-        if not part.moves:
+        if not state.end_part(step=len(state.parts.ends)):
             raise _halted(budget)
-        parts.append(part)
-    return parts
+    return state.parts
 
 
-def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[list[LayerPart]]:
+def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[LayerParts]:
     """Cut the ways of all layers into parts that share their steps, and receive into empty slots where they can.
 
     Args:
@@ -57,33 +55,35 @@ def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -
         cheap_bytes: how much may land in the window of a rank in a step though it could go into a slot later.
 
     Returns:
-        For each step the part of every layer. Parts may be empty, those of a layer that has ended are.
+        The parts of every layer, with the steps that they share.
     """
     states = [LayerState(task, in_place=True) for task in tasks]
-    steps = []
-    while any(state.pending for state in states):
-        use = Use(len(tasks[0].node_of_rank))
-        for state in states:
+    unfinished = [state for state in states if state.pending]
+    step = 0
+    while unfinished:
+        use = Use(tasks[0].places.num_ranks)
+        for state in unfinished:
             state.begin_part(budget, use)
             state.fill_empty()
-        for state in states:
+        for state in unfinished:
             turn_cycles(state)
         # What is left is few: better all of it now than a step for each end of a chain.
-        limit = budget.window if _most_left(states) <= _FEW * cheap_bytes else min(budget.window, cheap_bytes)
-        for state in states:
+        limit = budget.window if _most_left(unfinished) <= _FEW * cheap_bytes else min(budget.window, cheap_bytes)
+        for state in unfinished:
             state.overwrite(limit)
-        for state in states:
+        for state in unfinished:
             state.vacate()
-        steps.append([state.end_part() for state in states])
-        if all(part.is_empty for part in steps[-1]):
+        moved = [state.end_part(step) for state in unfinished]
+        if not any(moved):
             raise _halted(budget)
-    return steps
+        unfinished = [state for state in unfinished if state.pending]
+        step += 1
+    return [state.parts for state in states]
 
 
 def _most_left(states: Sequence[LayerState]) -> int:
     """Return the most bytes that the slots of any rank still wait for."""
-    by_layer = ([count * state.size for count in state.left] for state in states)
-    return max(map(sum, zip(*by_layer, strict=True)))
+    return max(map(sum, zip(*(state.left for state in states), strict=True)))
 
 
 def _halted(budget: Budget) -> EplbError:

@@ -11,7 +11,7 @@ from collections import Counter
 
 from eplb_core.layer_state import LayerState
 
-_NO_WALK = -1
+_NO_WALK, _FREE = -1, -2
 
 
 def turn_cycles(state: LayerState) -> bool:
@@ -24,37 +24,41 @@ def turn_cycles(state: LayerState) -> bool:
 
 def _find_cycles(state: LayerState) -> list[list[int]]:
     """Return cycles of slots, each of which waits until its expert was brought to the next one."""
-    held, spare, targets = state.held, state.spare, state.targets
+    held, spare, waits, targets = state.held, state.spare, state.waits, state.targets
     cycles = []
-    # slot -> the walk that came by; none goes on from slots that are or may be overwritten.
-    seen = dict.fromkeys(state.overwritten, _NO_WALK)
+    came_by = [_NO_WALK] * len(held)  # slot -> where the walk began that came by, or that it need not wait
     for start in state.pending:
-        if start in seen:
-            continue
-        walk: list[int] = []
         slot = start
-        while slot not in seen:
+        while waits[slot] and came_by[slot] == _NO_WALK:
             expert = held[slot]
-            if spare[expert] and state.may_overwrite(slot):
-                seen[slot] = _NO_WALK
+            needing = targets[expert]
+            if spare[expert] and (not needing or state.stays(slot, expert)):
+                came_by[slot] = _FREE
                 break
-            seen[slot] = start
-            walk.append(slot)
-            waiting = targets[expert]
-            slot = next(iter(waiting)) if len(waiting) == 1 else _nearest(state, slot, waiting)
-        if seen[slot] == start:
-            cycles.append(walk[walk.index(slot) :])
+            came_by[slot] = start
+            slot = needing[0] if len(needing) == 1 else _nearest(state, slot)
+        if came_by[slot] == start:
+            cycles.append(_cycle_through(state, slot))
     return cycles
 
 
-def _nearest(state: LayerState, slot: int, targets: dict[int, None]) -> int:
+def _cycle_through(state: LayerState, start: int) -> list[int]:
+    """Return the cycle that `start` is on, beginning with it."""
+    cycle = [start]
+    while (slot := _nearest(state, cycle[-1])) != start:
+        cycle.append(slot)
+    return cycle
+
+
+def _nearest(state: LayerState, slot: int) -> int:
     """Return one of the slots that need what `slot` must not lose: on its rank, else on its node, else any."""
-    for place in state.places:
+    targets = state.targets[state.held[slot]]
+    for place in state.places.levels:
         here = place[slot]
         for target in targets:
             if place[target] == here:
                 return target
-    return next(iter(targets))
+    return targets[0]
 
 
 def _turn_cycle(state: LayerState, cycle: list[int]) -> None:
@@ -64,8 +68,8 @@ def _turn_cycle(state: LayerState, cycle: list[int]) -> None:
         return
     path: list[list[int]] = []
     for visit in visits:
-        rank = state.rank_of[visit[0]]
-        earlier = next((i for i, other in enumerate(path) if state.rank_of[other[0]] == rank), None)
+        rank = state.places.rank_of[visit[0]]
+        earlier = next((i for i, other in enumerate(path) if state.places.rank_of[other[0]] == rank), None)
         if earlier is None:
             path.append(visit)
             continue
@@ -76,7 +80,7 @@ def _turn_cycle(state: LayerState, cycle: list[int]) -> None:
 
 def _visits(state: LayerState, cycle: list[int]) -> list[list[int]]:
     """Split a cycle into runs of slots of one rank, starting where the rank changes."""
-    rank_of = state.rank_of
+    rank_of = state.places.rank_of
     start = next((i for i in range(len(cycle)) if rank_of[cycle[i - 1]] != rank_of[cycle[i]]), 0)
     visits: list[list[int]] = []
     for slot in cycle[start:] + cycle[:start]:
@@ -89,7 +93,7 @@ def _visits(state: LayerState, cycle: list[int]) -> list[list[int]]:
 
 def _turn(state: LayerState, ring: list[int]) -> bool:
     """Move every slot's expert to the next slot of the ring, and the last one's to the first, if that fits."""
-    rank_of, held, use, budget, size = state.rank_of, state.held, state.use, state.budget, state.size
+    rank_of, held, use, budget, size = state.places.rank_of, state.held, state.use, state.budget, state.size
     hops = list(zip(ring, ring[1:] + ring[:1], strict=True))
     crossing = [(rank_of[s], rank_of[d]) for s, d in hops if rank_of[s] != rank_of[d]]
     arrivals = Counter(d for _, d in crossing)
@@ -105,7 +109,7 @@ def _turn(state: LayerState, ring: list[int]) -> bool:
         use.window[rank_of[ring[0]]] += size
     for source, slot in reversed(hops):
         if rank_of[source] == rank_of[slot]:
-            state.move(slot, held[source], source=source, saved=slot == ring[1])
+            state.copy(slot, held[source], source, saved=slot == ring[1])
         else:
             state.transfer(slot, held[source], source)
     return True

@@ -7,81 +7,8 @@ each expert, the slots that hold it, and those that still need it.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
+from eplb_core.layer_task import MOVE_COLUMNS, Budget, LayerParts, LayerTask, Use
 from eplb_core.placement import EMPTY
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """What each rank may use in one step, in bytes.
-
-    Attributes:
-        window: experts received into the window, and slots saved.
-        sends: experts sent.
-        receives: experts received.
-    """
-
-    window: int
-    sends: int
-    receives: int
-
-
-class Use:
-    """What each rank uses in one step, in bytes; lists by rank, see `Budget`."""
-
-    __slots__ = ("receives", "sends", "window")
-
-    def __init__(self, num_ranks: int) -> None:
-        self.window = [0] * num_ranks
-        self.sends = [0] * num_ranks
-        self.receives = [0] * num_ranks
-
-
-@dataclass(frozen=True, slots=True)
-class LayerTask:
-    """What has to happen in a layer.
-
-    Attributes:
-        old: `[num_slots]`, the experts before.
-        new: `[num_slots]`, the experts after; each has a copy in `old`.
-        expert_bytes: bytes of an expert in the window.
-        planned_source: `(expert, destination rank)` -> the rank that the plan reads it from, preferred if it can.
-        node_of_rank: `[num_ranks]`; a source on the same node is read if there is one.
-        relay: whether an expert crosses to a node without a copy only once, and is read there by the others.
-    """
-
-    old: Sequence[int]
-    new: Sequence[int]
-    expert_bytes: int
-    planned_source: Mapping[tuple[int, int], int]
-    node_of_rank: Sequence[int]
-    relay: bool = False
-
-
-@dataclass(slots=True)
-class LayerPart:
-    """Moves of one layer that run together. Slots are numbered over all ranks.
-
-    Attributes:
-        transfers: `(expert, source slot, destination rank)`.
-        moves: `(slot, expert, transfer, source slot)`; one of the last two is -1: the bytes come out of a transfer of
-            this part, or out of a slot of the same rank.
-        landings: transfer -> the empty slot that it is received into; the others land in the window.
-        vacated: slots that are empty when the part has ended.
-    """
-
-    transfers: list[tuple[int, int, int]] = field(default_factory=list)
-    moves: list[tuple[int, int, int, int]] = field(default_factory=list)
-    landings: dict[int, int] = field(default_factory=dict)
-    vacated: list[int] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing happens in it."""
-        return not self.moves and not self.vacated
 
 
 class LayerState:
@@ -94,55 +21,59 @@ class LayerState:
         spare: expert -> how many of `after` are more than what must be left, which is one if the new placement needs
             the expert. No slot of an expert without a spare copy may be overwritten, which is most of them. Empty slots
             count as spare copies of `EMPTY`.
-        pending: slots that still get another expert.
-        targets: expert -> those of `pending` that get it.
-        left: rank -> how many of `pending` are its own.
-        overwritten: slot -> its expert after the part.
+        pending: the slots that get another expert in this part or later, interleaved by rank, so that a part spreads
+            over the ranks.
+        waits: slot -> whether it is pending, and was not overwritten in this part.
+        targets: expert -> the slots that still get it.
+        left: rank -> the bytes that its slots still get.
+        parts: what was made so far.
     """
 
     def __init__(self, task: LayerTask, *, in_place: bool) -> None:
         self.held = held = list(task.old)
         self.new = new = task.new
-        self.size = task.expert_bytes
-        num_ranks = len(task.node_of_rank)
-        self.per_rank = per_rank = len(held) // num_ranks
-        self.rank_of = [rank for rank in range(num_ranks) for _ in range(per_rank)]
-        self.node_of = [node for node in task.node_of_rank for _ in range(per_rank)]
+        self.size = size = task.expert_bytes
+        self.places = task.places
         self.planned_source = task.planned_source
-        self.places = [self.rank_of, self.node_of] if len(set(task.node_of_rank)) > 1 else [self.rank_of]
         self.relay = task.relay
         self.in_place = in_place
+        self.parts = LayerParts()
+        self.num_transfers = 0
 
-        # Interleaved by rank, so that a part spreads over the ranks.
-        by_local_slot = (slot for local in range(per_rank) for slot in range(local, len(held), per_rank))
-        self.pending = {slot: None for slot in by_local_slot if new[slot] != held[slot] and new[slot] != EMPTY}
-        self.left = [0] * num_ranks
-        self.targets: dict[int, dict[int, None]] = defaultdict(dict)
-        for slot in self.pending:
-            self.targets[new[slot]][slot] = None
-            self.left[self.rank_of[slot]] += 1
-        self.holders: dict[int, list[int]] = defaultdict(list, {EMPTY: []})
+        holders: dict[int, list[int]] = {EMPTY: []}
         for slot, expert in enumerate(held):
-            self.holders[expert].append(slot)
-        self.after = {expert: slots.copy() for expert, slots in self.holders.items()}
-        self.needed = set(new) - {EMPTY}
-        self.spare = {expert: len(slots) - (expert in self.needed) for expert, slots in self.holders.items()}
+            if expert in holders:
+                holders[expert].append(slot)
+            else:
+                holders[expert] = [slot]
+        self.holders = holders
+        self.after = {expert: slots.copy() for expert, slots in holders.items()}
+        self.spare = {expert: len(slots) for expert, slots in holders.items()}
+        for expert in set(new):
+            if expert != EMPTY:
+                self.spare[expert] -= 1
+
+        self.waits = waits = [new[slot] != held[slot] and new[slot] != EMPTY for slot in range(len(held))]
+        self.pending = [slot for slot in task.places.in_turn if waits[slot]]
+        self.left = [0] * task.places.num_ranks
+        self.targets: dict[int, list[int]] = {expert: [] for expert in holders}
+        for slot in self.pending:
+            self.targets[new[slot]].append(slot)
+            self.left[task.places.rank_of[slot]] += size
 
     def begin_part(self, budget: Budget, use: Use) -> None:
         """Begin a part within what `budget` leaves of `use`, which other layers may share."""
         self.budget, self.use = budget, use
         self.staged_limit = budget.window
-        self.part = LayerPart()
-        self.overwritten: dict[int, int] = {}
+        self.first_move, self.first_vacated = len(self.parts.moves), len(self.parts.vacated)
         self.copied_from: dict[int, int] = {}  # slot -> the slot of the same rank that it is copied from
-        self.arriving: dict[tuple[int, int], int] = {}  # (rank, expert) -> transfer
-        self.arriving_on_node: set[tuple[int, int]] = set()  # (node, expert)
+        self.arriving: dict[int, dict[int, int]] = {}  # expert -> rank -> transfer
+        self.passing: list[int] = []  # slots that get an expert which is not theirs
 
     def fill_empty(self) -> None:
         """Fill the slots that are empty."""
         held = self.held
-        for slot in [slot for slot in self.pending if held[slot] == EMPTY]:
-            self._bring(slot, self.new[slot])
+        self._overwrite([slot for slot in self.pending if held[slot] == EMPTY], follow=False)
 
     def overwrite(self, staged_limit: int | None = None) -> None:
         """Overwrite slots that may be, as long as no more than `staged_limit` bytes of the window are used.
@@ -151,58 +82,54 @@ class LayerState:
         """
         if staged_limit is not None:
             self.staged_limit = staged_limit
-        held, spare, new, pending, overwritten = self.held, self.spare, self.new, self.pending, self.overwritten
-        freed: deque[int] = deque()
-        for slot in list(pending):
-            if spare[held[slot]] and slot not in overwritten and self.may_overwrite(slot):
-                expert = new[slot]
-                if self._bring(slot, expert):
-                    freed.extend(self.holders[expert])
-        while freed:
-            slot = freed.popleft()
-            if slot in pending and slot not in overwritten and self.may_overwrite(slot):
-                expert = new[slot]
-                if self._bring(slot, expert):
-                    freed.extend(self.holders[expert])
+        self._overwrite(self.pending.copy(), follow=True)
 
     def vacate(self) -> None:
         """Give up the slots that may be overwritten, for the next part to fill."""
-        held, spare, overwritten = self.held, self.spare, self.overwritten
+        held, spare, waits, targets, after = self.held, self.spare, self.waits, self.targets, self.after
+        vacated = self.parts.vacated
         for slot in self.pending:
             expert = held[slot]
-            if spare[expert] and expert != EMPTY and slot not in overwritten and self.may_overwrite(slot):
-                self.part.vacated.append(slot)
-                self.after[expert].remove(slot)
+            if spare[expert] and waits[slot] and expert != EMPTY and (not targets[expert] or self.stays(slot, expert)):
+                vacated.append(slot)
+                after[expert].remove(slot)
                 spare[expert] -= 1
-                spare[EMPTY] += 1
-                overwritten[slot] = EMPTY
+        spare[EMPTY] += len(vacated) - self.first_vacated
 
-    def end_part(self) -> LayerPart:
-        """Take the part's moves as done, and return it."""
-        held = self.held
-        changed = set()
-        for slot, expert in self.overwritten.items():
+    def end_part(self, step: int) -> bool:
+        """Take the part's moves as done in `step`, and return whether there were any."""
+        held, new, holders, waits = self.held, self.new, self.holders, self.waits
+        moves = self.parts.moves[self.first_move :]
+        vacated = self.parts.vacated[self.first_vacated :]
+        if not moves and not vacated:
+            return False
+        # The same as happened to `after`, in the same order.
+        for slot, expert in zip(moves[::MOVE_COLUMNS], moves[1::MOVE_COLUMNS], strict=True):
             before = held[slot]
-            changed.add(expert)
-            changed.add(before)
+            if before != EMPTY:
+                holders[before].remove(slot)
+            holders[expert].append(slot)
             held[slot] = expert
-        changed.discard(EMPTY)
-        for expert in changed:
-            self.holders[expert] = self.after[expert].copy()
-        return self.part
+        for slot in vacated:
+            holders[held[slot]].remove(slot)
+            held[slot] = EMPTY
+        self.pending = [slot for slot in self.pending if held[slot] != new[slot]]
+        for slot in self.passing:
+            waits[slot] = True
+        self.parts.ends.append((step, len(moves) // MOVE_COLUMNS, len(vacated)))
+        return True
 
     # --- slots that may be overwritten --------------------------------------------------------------------------------
 
     def may_overwrite(self, slot: int) -> bool:
         """Whether the slot's expert stays where it is needed when this slot is overwritten."""
         expert = self.held[slot]
-        if not self.spare[expert]:
-            return False
-        targets = self.targets.get(expert)
-        if not targets or expert not in self.needed:
-            return True
-        copies = self.after[expert]
-        for place in self.places:
+        return self.spare[expert] > 0 and (not self.targets[expert] or self.stays(slot, expert))
+
+    def stays(self, slot: int, expert: int) -> bool:
+        """Whether every rank and node that still needs `expert` and has it in `slot` has another copy of it."""
+        targets, copies = self.targets[expert], self.after[expert]
+        for place in self.places.levels:
             here = place[slot]
             for target in targets:
                 if place[target] == here:
@@ -216,58 +143,106 @@ class LayerState:
                 return False
         return True
 
-    def _bring(self, slot: int, expert: int) -> bool:
-        """Move `expert` into `slot` from wherever is best, or return False if the budget does not allow it."""
-        rank_of = self.rank_of
-        rank = rank_of[slot]
-        transfer = self.arriving.get((rank, expert))
-        if transfer is not None:
-            self.move(slot, expert, transfer=transfer)
-            return True
-        here = [source for source in self.holders[expert] if rank_of[source] == rank]
+    def _overwrite(self, slots: list[int], *, follow: bool) -> None:
+        """Overwrite those of `slots` that may be with what they get, as far as the budget allows.
+
+        Nearly all of the time that a schedule takes is spent here, so what is done for every slot stands in this one
+        loop, and the names in it are local.
+
+        Args:
+            slots: in the order in which they are looked at; changed.
+            follow: whether slots that held what was brought elsewhere are looked at as well, after the others.
+        """
+        held, new, holders, after, spare = self.held, self.new, self.holders, self.after, self.spare
+        waits, targets, rank_of, left, size = self.waits, self.targets, self.places.rank_of, self.left, self.size
+        arriving, copied_from, moves = self.arriving, self.copied_from, self.parts.moves
+        in_place, relay, stays = self.in_place, self.relay, self.stays
+        window, sends, receives = self.use.window, self.use.sends, self.use.receives
+        most_staged, most_saved = self.staged_limit - size, self.budget.window - size
+        most_sent, most_received = self.budget.sends - size, self.budget.receives - size
+        number = self.num_transfers
+        for slot in slots:
+            before = held[slot]
+            if not spare[before] or not waits[slot] or (targets[before] and not stays(slot, before)):
+                continue
+            expert, rank = new[slot], rank_of[slot]
+            source = transfer = -1
+            lands = False
+            if expert in arriving and rank in arriving[expert]:
+                transfer = arriving[expert][rank]
+            else:
+                copies = holders[expert]
+                source = copies[0] if len(copies) == 1 else self._best_source(slot, expert)
+                if source < 0:
+                    continue
+                sender = rank_of[source]
+                if sender == rank:
+                    if source in copied_from and self._closes_ring(slot, source):
+                        if window[rank] > most_saved:
+                            continue
+                        window[rank] += size
+                    else:
+                        copied_from[slot] = source
+                else:
+                    lands = in_place and before == EMPTY
+                    if (
+                        (window[rank] > most_staged and not lands)
+                        or receives[rank] > most_received
+                        or sends[sender] > most_sent
+                        or (relay and self._awaits_relay(slot, expert))
+                    ):
+                        continue
+                    if not lands:
+                        window[rank] += size
+                    receives[rank] += size
+                    sends[sender] += size
+                    transfer = number
+                    number += 1
+                    if expert in arriving:
+                        arriving[expert][rank] = transfer
+                    else:
+                        arriving[expert] = {rank: transfer}
+            moves += (slot, expert, source, transfer, lands)
+            waits[slot] = False
+            if before != EMPTY:
+                after[before].remove(slot)
+            after[expert].append(slot)
+            spare[before] -= 1
+            spare[expert] += 1
+            targets[expert].remove(slot)
+            left[rank] -= size
+            if follow:
+                slots += holders[expert]
+        self.num_transfers = number
+
+    def _best_source(self, slot: int, expert: int) -> int:
+        """Return the slot to read `expert` from for `slot`, or -1 if all ranks that could send it may send no more."""
+        rank_of, node_of, sends = self.places.rank_of, self.places.node_of, self.use.sends
+        rank, node, copies = rank_of[slot], node_of[slot], self.holders[expert]
+        here = [copy for copy in copies if rank_of[copy] == rank]
         if here:
-            source = min(here, key=lambda source: (source in self.overwritten, source))
-            closes_ring = self._closes_ring(slot, source)
-            if closes_ring:
-                if self.use.window[rank] + self.size > self.budget.window:
-                    return False
-                self.use.window[rank] += self.size
-            self.move(slot, expert, source=source, saved=closes_ring)
-            return True
-        best = self._best_source(expert, slot)
-        if best is None:
-            return False
-        self.transfer(slot, expert, best)
-        return True
-
-    def _best_source(self, expert: int, slot: int) -> int | None:
-        """Return the slot to read `expert` from for `slot`, or None if it has to wait for the next part."""
-        rank_of, node_of = self.rank_of, self.node_of
-        rank, use, size = rank_of[slot], self.use, self.size
-        if use.window[rank] + size > self.staged_limit and not self._lands(slot):
-            return None
-        if use.receives[rank] + size > self.budget.receives:
-            return None
-        able = holders = self.holders[expert]
-        if len(self.places) > 1:
-            node = node_of[slot]
-            able = [source for source in holders if node_of[source] == node]
-            if not able and self.relay and (node, expert) in self.arriving_on_node:
-                return None
-        most = self.budget.sends - size
-        able = [source for source in able or holders if use.sends[rank_of[source]] <= most]
+            return min(here, key=lambda copy: (self._is_overwritten(copy), copy))
+        able = copies
+        if len(self.places.levels) > 1:
+            able = [copy for copy in copies if node_of[copy] == node] or copies
+        most = self.budget.sends - self.size
+        able = [copy for copy in able if sends[rank_of[copy]] <= most]
         if len(able) < 2:
-            return able[0] if able else None
+            return able[0] if able else -1
         planned = self.planned_source.get((expert, rank))
+        return min(able, key=lambda copy: (rank_of[copy] != planned, sends[rank_of[copy]], copy))
 
-        def preference(source: int) -> tuple[bool, int, int]:
-            return rank_of[source] != planned, use.sends[rank_of[source]], source
+    def _is_overwritten(self, slot: int) -> bool:
+        """Whether a slot was overwritten in this part."""
+        return not self.waits[slot] and self.held[slot] != self.new[slot] != EMPTY
 
-        return min(able, key=preference)
-
-    def _lands(self, slot: int) -> bool:
-        """Whether what crosses for `slot` is received into it, not into the window."""
-        return self.in_place and self.held[slot] == EMPTY
+    def _awaits_relay(self, slot: int, expert: int) -> bool:
+        """Whether the node of `slot` has no copy of `expert`, but gets one in this part."""
+        rank_of, node_of = self.places.rank_of, self.places.node_of
+        node, per_rank = node_of[slot], len(rank_of) // self.places.num_ranks
+        return any(node_of[rank * per_rank] == node for rank in self.arriving.get(expert, ())) and all(
+            node_of[copy] != node for copy in self.holders[expert]
+        )
 
     def _closes_ring(self, slot: int, source: int) -> bool:
         """Whether copying `source` to `slot` closes a ring of copies, which takes a save."""
@@ -276,37 +251,36 @@ class LayerState:
             walk = self.copied_from.get(walk)
         return walk == slot
 
-    # --- moves --------------------------------------------------------------------------------------------------------
+    # --- moves of any expert ------------------------------------------------------------------------------------------
 
     def transfer(self, slot: int, expert: int, source: int) -> None:
-        """Move `expert` into `slot` from a slot of another rank."""
-        rank, use, part, size = self.rank_of[slot], self.use, self.part, self.size
-        number = len(part.transfers)
-        if self._lands(slot):
-            part.landings[number] = slot
-        else:
-            use.window[rank] += size
+        """Move `expert` into `slot`, which is not empty, from a slot of another rank."""
+        rank_of, use, size = self.places.rank_of, self.use, self.size
+        rank = rank_of[slot]
+        use.window[rank] += size
         use.receives[rank] += size
-        use.sends[self.rank_of[source]] += size
-        self.arriving[rank, expert] = number
-        if self.relay:
-            self.arriving_on_node.add((self.node_of[slot], expert))
-        part.transfers.append((expert, source, rank))
-        self.move(slot, expert, transfer=number)
+        use.sends[rank_of[source]] += size
+        self.arriving.setdefault(expert, {})[rank] = self.num_transfers
+        self._move(slot, expert, source, self.num_transfers)
+        self.num_transfers += 1
 
-    def move(self, slot: int, expert: int, *, transfer: int = -1, source: int = -1, saved: bool = False) -> None:
-        """Move `expert` into `slot` out of a transfer of this part, or from a slot of the same rank."""
-        self.part.moves.append((slot, expert, transfer, source))
-        if source >= 0 and not saved:
+    def copy(self, slot: int, expert: int, source: int, *, saved: bool) -> None:
+        """Move `expert` into `slot`, which is not empty, from a slot of the same rank."""
+        if not saved:
             self.copied_from[slot] = source
-        self.overwritten[slot] = expert
+        self._move(slot, expert, source, -1)
+
+    def _move(self, slot: int, expert: int, source: int, transfer: int) -> None:
+        """Do what `_overwrite` does for a move, for any expert."""
+        self.parts.moves += (slot, expert, source, transfer, False)
+        self.waits[slot] = False
         before = self.held[slot]
-        if before != EMPTY:
-            self.after[before].remove(slot)
+        self.after[before].remove(slot)
         self.after[expert].append(slot)
         self.spare[before] -= 1
         self.spare[expert] += 1
         if expert == self.new[slot]:
-            del self.pending[slot]
-            del self.targets[expert][slot]
-            self.left[self.rank_of[slot]] -= 1
+            self.targets[expert].remove(slot)
+            self.left[self.places.rank_of[slot]] -= self.size
+        else:
+            self.passing.append(slot)

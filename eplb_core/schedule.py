@@ -13,8 +13,9 @@ step than the one that brought it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from eplb_core.copy_order import CopyOrder, order_copies
 from eplb_core.errors import PlacementError
 from eplb_core.layer_cut import cut_in_place, cut_layer
-from eplb_core.layer_state import Budget, LayerPart, LayerTask
+from eplb_core.layer_task import MOVE_COLUMNS, Budget, LayerParts, LayerTask, Places
 from eplb_core.placement import EMPTY, IntArray
 from eplb_core.plan import RearrangementPlan, layer_bytes
 
@@ -170,8 +171,8 @@ class _Work:
         too_large = np.unique(parts.layer[(use > self._bound).any(axis=1)])
         if len(too_large):
             budget = Budget(*self.limits.values())
-            cuts = {int(layer): cut_layer(_task(self.plan, int(layer), self.aligned), budget) for layer in too_large}
-            parts = _with_cuts(self.plan, parts, cuts)
+            cuts = [cut_layer(task, budget) for task in _tasks(self.plan, too_large, self.aligned)]
+            parts = _with_cuts(self.plan, parts, too_large, cuts)
             order = parts.order(self.plan)
             use = parts.use(order, self.aligned, self.plan.num_ranks)
         step = _pack(parts.layer, use, self._bound, self.max_layers or len(parts.layer))
@@ -186,19 +187,11 @@ class _Work:
 
     def in_place(self, cheap_bytes: int) -> list[Step]:
         """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides."""
-        layers = np.unique(self.plan.move_layer).tolist()
-        tasks = [_task(self.plan, layer, self.aligned) for layer in layers]
-        cut = cut_in_place(tasks, Budget(*self.limits.values()), cheap_bytes)
-        cuts: dict[int, list[LayerPart]] = {layer: [] for layer in layers}
-        numbers: dict[int, list[int]] = {layer: [] for layer in layers}
-        for number, of_step in enumerate(cut):
-            for layer, part in zip(layers, of_step, strict=True):
-                if not part.is_empty:
-                    cuts[layer].append(part)
-                    numbers[layer].append(number)
-        parts = _with_cuts(self.plan, self.whole, cuts)
+        layers = np.unique(self.plan.move_layer)
+        cuts = cut_in_place(_tasks(self.plan, layers, self.aligned), Budget(*self.limits.values()), cheap_bytes)
+        parts = _with_cuts(self.plan, self.whole, layers, cuts)
         step = np.zeros(len(parts.layer), dtype=np.int64)  # where a layer only gets empty slots
-        step[np.isin(parts.layer, layers)] = [number for own in numbers.values() for number in own]
+        step[np.isin(parts.layer, layers)] = [own for cut in cuts for own, _, _ in cut.ends]
         return _make_steps(self.plan, parts, parts.order(self.plan), self.aligned, step)
 
     @property
@@ -287,13 +280,13 @@ def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dic
             )
 
 
-def _with_cuts(plan: RearrangementPlan, whole: _Parts, cuts: Mapping[int, list[LayerPart]]) -> _Parts:
-    """Return `whole` with the parts of some layers replaced by those of `cuts`."""
-    per_rank = plan.slots_per_rank
-    is_cut = np.isin(whole.layer, list(cuts))
-    pieces = {int(np.searchsorted(whole.layer, layer)): cut for layer, cut in cuts.items()}
+def _with_cuts(plan: RearrangementPlan, whole: _Parts, layers: IntArray, cuts: Sequence[LayerParts]) -> _Parts:
+    """Return `whole` with the parts of `layers`, ascending, replaced by those of `cuts`."""
+    is_cut = np.isin(whole.layer, layers)
+    parts_of_cut = np.array([len(cut.ends) for cut in cuts])
     count = (~is_cut).astype(np.int64)
-    count[list(pieces)] = [len(cut) for cut in pieces.values()]
+    pieces = np.searchsorted(whole.layer, layers)
+    count[pieces] = parts_of_cut
     first = np.cumsum(count) - count
 
     kept_moves = ~is_cut[whole.moves[:, 0]]
@@ -302,51 +295,51 @@ def _with_cuts(plan: RearrangementPlan, whole: _Parts, cuts: Mapping[int, list[L
     transfers, moves = whole.transfers[kept_transfers], whole.moves[kept_moves]
     transfers[:, 0], moves[:, 0] = first[transfers[:, 0]], first[moves[:, 0]]
     moves[:, 4] = new_index[moves[:, 4]]
-    transfer_rows: list[tuple[int, ...]] = []
-    move_rows: list[tuple[int, ...]] = []
-    vacated: list[tuple[int, int]] = []
-    for part, cut in pieces.items():
-        for number, piece in enumerate(cut, start=int(first[part])):
-            base = len(transfers) + len(transfer_rows)
-            transfer_rows += [
-                (number, expert, *divmod(source, per_rank), rank, _local(piece.landings.get(index), per_rank))
-                for index, (expert, source, rank) in enumerate(piece.transfers)
-            ]
-            vacated += [(number, slot) for slot in piece.vacated]
-            move_rows += [
-                (
-                    number,
-                    *divmod(slot, per_rank),
-                    expert,
-                    -1 if index < 0 else base + index,
-                    -1 if source < 0 else source % per_rank,
-                )
-                for slot, expert, index, source in piece.moves
-            ]
+
+    _, num_moves, num_vacated = _table((cut.ends for cut in cuts), 3).T
+    own = np.flatnonzero(np.isin(np.repeat(whole.layer, count), layers))
+    part = np.repeat(own, num_moves)
+    slot, expert, source, transfer, lands = _table((cut.moves for cut in cuts), MOVE_COLUMNS).T
+    (rank, local), (src_rank, src_slot) = np.divmod(slot, plan.slots_per_rank), np.divmod(source, plan.slots_per_rank)
+    begins = (source >= 0) & (transfer >= 0)
+    # The transfers of each layer are counted from 0: here they follow those that are kept, layer by layer.
+    cut_of_move = np.repeat(np.arange(len(cuts)), [len(cut.moves) // MOVE_COLUMNS for cut in cuts])
+    of_cut = np.bincount(cut_of_move[begins], minlength=len(cuts))
+    index = np.where(transfer >= 0, transfer + (len(transfers) + np.cumsum(of_cut) - of_cut)[cut_of_move], -1)
+    new_transfers = np.stack([part, expert, src_rank, src_slot, rank, np.where(lands, local, -1)], axis=1)[begins]
+    new_moves = np.stack([part, rank, local, expert, index, np.where(transfer >= 0, -1, src_slot)], axis=1)
+    vacated = np.stack([np.repeat(own, num_vacated), _table((cut.vacated for cut in cuts), 1)[:, 0]], axis=1)
     return _Parts(
         np.repeat(whole.layer, count),
-        np.concatenate([transfers, np.array(transfer_rows, dtype=np.int64).reshape(-1, 6)]),
-        np.concatenate([moves, np.array(move_rows, dtype=np.int64).reshape(-1, 6)]),
-        np.array(vacated, dtype=np.int64).reshape(-1, 2),
+        np.concatenate([transfers, new_transfers]),
+        np.concatenate([moves, new_moves]),
+        vacated,
     )
 
 
-def _local(slot: int | None, per_rank: int) -> int:
-    """Return the number of a slot on its rank, -1 if there is none."""
-    return -1 if slot is None else slot % per_rank
+def _table(rows: Iterable[Sequence[int] | Sequence[tuple[int, ...]]], columns: int) -> IntArray:
+    """Return an array `[n, columns]` of lists, one after the other."""
+    return np.array(list(chain.from_iterable(rows)), dtype=np.int64).reshape(-1, columns)
 
 
-def _task(plan: RearrangementPlan, layer: int, aligned: IntArray) -> LayerTask:
-    begin, end = (int(i) for i in np.searchsorted(plan.transfer_layer, [layer, layer + 1]))
-    needs = zip(plan.transfer_expert[begin:end].tolist(), plan.transfer_dst_rank[begin:end].tolist(), strict=True)
-    return LayerTask(
-        plan.old[layer].tolist(),
-        plan.new[layer].tolist(),
-        int(aligned[layer]),
-        planned_source=dict(zip(needs, plan.transfer_src_rank[begin:end].tolist(), strict=True)),
-        node_of_rank=plan.node_of_rank.tolist(),
-        relay=bool((plan.transfer_after[begin:end] >= 0).any()),
-    )
+def _tasks(plan: RearrangementPlan, layers: IntArray, aligned: IntArray) -> list[LayerTask]:
+    """Return what has to happen in each of `layers`."""
+    places = Places(plan.node_of_rank.tolist(), plan.slots_per_rank)
+    needs = list(zip(plan.transfer_expert.tolist(), plan.transfer_dst_rank.tolist(), strict=True))
+    senders = plan.transfer_src_rank.tolist()
+    bounds = np.searchsorted(plan.transfer_layer, [layers, layers + 1]).T.tolist()
+    tasks = zip(plan.old[layers].tolist(), plan.new[layers].tolist(), aligned[layers].tolist(), bounds, strict=True)
+    return [
+        LayerTask(
+            old,
+            new,
+            expert_bytes,
+            planned_source=dict(zip(needs[begin:end], senders[begin:end], strict=True)),
+            places=places,
+            relay=bool((plan.transfer_after[begin:end] >= 0).any()),
+        )
+        for old, new, expert_bytes, (begin, end) in tasks
+    ]
 
 
 def _pack(layer: IntArray, use: IntArray, bound: IntArray, max_parts: int) -> IntArray:
