@@ -167,7 +167,7 @@ class LayerState:
                 continue
             expert, rank = new[slot], rank_of[slot]
             source = transfer = -1
-            lands = False
+            lands = 0
             if expert in arriving and rank in arriving[expert]:
                 transfer = arriving[expert][rank]
             else:
@@ -184,7 +184,7 @@ class LayerState:
                     else:
                         copied_from[slot] = source
                 else:
-                    lands = in_place and before == EMPTY
+                    lands = int(in_place and before == EMPTY)
                     if (
                         (window[rank] > most_staged and not lands)
                         or receives[rank] > most_received
@@ -272,7 +272,7 @@ class LayerState:
 
     def _move(self, slot: int, expert: int, source: int, transfer: int) -> None:
         """Do what `_overwrite` does for a move, for any expert."""
-        self.parts.moves += (slot, expert, source, transfer, False)
+        self.parts.moves += (slot, expert, source, transfer, 0)
         self.waits[slot] = False
         before = self.held[slot]
         self.after[before].remove(slot)

@@ -20,6 +20,7 @@ from eplb_core.control import ControlPlane
 from eplb_core.elastic import remap_placement, reverse_mapping
 from eplb_core.errors import (
     BackendUnavailableError,
+    HandshakeError,
     InputError,
     IntegrityError,
     TransferError,
@@ -37,6 +38,7 @@ from eplb_core.rearrange_events import Narrator
 from eplb_core.rearrange_result import RearrangeResult
 from eplb_core.rearrange_run import Run, question
 from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
+from eplb_core.shared_schedule import share_cuts
 from eplb_core.step_runner import Account, StepRunner, cut_window
 from eplb_core.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
 from eplb_core.weights import ExpertWeights
@@ -326,15 +328,20 @@ class Rearranger:
         in_place_from: int | None = None,
     ) -> list[Step]:
         limit = self._communicator.transfer_limit_bytes
-        return schedule_steps(
-            plan,
-            self._weights.expert_bytes,
-            window_bytes=window,
-            send_limit_bytes=limit,
-            recv_limit_bytes=limit,
-            max_layers_per_step=max_layers_per_step,
-            in_place_from=in_place_from,
-        )
+        try:
+            return schedule_steps(
+                plan,
+                self._weights.expert_bytes,
+                window_bytes=window,
+                send_limit_bytes=limit,
+                recv_limit_bytes=limit,
+                max_layers_per_step=max_layers_per_step,
+                in_place_from=in_place_from,
+                share=lambda cut, groups: share_cuts(self._control, cut, groups, self._timeout_s),
+            )
+        except HandshakeError as error:
+            error.placement = plan.old.copy()
+            raise
 
     # --- before and after -------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ step than the one that brought it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -34,7 +34,20 @@ SLOT, WINDOW = 0, 1
 """The kinds of a copy's source and destination."""
 
 _UNLIMITED = 2**62
+_WORTH_SHARING = 500
+"""From so many moves on, which take some 2 ms to cut, it pays to ask the other ranks."""
+
+_LEAST_ROOM = 4
+"""Experts that every group of layers has room for: with fewer, cycles are turned in more steps."""
+
+Share = Callable[[Callable[[int], list[LayerParts]], int], list[list[LayerParts]]]
+"""Returns what a function returns for each number below the second argument, in order."""
 _LOOK_BACK_STEPS = 16
+
+
+def in_turn(cut: Callable[[int], list[LayerParts]], groups: int) -> list[list[LayerParts]]:
+    """Cut all groups in this process; a `Share`."""
+    return [cut(group) for group in range(groups)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +93,7 @@ def schedule_steps(
     recv_limit_bytes: int | None = None,
     max_layers_per_step: int | None = None,
     in_place_from: int | None = None,
+    share: Share = in_turn,
 ) -> list[Step]:
     """Cut `plan` into steps, as few as a greedy packing finds, in the order in which they have to run.
 
@@ -101,6 +115,8 @@ def schedule_steps(
         max_layers_per_step: the most layers that a step may touch, None for no limit.
         in_place_from: bytes of staging that take as long as an additional step; None stages everything, as does
             `max_layers_per_step`.
+        share: calls what cuts a group of layers for every group. It may leave groups to other processes, which call
+            this function with the same arguments; most of the time is spent there.
 
     Returns:
         The steps; none if the two placements are the same.
@@ -121,7 +137,7 @@ def schedule_steps(
     order = whole.order(plan)
     use = whole.use(order, aligned, plan.num_ranks)
     _check_limits(whole.layer, use, aligned, limits, plan.num_ranks)
-    work = _Work(plan, whole, order, use, aligned, limits, max_layers_per_step)
+    work = _Work(plan, whole, order, use, aligned, limits, max_layers_per_step, share)
     if in_place_from is None or max_layers_per_step is not None:
         return work.staged()
     # Both schedules cost time to make, so neither is if what is known about it shows that the other one is cheaper.
@@ -155,6 +171,7 @@ class _Work:
         aligned: `[num_layers]`, bytes of an expert in the window.
         limits: name -> bytes a rank and step: window, sent, received.
         max_layers: the most layers of a step, None for no limit.
+        share: calls what cuts a group of layers for every group.
     """
 
     plan: RearrangementPlan
@@ -164,6 +181,7 @@ class _Work:
     aligned: IntArray
     limits: dict[str, int]
     max_layers: int | None
+    share: Share
 
     def staged(self) -> list[Step]:
         """Return steps that receive everything into the window."""
@@ -186,13 +204,28 @@ class _Work:
         return -(-busiest // max(room, 1)) * step_bytes + busiest
 
     def in_place(self, cheap_bytes: int) -> list[Step]:
-        """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides."""
+        """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides.
+
+        The layers are cut in groups, which share the limits evenly, so that no group has to know of the others.
+        """
         layers = np.unique(self.plan.move_layer)
-        cuts = cut_in_place(_tasks(self.plan, layers, self.aligned), Budget(*self.limits.values()), cheap_bytes)
+        groups = np.array_split(layers, self._num_groups(layers))
+        budget = Budget(*(limit // len(groups) for limit in self.limits.values()))
+
+        def cut(group: int) -> list[LayerParts]:
+            return cut_in_place(_tasks(self.plan, groups[group], self.aligned), budget, cheap_bytes // len(groups))
+
+        share = self.share if self.plan.num_moves >= _WORTH_SHARING else in_turn
+        cuts = [cut_up for of_group in share(cut, len(groups)) for cut_up in of_group]
         parts = _with_cuts(self.plan, self.whole, layers, cuts)
         step = np.zeros(len(parts.layer), dtype=np.int64)  # where a layer only gets empty slots
         step[np.isin(parts.layer, layers)] = [own for cut in cuts for own, _, _ in cut.ends]
         return _make_steps(self.plan, parts, parts.order(self.plan), self.aligned, step)
+
+    def _num_groups(self, layers: IntArray) -> int:
+        """Return how many groups of layers to cut: one for each rank, as far as every group can move its experts."""
+        room = min(self.limits.values()) // max(1, int(self.aligned[layers].max(initial=0)))
+        return max(1, min(self.plan.num_ranks, len(layers), room // _LEAST_ROOM))
 
     @property
     def _bound(self) -> IntArray:

@@ -14,13 +14,17 @@ import torch
 from ranks import LAUNCH_S, Member, Report, Scenario, error_of, run_scenarios
 from test_rearrange import EMPTY, Weights, crossings, fill, mixed_layers, random_placement, wrong_slots
 
+from eplb_core import rearrange as rearrange_module
 from eplb_core.communicator import EplbCommunicator
+from eplb_core.control import ControlPlane
 from eplb_core.errors import TransferError
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import StatelessGroup
 from eplb_core.launch import RankEnvironment, collect_local_ranks
+from eplb_core.layer_task import LayerParts
 from eplb_core.queues import Payloads
 from eplb_core.rearrange import InPlace, Rearranger
+from eplb_core.shared_schedule import share_cuts
 
 CONFIG = "nixl?window=1MiB&timeout=20s"
 POISON = 0xA5
@@ -64,6 +68,34 @@ def a_chain_of_placements(member: Member, in_place: InPlace) -> list[dict[str, A
     return told
 
 
+def many_experts(member: Member) -> list[dict[str, Any]]:
+    """So many that the ranks share the work of scheduling."""
+    rng = np.random.default_rng(23)
+    layers, slots = 8, 48
+    weights = [
+        [torch.zeros(slots, 64, dtype=torch.uint8), torch.zeros(slots, 3, dtype=torch.float64)] for _ in range(layers)
+    ]
+    total = slots * member.world_size
+    placements = [np.stack([rng.permutation(np.arange(total) % (total - 9)) for _ in range(layers)]) for _ in range(4)]
+    fill(weights, placements[0], member.rank)
+    groups: list[int] = []
+
+    def watched(control: ControlPlane, cut: Any, count: int, timeout_s: float) -> list[list[LayerParts]]:
+        groups.append(count)
+        return share_cuts(control, cut, count, timeout_s)
+
+    told = []
+    with pytest.MonkeyPatch.context() as patch, member.communicator(CONFIG, weights[0]) as communicator:
+        patch.setattr(rearrange_module, "share_cuts", watched)
+        rearranger = Rearranger(communicator, weights, window_bytes=48 * 256, in_place="always")
+        for old, new in itertools.pairwise(placements):
+            groups.clear()
+            result = rearranger.run(old, new)
+            told.append({"wrong": wrong_slots(weights, new, member.rank), "groups": groups.copy()})
+            assert np.array_equal(result.placement, new)
+    return told
+
+
 def is_told_how(member: Member) -> list[dict[str, Any]]:
     weights = mixed_layers(member.device)
     errors = []
@@ -86,6 +118,7 @@ PROMISES = {"torch_gloo": True, "nixl?window=1MiB": False, "nixl?window=1MiB&pro
 @pytest.fixture(scope="module", params=(2, 3, 4), ids=("2 ranks", "3 ranks", "4 ranks"))
 def report(request: pytest.FixtureRequest) -> Report:
     scenarios = [Scenario(f"chain {kind}", a_chain_of_placements, (kind,)) for kind in ("always", "auto", "never")]
+    scenarios.append(Scenario("many", many_experts))
     scenarios.append(Scenario("told", is_told_how))
     scenarios += [Scenario(config, says_whether_bytes_land_late, (config,)) for config in PROMISES]
     return run_scenarios(request.param, scenarios)
@@ -106,6 +139,11 @@ def test_slots_are_received_into_only_where_that_is_wanted_and_pays(report: Repo
     }
     assert landed["always"] > 50
     assert landed["auto"] == landed["never"] == 0  # so few bytes are staged sooner than a step more is taken
+
+
+def test_many_experts_arrive_when_the_ranks_have_shared_the_scheduling(report: Report) -> None:
+    ranks = len(report.outcomes)
+    assert report.returned("many") == [[{"wrong": [], "groups": [ranks]}] * 3] * ranks
 
 
 def test_what_cannot_be_is_refused(report: Report) -> None:

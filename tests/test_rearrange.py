@@ -57,8 +57,9 @@ def fill(weights: Weights, placement: IntArray, rank: int) -> None:
     with torch.no_grad():
         for layer, tensors in enumerate(weights):
             for number, tensor in enumerate(tensors):
-                for slot in range(SLOTS if tensor.numel() else 0):
-                    raw = content(layer, number, int(placement[layer, rank * SLOTS + slot]) + 100, tensor)
+                slots = len(tensor)
+                for slot in range(slots if tensor.numel() else 0):
+                    raw = content(layer, number, int(placement[layer, rank * slots + slot]) + 100, tensor)
                     tensor[slot] = torch.from_numpy(raw).view(tensor.dtype).view(tensor.shape[1:]).to(tensor.device)
 
 
@@ -68,8 +69,8 @@ def wrong_slots(weights: Weights, placement: IntArray, rank: int) -> list[tuple[
         (layer, number, slot)
         for layer, tensors in enumerate(weights)
         for number, tensor in enumerate(tensors)
-        for slot in range(SLOTS)
-        if (expert := int(placement[layer, rank * SLOTS + slot])) != EMPTY
+        for slot in range(len(tensor))
+        if (expert := int(placement[layer, rank * len(tensor) + slot])) != EMPTY
         and tensor.numel()
         and bytes_of(tensor[slot].contiguous()) != content(layer, number, expert + 100, tensor).tobytes()
     ]

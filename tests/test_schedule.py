@@ -179,7 +179,7 @@ def test_what_lands_in_a_slot_is_copied_from_there_to_others_that_need_it() -> N
     ("ranks", "layers", "slots", "redundant", "mib", "staged", "in_place", "share"),
     [
         (4, 8, 16, 8, 42, 25, 8, 0.33),
-        (4, 16, 32, 16, 4.5, 14, 6, 0.63),
+        (4, 16, 32, 16, 4.5, 14, 6, 0.6),
         (32, 58, 9, 32, 42, 184, 18, 0.14),
         (256, 58, 2, 256, 42, 29, 5, 0.12),
     ],
