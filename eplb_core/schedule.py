@@ -215,7 +215,7 @@ class _Work:
         def cut(group: int) -> list[LayerParts]:
             return cut_in_place(_tasks(self.plan, groups[group], self.aligned), budget, cheap_bytes // len(groups))
 
-        share = self.share if self.plan.num_moves >= _WORTH_SHARING else in_turn
+        share = self.share if len(groups) > 1 and self.plan.num_moves >= _WORTH_SHARING else in_turn
         cuts = [cut_up for of_group in share(cut, len(groups)) for cut_up in of_group]
         parts = _with_cuts(self.plan, self.whole, layers, cuts)
         step = np.zeros(len(parts.layer), dtype=np.int64)  # where a layer only gets empty slots
