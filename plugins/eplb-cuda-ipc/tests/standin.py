@@ -22,7 +22,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -172,6 +172,9 @@ class HostMemory:
 
     def read(self, address: int, nbytes: int) -> bytes:
         return ctypes.string_at(address, nbytes)
+
+    def meet(self, gpus: Collection[str]) -> None:
+        assert set(gpus) <= {self.gpu}
 
     def end_of(self, stream: torch.cuda.Stream | None) -> StreamMark | Passed:
         return ENGINE.end()

@@ -62,10 +62,10 @@ FAILURE = BINDING.CUresult.CUDA_ERROR_INVALID_VALUE
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize("way", ["small ones share a kernel", "all share a kernel", "one by one"])
 @pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16, 256])
-def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignment: int, with_kernel: bool) -> None:
-    """Small pieces share a kernel, those of 8 MiB and more are copied by the driver; some begin at odd addresses."""
+def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignment: int, way: str) -> None:
+    """Some begin at odd addresses, some are larger than what is left to the driver where GPUs differ."""
     rng = np.random.default_rng(alignment)
     nbytes = np.concatenate(
         [rng.integers(1, 70_000, 5_000), [1, 15, 16, 17, 65_536, 65_537, 3 << 20, 8 << 20, 9 << 20]]
@@ -83,7 +83,8 @@ def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignme
         expected[to : to + count] = content[begin : begin + count]
     memory = CudaMemory(torch.device("cuda", 0))
     assert memory._kernel is not None
-    if not with_kernel:
+    memory.meet([memory.gpu if way == "all share a kernel" else "another one"])
+    if way == "one by one":
         memory._kernel = None
     torch.cuda.synchronize()
     mark = memory.copy(Copies(target.data_ptr() + at, source.data_ptr() + begins, nbytes.astype(np.int64)))

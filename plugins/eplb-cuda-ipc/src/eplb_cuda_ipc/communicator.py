@@ -264,6 +264,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._paths = {
             peer: f"cuda ipc, {'same' if cards[peer].gpu == self._memory.gpu else 'peer'} GPU" for peer in self._links
         }
+        self._memory.meet([cards[peer].gpu for peer in self._links])
         self._mapped = {peer: Mapped(self._memory) for peer in self._links}
         # Every rank sends before it answers here, so all windows are there to be mapped once all have answered.
         problem = self._show_window(mine.sample)

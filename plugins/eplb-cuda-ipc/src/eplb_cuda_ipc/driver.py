@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from eplb_cuda_ipc.kernel import CopyKernel
 from eplb_cuda_ipc.memory import HANDLE_BYTES, Allocation, Copies, Mark, MemoryMapError
 
 _PAGE_BYTES = 2 << 20
-_LARGE_BYTES = 8 << 20  # from here on the driver's own copy is faster, and takes longer than its launch
+_LARGE_BYTES = 8 << 20  # from here on the copy engine is as fast, and leaves the GPU's cores to inference
+_NEVER = 1 << 62
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class CudaMemory:
     Raises:
         BackendUnavailableError: the binding is not installed, or the driver does not work.
     """
+
+    _alone_from = _LARGE_BYTES
 
     def __init__(self, device: torch.device) -> None:
         self._driver = load_driver()
@@ -70,6 +73,11 @@ class CudaMemory:
                     return ""
                 return f"there is no peer-to-peer access from cuda:{self._ordinal} to cuda:{ordinal}"
         return f"its GPU {gpu} is not visible to this process; let every rank see all GPUs (CUDA_VISIBLE_DEVICES)"
+
+    def meet(self, gpus: Collection[str]) -> None:
+        """Copy everything by the kernel if all peers share this GPU, which has no engine that is faster then."""
+        if set(gpus) <= {self.gpu}:
+            self._alone_from = _NEVER
 
     def exported(self, address: int) -> Allocation | None:
         """Return the allocation around `address`; None if it is not a plain one, such as of expandable_segments."""
@@ -142,7 +150,7 @@ class CudaMemory:
 
     def copy(self, copies: Copies) -> Mark:
         """Enqueue the copies; with unified addresses the driver finds out by itself on which GPU each end lies."""
-        alone = copies.nbytes >= (_LARGE_BYTES if self._kernel is not None else 0)
+        alone = copies.nbytes >= (self._alone_from if self._kernel is not None else 0)
         columns = (copies.target[alone].tolist(), copies.source[alone].tolist(), copies.nbytes[alone].tolist())
         with self._current():
             for target, source, nbytes in zip(*columns, strict=True):

@@ -6,7 +6,7 @@ another one, of the host's memory, so that everything else runs between real pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,6 +92,10 @@ class Memory(Protocol):
 
     def unreachable(self, gpu: str) -> str:
         """Return why this device cannot read the memory of another one, or an empty text if it can."""
+        ...
+
+    def meet(self, gpus: Collection[str]) -> None:
+        """Learn the devices of the peers, which may say how to copy best."""
         ...
 
     def exported(self, address: int) -> Allocation | None:
