@@ -63,12 +63,15 @@ def order_copies(dst: IntArray, src: IntArray) -> CopyOrder:
 
 def _release(ready: IntArray, holds_up: IntArray, waits_for: IntArray, level: IntArray) -> None:
     """Set the levels of all copies that can follow, one after the other, once those in `ready` have their level."""
+    any_of = np.empty(len(level), dtype=np.int64)
     while len(ready):
         holding = ready[holds_up[ready] >= 0]
         following = holds_up[holding]
         np.maximum.at(level, following, level[holding] + 1)
         np.subtract.at(waits_for, following, 1)
-        ready = np.unique(following[waits_for[following] == 0])
+        ready = following[waits_for[following] == 0]
+        any_of[ready] = np.arange(len(ready))
+        ready = ready[any_of[ready] == np.arange(len(ready))]  # each once
 
 
 def _one_of_each_cycle(members: IntArray, successor: IntArray) -> IntArray:

@@ -11,8 +11,6 @@ from collections import Counter
 
 from eplb_core.layer_state import LayerState
 
-_NO_WALK, _FREE = -1, -2
-
 
 def turn_cycles(state: LayerState) -> bool:
     """Move along cycles of slots that wait for one another; return whether there were any."""
@@ -24,35 +22,27 @@ def turn_cycles(state: LayerState) -> bool:
 
 def _find_cycles(state: LayerState) -> list[list[int]]:
     """Return cycles of slots, each of which waits until its expert was brought to the next one."""
-    held, spare, waits, targets = state.held, state.spare, state.waits, state.targets
+    held, spare, targets = state.held, state.spare, state.targets
     cycles = []
-    came_by = [_NO_WALK] * len(held)  # slot -> where the walk began that came by, or that it need not wait
+    unseen = state.waits.copy()  # slot -> whether it waits, and no walk came by
     for start in state.pending:
+        walk: list[int] = []
         slot = start
-        while waits[slot] and came_by[slot] == _NO_WALK:
+        while unseen[slot]:
+            unseen[slot] = False
             expert = held[slot]
             needing = targets[expert]
             if spare[expert] and (not needing or state.stays(slot, expert)):
-                came_by[slot] = _FREE
                 break
-            came_by[slot] = start
-            slot = needing[0] if len(needing) == 1 else _nearest(state, slot)
-        if came_by[slot] == start:
-            cycles.append(_cycle_through(state, slot))
+            walk.append(slot)
+            slot = needing[0] if len(needing) == 1 else _nearest(state, slot, needing)
+        if slot in walk:
+            cycles.append(walk[walk.index(slot) :])
     return cycles
 
 
-def _cycle_through(state: LayerState, start: int) -> list[int]:
-    """Return the cycle that `start` is on, beginning with it."""
-    cycle = [start]
-    while (slot := _nearest(state, cycle[-1])) != start:
-        cycle.append(slot)
-    return cycle
-
-
-def _nearest(state: LayerState, slot: int) -> int:
+def _nearest(state: LayerState, slot: int, targets: list[int]) -> int:
     """Return one of the slots that need what `slot` must not lose: on its rank, else on its node, else any."""
-    targets = state.targets[state.held[slot]]
     for place in state.places.levels:
         here = place[slot]
         for target in targets:

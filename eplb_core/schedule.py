@@ -315,7 +315,9 @@ def _check_limits(layer: IntArray, use: IntArray, aligned: IntArray, limits: dic
 
 def _with_cuts(plan: RearrangementPlan, whole: _Parts, layers: IntArray, cuts: Sequence[LayerParts]) -> _Parts:
     """Return `whole` with the parts of `layers`, ascending, replaced by those of `cuts`."""
-    is_cut = np.isin(whole.layer, layers)
+    is_cut_layer = np.zeros(plan.num_layers, dtype=np.bool_)
+    is_cut_layer[layers] = True
+    is_cut = is_cut_layer[whole.layer]
     parts_of_cut = np.array([len(cut.ends) for cut in cuts])
     count = (~is_cut).astype(np.int64)
     pieces = np.searchsorted(whole.layer, layers)
@@ -330,7 +332,7 @@ def _with_cuts(plan: RearrangementPlan, whole: _Parts, layers: IntArray, cuts: S
     moves[:, 4] = new_index[moves[:, 4]]
 
     _, num_moves, num_vacated = _table((cut.ends for cut in cuts), 3).T
-    own = np.flatnonzero(np.isin(np.repeat(whole.layer, count), layers))
+    own = np.flatnonzero(is_cut_layer[np.repeat(whole.layer, count)])
     part = np.repeat(own, num_moves)
     slot, expert, source, transfer, lands = _table((cut.moves for cut in cuts), MOVE_COLUMNS).T
     (rank, local), (src_rank, src_slot) = np.divmod(slot, plan.slots_per_rank), np.divmod(source, plan.slots_per_rank)
@@ -435,7 +437,13 @@ def _make_steps(
     copied = ~((transfer >= 0) & (received_kind == SLOT) & (received_at == slot))  # the others are there already
     copies = np.concatenate([saves, commits[copied]])
     copy_step = step[np.concatenate([move_part[saved], move_part[copied]])]
-    sequence = np.lexsort((copies[:, 6], copies[:, 1], copies[:, 2], copies[:, 0], copy_step))
+    # Sorted by step, rank, level, layer and slot as one number, which is several times as fast as one after the other.
+    # Saves are in the order of the window already.
+    place = np.concatenate([np.zeros(len(saved), dtype=np.int64), slot[copied]])
+    key = copy_step * num_ranks + copies[:, 0]
+    key = key * (int(order.level.max(initial=0)) + 1) + copies[:, 2]
+    key = (key * plan.num_layers + copies[:, 1]) * plan.slots_per_rank + place
+    sequence = np.argsort(key, kind="stable")
 
     last = np.append(np.diff(parts.layer) != 0, True)  # the last part of its layer: emptied slots change with it
     last_part = np.full(plan.num_layers, -1, dtype=np.int64)
@@ -480,5 +488,6 @@ def _offsets(window: IntArray, size: IntArray, num_windows: int) -> tuple[IntArr
 
 def _split(rows: IntArray, step: IntArray, num_steps: int) -> list[IntArray]:
     """Return the rows of each step, in their order."""
-    by_step = np.argsort(step, kind="stable")
-    return np.split(rows[by_step], np.cumsum(np.bincount(step, minlength=num_steps))[:-1])
+    ends = np.cumsum(np.bincount(step, minlength=num_steps))
+    by_step = np.argsort(step.astype(np.min_scalar_type(num_steps)), kind="stable")  # fast for small numbers
+    return np.split(rows.take(by_step, axis=0), ends[:-1])
