@@ -73,9 +73,9 @@ def unregistered(sends: Payloads, registered: Regions) -> TransferError | None:
     missing = [peer for peer, each in sends.items() for p in each if p.nbytes and not registered.contain(*p.place)]
     if not missing:
         return None
+    total = sum(map(len, sends.values()))
     return TransferError(
-        f"{len(missing)} of {sum(map(len, sends.values()))} tensors to send are not registered, "
-        "and mode=direct sends no other",
+        f"{len(missing)} of {total} tensors to send are not registered, and mode=direct sends no other",
         peers=set(missing),
         phase="pack",
         usable=True,
