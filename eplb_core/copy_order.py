@@ -40,38 +40,51 @@ def order_copies(dst: IntArray, src: IntArray) -> CopyOrder:
     Returns:
         The levels, as small as possible, with one save for each cycle.
     """
-    level = np.ones(len(dst), dtype=np.int64)
     saved = np.zeros(len(dst), dtype=np.bool_)
     if not len(dst):
-        return CopyOrder(level, saved)
+        return CopyOrder(np.ones(0, dtype=np.int64), saved)
     overwriter = np.full(1 + max(int(dst.max()), int(src.max())), -1, dtype=np.int64)
     overwriter[dst] = np.arange(len(dst))
     holds_up = np.where(src >= 0, overwriter[src], -1)  # the copy that has to wait for this one
-    waits_for = np.bincount(holds_up[holds_up >= 0], minlength=len(dst))
-    _release(np.flatnonzero(waits_for == 0), holds_up, waits_for, level)
-
-    on_cycle = np.flatnonzero(waits_for > 0)
+    on_cycle = _on_cycles(holds_up)
     if len(on_cycle):
         saved[_one_of_each_cycle(on_cycle, holds_up)] = True
-        # A saved source may be overwritten at once: its overwriter waits for nothing on the cycle any more.
-        freed = holds_up[saved]
-        holds_up[saved] = -1
-        waits_for[freed] -= 1
-        _release(freed, holds_up, waits_for, level)
-    return CopyOrder(level, saved)
+        holds_up[saved] = -1  # a saved source may be overwritten at once
+    return CopyOrder(_levels(holds_up), saved)
 
 
-def _release(ready: IntArray, holds_up: IntArray, waits_for: IntArray, level: IntArray) -> None:
-    """Set the levels of all copies that can follow, one after the other, once those in `ready` have their level."""
-    any_of = np.empty(len(level), dtype=np.int64)
-    while len(ready):
-        holding = ready[holds_up[ready] >= 0]
-        following = holds_up[holding]
-        np.maximum.at(level, following, level[holding] + 1)
-        np.subtract.at(waits_for, following, 1)
-        ready = following[waits_for[following] == 0]
-        any_of[ready] = np.arange(len(ready))
-        ready = ready[any_of[ready] == np.arange(len(ready))]  # each once
+def _on_cycles(holds_up: IntArray) -> IntArray:
+    """Return the copies that wait for themselves, ascending: where walks end that take as many steps as there are."""
+    waits = np.zeros(len(holds_up) + 1, dtype=np.bool_)  # the last one answers for -1
+    waits[holds_up] = True
+    between = np.flatnonzero((holds_up >= 0) & waits[:-1])
+    end = len(between)
+    number = np.full(len(holds_up), end)
+    number[between] = np.arange(end)
+    jump = np.append(number[holds_up[between]], end)
+    for _ in range(end.bit_length()):
+        jump = jump[jump]
+    reached = np.zeros(end + 1, dtype=np.bool_)
+    reached[jump] = True
+    return between[reached[:end]]
+
+
+def _levels(holds_up: IntArray) -> IntArray:
+    """Return by how many copies each one is preceded at most, itself included, without cycles.
+
+    Copies tell the one that is 1, 2, 4 and so on steps ahead. So chains take as many rounds as their length has digits.
+    """
+    level = np.ones(len(holds_up), dtype=np.int64)
+    ahead = holds_up.copy()
+    telling = np.flatnonzero(ahead >= 0)
+    distance = 1
+    while len(telling):
+        told = ahead[telling]
+        np.maximum.at(level, told, level[telling] + distance)
+        ahead[telling] = ahead[told]
+        telling = telling[ahead[telling] >= 0]
+        distance *= 2
+    return level
 
 
 def _one_of_each_cycle(members: IntArray, successor: IntArray) -> IntArray:

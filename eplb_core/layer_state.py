@@ -17,15 +17,17 @@ class LayerState:
     Attributes:
         held: slot -> its expert when the part begins.
         holders: expert -> the slots that hold it when the part begins.
-        after: expert -> the slots that hold it when the part has ended, as far as it is made.
-        spare: expert -> how many of `after` are more than what must be left, which is one if the new placement needs
-            the expert. No slot of an expert without a spare copy may be overwritten, which is most of them. Empty slots
-            count as spare copies of `EMPTY`.
+        spare: expert -> how many more slots hold it when the part has ended, as far as it is made, than must be left,
+            which is one if the new placement needs the expert. No slot of an expert without a spare copy may be
+            overwritten, which is most of them. Empty slots count as spare copies of `EMPTY`.
         pending: the slots that get another expert in this part or later, interleaved by rank, so that a part spreads
             over the ranks.
-        waits: slot -> whether it is pending, and was not overwritten in this part.
+        empty: those of `pending` that are empty when the part begins.
+        waits: slot -> whether it is pending, and was not overwritten or given up in this part.
         targets: expert -> the slots that still get it.
         left: rank -> the bytes that its slots still get.
+        moved: the experts that a slot still gets, of those that have moved since cycles were looked for; None if cycles
+            may be anywhere.
         parts: what was made so far.
     """
 
@@ -33,12 +35,16 @@ class LayerState:
         self.held = held = list(task.old)
         self.new = new = task.new
         self.size = size = task.expert_bytes
-        self.places = task.places
+        places = task.places
+        self.num_ranks, self.rank_of, self.node_of = places.num_ranks, places.rank_of, places.node_of
+        self.levels = places.levels
+        self.several_nodes = len(places.levels) > 1
         self.planned_source = task.planned_source
         self.relay = task.relay
         self.in_place = in_place
         self.parts = LayerParts()
         self.num_transfers = 0
+        self.moved: list[int] | None = None
 
         holders: dict[int, list[int]] = {EMPTY: []}
         for slot, expert in enumerate(held):
@@ -47,19 +53,17 @@ class LayerState:
             else:
                 holders[expert] = [slot]
         self.holders = holders
-        self.after = {expert: slots.copy() for expert, slots in holders.items()}
-        self.spare = {expert: len(slots) for expert, slots in holders.items()}
-        for expert in set(new):
-            if expert != EMPTY:
-                self.spare[expert] -= 1
+        needed = set(new) - {EMPTY}
+        self.spare = {expert: len(slots) - (expert in needed) for expert, slots in holders.items()}
 
-        self.waits = waits = [new[slot] != held[slot] and new[slot] != EMPTY for slot in range(len(held))]
-        self.pending = [slot for slot in task.places.in_turn if waits[slot]]
-        self.left = [0] * task.places.num_ranks
+        self.waits = waits = [after != EMPTY and after != before for before, after in zip(held, new, strict=True)]
+        self.pending = [slot for slot in places.in_turn if waits[slot]]
+        self.empty = [slot for slot in self.pending if held[slot] == EMPTY] if holders[EMPTY] else []
         self.targets: dict[int, list[int]] = {expert: [] for expert in holders}
         for slot in self.pending:
             self.targets[new[slot]].append(slot)
-            self.left[task.places.rank_of[slot]] += size
+        per_rank = len(held) // self.num_ranks
+        self.left = [size * sum(waits[first : first + per_rank]) for first in range(0, len(held), per_rank)]
 
     def begin_part(self, budget: Budget, use: Use) -> None:
         """Begin a part within what `budget` leaves of `use`, which other layers may share."""
@@ -67,13 +71,13 @@ class LayerState:
         self.staged_limit = budget.window
         self.first_move, self.first_vacated = len(self.parts.moves), len(self.parts.vacated)
         self.copied_from: dict[int, int] = {}  # slot -> the slot of the same rank that it is copied from
-        self.arriving: dict[int, dict[int, int]] = {}  # expert -> rank -> transfer
+        self.brought: dict[int, int] = {}  # expert * num_ranks + rank that gets it -> transfer, -1 if it is copied
+        self.brought_to_node: set[tuple[int, int]] = set()  # (node, expert), where there is more than one
         self.passing: list[int] = []  # slots that get an expert which is not theirs
 
     def fill_empty(self) -> None:
         """Fill the slots that are empty."""
-        held = self.held
-        self._overwrite([slot for slot in self.pending if held[slot] == EMPTY], follow=False)
+        self._overwrite(self.empty, follow=False)
 
     def overwrite(self, staged_limit: int | None = None) -> None:
         """Overwrite slots that may be, as long as no more than `staged_limit` bytes of the window are used.
@@ -86,61 +90,77 @@ class LayerState:
 
     def vacate(self) -> None:
         """Give up the slots that may be overwritten, for the next part to fill."""
-        held, spare, waits, targets, after = self.held, self.spare, self.waits, self.targets, self.after
+        held, spare, waits, targets = self.held, self.spare, self.waits, self.targets
         vacated = self.parts.vacated
         for slot in self.pending:
             expert = held[slot]
             if spare[expert] and waits[slot] and expert != EMPTY and (not targets[expert] or self.stays(slot, expert)):
                 vacated.append(slot)
-                after[expert].remove(slot)
+                waits[slot] = False
                 spare[expert] -= 1
         spare[EMPTY] += len(vacated) - self.first_vacated
 
     def end_part(self, step: int) -> bool:
         """Take the part's moves as done in `step`, and return whether there were any."""
-        held, new, holders, waits = self.held, self.new, self.holders, self.waits
+        held, holders, targets, waits = self.held, self.holders, self.targets, self.waits
+        moved = [] if self.moved is None else self.moved
         moves = self.parts.moves[self.first_move :]
         vacated = self.parts.vacated[self.first_vacated :]
         if not moves and not vacated:
             return False
-        # The same as happened to `after`, in the same order.
         for slot, expert in zip(moves[::MOVE_COLUMNS], moves[1::MOVE_COLUMNS], strict=True):
             before = held[slot]
             if before != EMPTY:
                 holders[before].remove(slot)
             holders[expert].append(slot)
             held[slot] = expert
+            if targets[expert]:
+                moved.append(expert)
+            if targets[before]:
+                moved.append(before)
         for slot in vacated:
-            holders[held[slot]].remove(slot)
+            before = held[slot]
+            holders[before].remove(slot)
             held[slot] = EMPTY
-        self.pending = [slot for slot in self.pending if held[slot] != new[slot]]
+            waits[slot] = True
+            if targets[before]:
+                moved.append(before)
         for slot in self.passing:
             waits[slot] = True
+        self.pending = [slot for slot in self.pending if waits[slot]]
+        unfilled = any(map(waits.__getitem__, self.empty))
+        self.empty = [slot for slot in self.pending if held[slot] == EMPTY] if unfilled else vacated
         self.parts.ends.append((step, len(moves) // MOVE_COLUMNS, len(vacated)))
         return True
 
-    # --- slots that may be overwritten --------------------------------------------------------------------------------
+    def moved_experts(self) -> list[int] | None:
+        """Return `moved` with what has moved in this part."""
+        if self.moved is None:
+            return None
+        moves, held, targets = self.parts.moves[self.first_move :], self.held, self.targets
+        moved = [*moves[1::MOVE_COLUMNS], *map(held.__getitem__, moves[::MOVE_COLUMNS])]
+        return self.moved + [expert for expert in moved if targets[expert]]
 
-    def may_overwrite(self, slot: int) -> bool:
-        """Whether the slot's expert stays where it is needed when this slot is overwritten."""
-        expert = self.held[slot]
-        return self.spare[expert] > 0 and (not self.targets[expert] or self.stays(slot, expert))
+    # --- slots that may be overwritten --------------------------------------------------------------------------------
 
     def stays(self, slot: int, expert: int) -> bool:
         """Whether every rank and node that still needs `expert` and has it in `slot` has another copy of it."""
-        targets, copies = self.targets[expert], self.after[expert]
-        for place in self.places.levels:
+        for place in self.levels:
             here = place[slot]
-            for target in targets:
+            for target in self.targets[expert]:
                 if place[target] == here:
                     break
             else:
                 continue  # not needed at this place
-            for copy in copies:
-                if place[copy] == here and copy != slot:
+            for copy in self.holders[expert]:
+                if copy != slot and place[copy] == here and not self._is_overwritten(copy):
                     break
             else:
-                return False
+                if place is self.rank_of:
+                    if expert * self.num_ranks + here not in self.brought:
+                        return False
+                elif (here, expert) not in self.brought_to_node:
+                    return False
         return True
 
     def _overwrite(self, slots: list[int], *, follow: bool) -> None:
@@ -153,10 +173,11 @@ class LayerState:
             slots: in the order in which they are looked at; changed.
             follow: whether slots that held what was brought elsewhere are looked at as well, after the others.
         """
-        held, new, holders, after, spare = self.held, self.new, self.holders, self.after, self.spare
-        waits, targets, rank_of, left, size = self.waits, self.targets, self.places.rank_of, self.left, self.size
-        arriving, copied_from, moves = self.arriving, self.copied_from, self.parts.moves
-        in_place, relay, stays = self.in_place, self.relay, self.stays
+        held, new, holders, spare, waits = self.held, self.new, self.holders, self.spare, self.waits
+        targets, rank_of, left, size = self.targets, self.rank_of, self.left, self.size
+        brought, copied_from, moves, stays = self.brought, self.copied_from, self.parts.moves, self.stays
+        in_place, relay, several_nodes = self.in_place, self.relay, self.several_nodes
+        num_ranks, node_of = self.num_ranks, self.node_of
         window, sends, receives = self.use.window, self.use.sends, self.use.receives
         most_staged, most_saved = self.staged_limit - size, self.budget.window - size
         most_sent, most_received = self.budget.sends - size, self.budget.receives - size
@@ -166,11 +187,10 @@ class LayerState:
             if not spare[before] or not waits[slot] or (targets[before] and not stays(slot, before)):
                 continue
             expert, rank = new[slot], rank_of[slot]
-            source = transfer = -1
-            lands = 0
-            if expert in arriving and rank in arriving[expert]:
-                transfer = arriving[expert][rank]
-            else:
+            source, lands = -1, 0
+            arrival = expert * num_ranks + rank
+            transfer = brought.get(arrival, -1)
+            if transfer < 0:
                 copies = holders[expert]
                 source = copies[0] if len(copies) == 1 else self._best_source(slot, expert)
                 if source < 0:
@@ -183,6 +203,7 @@ class LayerState:
                         window[rank] += size
                     else:
                         copied_from[slot] = source
+                    brought[arrival] = -1
                 else:
                     lands = int(in_place and before == EMPTY)
                     if (
@@ -196,17 +217,12 @@ class LayerState:
                         window[rank] += size
                     receives[rank] += size
                     sends[sender] += size
-                    transfer = number
+                    brought[arrival] = transfer = number
                     number += 1
-                    if expert in arriving:
-                        arriving[expert][rank] = transfer
-                    else:
-                        arriving[expert] = {rank: transfer}
+                if several_nodes:
+                    self.brought_to_node.add((node_of[slot], expert))
             moves += (slot, expert, source, transfer, lands)
             waits[slot] = False
-            if before != EMPTY:
-                after[before].remove(slot)
-            after[expert].append(slot)
             spare[before] -= 1
             spare[expert] += 1
             targets[expert].remove(slot)
@@ -217,32 +233,31 @@ class LayerState:
 
     def _best_source(self, slot: int, expert: int) -> int:
         """Return the slot to read `expert` from for `slot`, or -1 if all ranks that could send it may send no more."""
-        rank_of, node_of, sends = self.places.rank_of, self.places.node_of, self.use.sends
-        rank, node, copies = rank_of[slot], node_of[slot], self.holders[expert]
+        rank_of, copies = self.rank_of, self.holders[expert]
+        rank = rank_of[slot]
         here = [copy for copy in copies if rank_of[copy] == rank]
         if here:
-            return min(here, key=lambda copy: (self._is_overwritten(copy), copy))
-        able = copies
-        if len(self.places.levels) > 1:
-            able = [copy for copy in copies if node_of[copy] == node] or copies
-        most = self.budget.sends - self.size
+            return here[0] if len(here) == 1 else min(here, key=lambda copy: (self._is_overwritten(copy), copy))
+        able, sends, most = copies, self.use.sends, self.budget.sends - self.size
+        if self.several_nodes:
+            node_of = self.node_of
+            able = [copy for copy in copies if node_of[copy] == node_of[slot]] or copies
         able = [copy for copy in able if sends[rank_of[copy]] <= most]
         if len(able) < 2:
             return able[0] if able else -1
-        planned = self.planned_source.get((expert, rank))
-        return min(able, key=lambda copy: (rank_of[copy] != planned, sends[rank_of[copy]], copy))
+        planned = self.planned_source.get(expert * self.num_ranks + rank)
+        preferred = [copy for copy in able if rank_of[copy] == planned]
+        return min(preferred) if preferred else min(able, key=lambda copy: (sends[rank_of[copy]], copy))
 
     def _is_overwritten(self, slot: int) -> bool:
-        """Whether a slot was overwritten in this part."""
+        """Whether a slot was overwritten or given up in this part."""
         return not self.waits[slot] and self.held[slot] != self.new[slot] != EMPTY
 
     def _awaits_relay(self, slot: int, expert: int) -> bool:
         """Whether the node of `slot` has no copy of `expert`, but gets one in this part."""
-        rank_of, node_of = self.places.rank_of, self.places.node_of
-        node, per_rank = node_of[slot], len(rank_of) // self.places.num_ranks
-        return any(node_of[rank * per_rank] == node for rank in self.arriving.get(expert, ())) and all(
-            node_of[copy] != node for copy in self.holders[expert]
-        )
+        node_of = self.node_of
+        node = node_of[slot]
+        return (node, expert) in self.brought_to_node and all(node_of[copy] != node for copy in self.holders[expert])
 
     def _closes_ring(self, slot: int, source: int) -> bool:
         """Whether copying `source` to `slot` closes a ring of copies, which takes a save."""
@@ -255,12 +270,12 @@ class LayerState:
 
     def transfer(self, slot: int, expert: int, source: int) -> None:
         """Move `expert` into `slot`, which is not empty, from a slot of another rank."""
-        rank_of, use, size = self.places.rank_of, self.use, self.size
+        rank_of, use, size = self.rank_of, self.use, self.size
         rank = rank_of[slot]
         use.window[rank] += size
         use.receives[rank] += size
         use.sends[rank_of[source]] += size
-        self.arriving.setdefault(expert, {})[rank] = self.num_transfers
+        self.brought[expert * self.num_ranks + rank] = self.num_transfers
         self._move(slot, expert, source, self.num_transfers)
         self.num_transfers += 1
 
@@ -268,19 +283,19 @@ class LayerState:
         """Move `expert` into `slot`, which is not empty, from a slot of the same rank."""
         if not saved:
             self.copied_from[slot] = source
+        self.brought.setdefault(expert * self.num_ranks + self.rank_of[slot], -1)
         self._move(slot, expert, source, -1)
 
     def _move(self, slot: int, expert: int, source: int, transfer: int) -> None:
         """Do what `_overwrite` does for a move, for any expert."""
         self.parts.moves += (slot, expert, source, transfer, 0)
+        self.brought_to_node.add((self.node_of[slot], expert))
         self.waits[slot] = False
         before = self.held[slot]
-        self.after[before].remove(slot)
-        self.after[expert].append(slot)
         self.spare[before] -= 1
         self.spare[expert] += 1
         if expert == self.new[slot]:
             self.targets[expert].remove(slot)
-            self.left[self.places.rank_of[slot]] -= self.size
+            self.left[self.rank_of[slot]] -= self.size
         else:
             self.passing.append(slot)

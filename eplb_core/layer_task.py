@@ -65,7 +65,8 @@ class LayerTask:
         old: `[num_slots]`, the experts before.
         new: `[num_slots]`, the experts after; each has a copy in `old`.
         expert_bytes: bytes of an expert in the window.
-        planned_source: `(expert, destination rank)` -> the rank that the plan reads it from, preferred if it can.
+        planned_source: `expert * num_ranks + destination rank` -> the rank that the plan reads it from, preferred if it
+            can be.
         places: where the slots are; a source on the same node is read if there is one.
         relay: whether an expert crosses to a node without a copy only once, and is read there by the others.
     """
@@ -73,7 +74,7 @@ class LayerTask:
     old: Sequence[int]
     new: Sequence[int]
     expert_bytes: int
-    planned_source: Mapping[tuple[int, int], int]
+    planned_source: Mapping[int, int]
     places: Places
     relay: bool = False
 
@@ -86,7 +87,7 @@ class LayerParts:
     of all in the end.
 
     Attributes:
-        moves: `MOVE_COLUMNS` numbers for each move: slot, expert, source slot, transfer, whether it lands. Transfers
+        moves: `MOVE_COLUMNS` numbers for each move: slot, expert, source slot, transfer, 1 if it lands. Transfers
             are counted from 0. A move with a source and a transfer begins this transfer, and the bytes land in the
             slot, or else in the window. One without a source (-1) has its bytes out of the window, from an earlier
             transfer of its part. One without a transfer (-1) is copied on its rank.
