@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 _LARGE_BYTES = {"cpu": 256 << 10, "cuda": 8 << 20}
@@ -25,7 +26,7 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
     together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         if target.nbytes >= large:
-            target.copy_(source)
+            _copy_one(target, source)
         elif (ends := together.get(target.dtype)) is not None:
             ends[0].append(target)
             ends[1].append(source)
@@ -33,3 +34,11 @@ def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -
             together[target.dtype] = [target], [source]
     for ends in together.values():
         torch._foreach_copy_(*ends)
+
+
+def _copy_one(target: torch.Tensor, source: torch.Tensor) -> None:
+    if target.device.type == "cpu":
+        # numpy leaves it to the C library, which can be told to copy past the cache; torch's own loop cannot.
+        np.copyto(target.detach().numpy(), source.detach().numpy())
+    else:
+        target.copy_(source)

@@ -29,6 +29,10 @@ from eplb_core.fork_server import NUMBER
 
 START_METHOD_VARIABLE: Final = "EPLB_START_METHOD"
 
+_TUNED = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0xf0000"}
+"""What the server is started with, unless the user has set it: ranks then copy blocks of 960 KiB and more past the
+cache, 1.5 times as fast. By itself the C library does so from three quarters of the cache on: hundreds of MB."""
+
 _READ_LATER = ("EPLB_", "PYTEST_", "NIXL_", "UCX_")
 """Variables that nothing reads which the server has loaded. All others might have been read."""
 
@@ -208,6 +212,7 @@ class _ServerOfThisProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                env=_TUNED | os.environ,
             )
         return self._control
 

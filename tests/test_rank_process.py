@@ -120,6 +120,22 @@ def test_a_variable_that_a_loaded_library_might_have_read_takes_a_new_server(mon
     assert _eventually(lambda: _gone(before))
 
 
+def the_tunables_that_the_c_library_read(environment: RankEnvironment) -> str:
+    started_with = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return next(value.decode() for value in started_with if value.startswith(b"GLIBC_TUNABLES="))
+
+
+def test_ranks_copy_large_blocks_past_the_cache_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    (told,) = run_local_ranks(the_tunables_that_the_c_library_read, 1, timeout_s=TIMEOUT_S)
+    assert "x86_non_temporal_threshold" in told
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=0")
+    (told,) = run_local_ranks(the_tunables_that_the_c_library_read, 1, timeout_s=TIMEOUT_S)
+    assert told == "GLIBC_TUNABLES=glibc.malloc.perturb=0"
+
+
 def test_a_rank_writes_to_what_is_stdout_and_stderr_now(capfd: pytest.CaptureFixture[str]) -> None:
     server()
     capfd.readouterr()
