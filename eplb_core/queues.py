@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 import torch
@@ -22,6 +24,8 @@ from eplb_core.errors import (
     TransferMismatchError,
     TransferTimeoutError,
 )
+
+_Form = TypeVar("_Form")
 
 _SUM_BYTES = 16
 _REFUSED = b"!"
@@ -79,8 +83,8 @@ class _Queued(msgspec.Struct, array_like=True):
     recvs: dict[int, list[tuple[int, str]]]
 
 
-class _Checks:
-    """Refuses what cannot be queued.
+class _Queue(ABC, Generic[_Form]):
+    """What `add_send` and `add_recv` queued and `execute()` has not yet done; a subclass says in which form.
 
     Args:
         rank: this rank.
@@ -92,7 +96,32 @@ class _Checks:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.sends, self.recvs = self._nothing(), self._nothing()
         self._closed_because: str | None = None
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        """Queue a send; raises as `EplbCommunicator.add_send` does."""
+        self._check(tensor, dst_rank, "send", "to")
+        self._put(self.sends, tensor, dst_rank)
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
+        self._check(tensor, src_rank, "receive", "from")
+        self._put(self.recvs, tensor, src_rank)
+
+    def take(self) -> tuple[_Form, _Form]:
+        """Empty the queue and return its sends and receives.
+
+        Raises:
+            CommunicatorClosedError: the queue was closed.
+        """
+        self.check_open()
+        return self._emptied()
+
+    def close(self, because: str) -> None:
+        """Empty the queue and refuse everything from now on; the first reason stays."""
+        self._emptied()
+        self._closed_because = self._closed_because or because
 
     def check_open(self) -> None:
         """Raise `CommunicatorClosedError` if the queue was closed."""
@@ -102,6 +131,19 @@ class _Checks:
                 why=self._closed_because,
                 remedy="make a new one with create_eplb_communicator",
             )
+
+    def _emptied(self) -> tuple[_Form, _Form]:
+        sends, recvs = self.sends, self.recvs
+        self.sends, self.recvs = self._nothing(), self._nothing()
+        return sends, recvs
+
+    @abstractmethod
+    def _nothing(self) -> _Form:
+        """Return what an empty queue holds."""
+
+    @abstractmethod
+    def _put(self, queued: _Form, tensor: torch.Tensor, peer: int) -> None:
+        """Add a tensor that was checked."""
 
     def _check(self, tensor: torch.Tensor, peer: int, verb: str, preposition: str) -> None:
         self.check_open()
@@ -144,99 +186,40 @@ class _Checks:
         return None
 
 
-class TransferQueue(_Checks):
-    """What `add_send` and `add_recv` queued and `execute()` has not yet done.
+class TransferQueue(_Queue[list[Transfer]]):
+    """What `add_send` and `add_recv` queued and `execute()` has not yet done, in the order queued."""
 
-    Args:
-        rank: this rank.
-        world_size: the number of ranks.
-        device: the only device that tensors may lie on; None takes any.
-    """
+    def _nothing(self) -> list[Transfer]:
+        return []
 
-    def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
-        super().__init__(rank, world_size, device)
-        self.sends: list[Transfer] = []
-        self.recvs: list[Transfer] = []
-
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send; raises as `EplbCommunicator.add_send` does."""
-        self._check(tensor, dst_rank, "send", "to")
-        self.sends.append(Transfer(tensor, dst_rank))
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
-        self._check(tensor, src_rank, "receive", "from")
-        self.recvs.append(Transfer(tensor, src_rank))
-
-    def take(self) -> tuple[list[Transfer], list[Transfer]]:
-        """Empty the queue and return its sends and receives.
-
-        Raises:
-            CommunicatorClosedError: the queue was closed.
-        """
-        self.check_open()
-        sends, recvs = self.sends, self.recvs
-        self.sends, self.recvs = [], []
-        return sends, recvs
-
-    def close(self, because: str) -> None:
-        """Empty the queue and refuse everything from now on; the first reason stays."""
-        self.sends, self.recvs = [], []
-        self._closed_because = self._closed_because or because
+    def _put(self, queued: list[Transfer], tensor: torch.Tensor, peer: int) -> None:
+        queued.append(Transfer(tensor, peer))
 
 
-class PayloadQueue(_Checks):
-    """The same by peer, for backends that take payloads as well (`EplbCommunicator.add_payloads`).
-
-    Args:
-        rank: this rank.
-        world_size: the number of ranks.
-        device: the only device that tensors may lie on; None takes any.
-    """
-
-    def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
-        super().__init__(rank, world_size, device)
-        self._sends: dict[int, list[Payload]] = {}
-        self._recvs: dict[int, list[Payload]] = {}
-
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send; raises as `EplbCommunicator.add_send` does."""
-        self._check(tensor, dst_rank, "send", "to")
-        self._sends.setdefault(dst_rank, []).append(Payload(tensor))
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
-        self._check(tensor, src_rank, "receive", "from")
-        self._recvs.setdefault(src_rank, []).append(Payload(tensor))
+class PayloadQueue(_Queue[dict[int, list[Payload]]]):
+    """The same by peer, for backends that take payloads as well (`EplbCommunicator.add_payloads`)."""
 
     def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
         """Queue many at once; whoever made them has checked them."""
         self.check_open()
-        for peer, payloads in sends.items():
-            self._sends.setdefault(peer, []).extend(payloads)
-        for peer, payloads in recvs.items():
-            self._recvs.setdefault(peer, []).extend(payloads)
+        for queued, added in ((self.sends, sends), (self.recvs, recvs)):
+            for peer, payloads in added.items():
+                queued.setdefault(peer, []).extend(payloads)
 
-    def take(self) -> tuple[Payloads, Payloads]:
-        """Empty the queue and return its sends and receives, in the order of the peers' ranks.
+    @staticmethod
+    def transfers(payloads: Payloads) -> list[Transfer]:
+        """Return payloads as transfers, for `check_match`."""
+        return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]
 
-        Raises:
-            CommunicatorClosedError: the queue was closed.
-        """
-        self.check_open()
-        sends, recvs = dict(sorted(self._sends.items())), dict(sorted(self._recvs.items()))
-        self._sends, self._recvs = {}, {}
-        return sends, recvs
+    def _nothing(self) -> dict[int, list[Payload]]:
+        return {}
 
-    def close(self, because: str) -> None:
-        """Empty the queue and refuse everything from now on; the first reason stays."""
-        self._sends, self._recvs = {}, {}
-        self._closed_because = self._closed_because or because
+    def _put(self, queued: dict[int, list[Payload]], tensor: torch.Tensor, peer: int) -> None:
+        queued.setdefault(peer, []).append(Payload(tensor))
 
-
-def transfers_of(payloads: Payloads) -> list[Transfer]:
-    """Return payloads as transfers, for `check_match`."""
-    return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]
+    def _emptied(self) -> tuple[dict[int, list[Payload]], dict[int, list[Payload]]]:
+        sends, recvs = super()._emptied()
+        return dict(sorted(sends.items())), dict(sorted(recvs.items()))
 
 
 def check_match(

@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from eplb_core.agreement import not_all_answered
+from eplb_core.agreement import exchange
 from eplb_core.control import ControlPlane
-from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError
+from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.plan import RearrangementPlan
 
 
@@ -47,12 +47,11 @@ def agree_on_plan(
     }
     before = None if plan is None else plan.old.copy()
     try:
-        said = control.all_gather("the placements to rearrange", msgspec.msgpack.encode(mine), timeout_s)
+        said = exchange(control, "the placements to rearrange", msgspec.msgpack.encode(mine), timeout_s)
         ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
-    except ControlPlaneError as error:
-        late = not_all_answered(error, control.world_size)
+    except HandshakeError as late:
         late.placement = before
-        raise late from error
+        raise
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
     table = {item: [rank.get(item, "?") for rank in ranks] for item in mine}

@@ -33,6 +33,7 @@ ALIGNMENT = 256
 """Every expert in a window starts at a multiple of this many bytes; budgets count sizes rounded up to it."""
 
 _UNLIMITED = 2**62
+_LOOK_BACK_STEPS = 16
 _WORTH_SHARING = 500
 """From so many moves on, which take some 2 ms to cut, it pays to ask the other ranks."""
 
@@ -41,7 +42,6 @@ _LEAST_ROOM = 4
 
 Share = Callable[[Callable[[int], list[LayerParts]], int], list[list[LayerParts]]]
 """Returns what a function returns for each number below the second argument, in order."""
-_LOOK_BACK_STEPS = 16
 
 
 def in_turn(cut: Callable[[int], list[LayerParts]], groups: int) -> list[list[LayerParts]]:
@@ -217,10 +217,18 @@ def _check_limits(plan: RearrangementPlan, aligned: IntArray, limits: dict[str, 
 def _tasks(plan: RearrangementPlan, layers: IntArray, aligned: IntArray) -> list[LayerTask]:
     """Return what has to happen in each of `layers`."""
     places = Places(plan.node_of_rank.tolist(), plan.slots_per_rank)
-    needs = (plan.transfer_expert * plan.num_ranks + plan.transfer_dst_rank).tolist()
-    senders, relayed = plan.transfer_src_rank.tolist(), (plan.transfer_after >= 0).tolist()
-    bounds = np.searchsorted(plan.transfer_layer, [layers, layers + 1]).T.tolist()
-    tasks = zip(plan.old[layers].tolist(), plan.new[layers].tolist(), aligned[layers].tolist(), bounds, strict=True)
+    bounds = np.searchsorted(plan.transfer_layer, [layers, layers + 1])
+    first = int(bounds.min(initial=plan.num_transfers))
+    own = slice(first, int(bounds.max(initial=first)))  # the transfers of these layers, and of those between them
+    needs = (plan.transfer_expert[own] * plan.num_ranks + plan.transfer_dst_rank[own]).tolist()
+    senders, relayed = plan.transfer_src_rank[own].tolist(), (plan.transfer_after[own] >= 0).tolist()
+    tasks = zip(
+        plan.old[layers].tolist(),
+        plan.new[layers].tolist(),
+        aligned[layers].tolist(),
+        (bounds - first).T.tolist(),
+        strict=True,
+    )
     return [
         LayerTask(
             old,

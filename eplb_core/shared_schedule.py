@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from eplb_core.agreement import not_all_answered
+from eplb_core.agreement import exchange
 from eplb_core.control import ControlPlane
-from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError
+from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.layer_task import LayerParts
 
 
@@ -46,10 +46,8 @@ def share_cuts(
     except EplbError as error:
         problem, mine = error, _Share(problem=str(error) or type(error).__name__)
     try:
-        said = control.all_gather("the schedule", msgspec.msgpack.encode(mine), timeout_s)
+        said = exchange(control, "the schedule", msgspec.msgpack.encode(mine), timeout_s)
         shares = [msgspec.msgpack.decode(value, type=_Share) for value in said]
-    except ControlPlaneError as error:
-        raise not_all_answered(error, control.world_size) from error
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise HandshakeError("a rank's part of the schedule cannot be read", table={}, why=str(error)) from error
     failed = [rank for rank, share in enumerate(shares) if share.problem]

@@ -24,15 +24,13 @@ class LayerLayout:
     Attributes:
         rows: its tensors as uint8 `[slots, bytes of a row]`.
         offsets: each one's offset in a staged expert, in bytes.
-        slots: for each slot its row of every tensor; made once, since making views costs more than using them.
-        payloads: the same as they are sent and received.
+        payloads: for each slot its row of every tensor; made once, since making views costs more than using them.
         words: the same for copies, as int64 where a row's bytes and places allow that; a GPU copies words faster.
         form: a number; layers whose experts look alike in a window have the same.
     """
 
     rows: tuple[torch.Tensor, ...]
     offsets: tuple[int, ...]
-    slots: tuple[tuple[torch.Tensor, ...], ...]
     payloads: tuple[tuple[Payload, ...], ...]
     words: tuple[tuple[torch.Tensor, ...], ...]
     form: int
@@ -71,7 +69,7 @@ class ExpertWeights:
 
     def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
         """Return the tensors of one slot, each as uint8 `[bytes]`, as views."""
-        return self.layers[layer].slots[slot]
+        return tuple(payload.tensor for payload in self.payloads(layer, slot))
 
     def write(self, layer: int, slot: int, tensors: Sequence[torch.Tensor], what: str) -> None:
         """Copy the tensors of one expert into a slot, on the current stream.
@@ -143,12 +141,12 @@ class ExpertWeights:
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
-        slots = tuple(zip(*(row.unbind(0) for row in rows), strict=True))
+        slots = zip(*(row.unbind(0) for row in rows), strict=True)
         payloads = tuple(tuple(map(Payload, tensors)) for tensors in slots)
         words = tuple(zip(*(_as_words(row).unbind(0) for row in rows), strict=True))
         form = tuple((row.shape[1], word.dtype) for row, word in zip(rows, words[0] if words else rows, strict=True))
         number = self._forms.setdefault(form, len(self._forms))
-        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), slots, payloads, words, number)
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), payloads, words, number)
 
 
 def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:

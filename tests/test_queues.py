@@ -22,7 +22,7 @@ from eplb_core.errors import (
     TransferOverflowError,
     TransferTimeoutError,
 )
-from eplb_core.queues import Payload, PayloadQueue, Transfer, TransferQueue, check_match, transfers_of
+from eplb_core.queues import Payload, PayloadQueue, Transfer, TransferQueue, check_match
 
 RANKS = 3
 LONG_S, SHORT_S = 20.0, 0.2
@@ -170,14 +170,14 @@ def test_payloads_join_what_was_queued_before_in_the_order_of_each_pair() -> Non
     queue.add_send(tensors[5], 2)
     sends, recvs = queue.take()
     assert list(sends) == [1, 2]
-    assert [(transfer.nbytes // 4, transfer.peer) for transfer in transfers_of(sends)] == [
+    assert [(transfer.nbytes // 4, transfer.peer) for transfer in PayloadQueue.transfers(sends)] == [
         (3, 1),
         (1, 2),
         (2, 2),
         (0, 2),
         (5, 2),
     ]
-    assert [(transfer.tensor is tensors[4], transfer.peer) for transfer in transfers_of(recvs)] == [(True, 1)]
+    assert [(transfer.tensor is tensors[4], transfer.peer) for transfer in PayloadQueue.transfers(recvs)] == [(True, 1)]
     assert queue.take() == ({}, {})
     assert [len(each) for each in once.values()] == [2, 1]  # they belong to the caller
 

@@ -43,7 +43,7 @@ from eplb_core.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from eplb_core.queues import PayloadQueue, Payloads, check_match, transfers_of
+from eplb_core.queues import PayloadQueue, Payloads, check_match
 from eplb_core.streams import mark, on_stream
 
 _SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
@@ -302,7 +302,8 @@ class NixlCommunicator(EplbCommunicator):
     def _agree(self, sends: Payloads, recvs: Payloads) -> None:
         problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
         if not self._trusted:
-            check_match(self._control, transfers_of(sends), transfers_of(recvs), self._timeout_s, problem)
+            queued = self._queue.transfers(sends), self._queue.transfers(recvs)
+            check_match(self._control, *queued, self._timeout_s, problem)
         elif problem is not None:
             raise problem
 
@@ -317,7 +318,7 @@ class NixlCommunicator(EplbCommunicator):
         wrong: list[tuple[int, int]] = []
         for peer, arrived in incoming.items():
             with on_stream(self._device, self._stream):
-                targets = [arrived.target(message) for message in range(len(arrived.messages))]
+                targets = [as_bytes(message.tensor) for message in arrived.messages]
                 here = checksums(targets, sample=self._options.verify == "sample")
             there = np.concatenate([*arrived.sums, np.empty(0, np.int64)])
             complete = len(there) == len(here)

@@ -17,7 +17,6 @@ from eplb_core import (
     Payload,
     PayloadQueue,
     PendingTransfer,
-    Transfer,
     TransferStats,
     check_match,
 )
@@ -138,7 +137,8 @@ class CudaIpcCommunicator(EplbCommunicator):
                 )
             exchange.check()
             if not self._trusted:
-                check_match(self._control, _transfers(sends), _transfers(recvs), self._timeout_s)
+                queued = self._queue.transfers(sends), self._queue.transfers(recvs)
+                check_match(self._control, *queued, self._timeout_s)
             agreed = time.perf_counter()
             outgoing = {peer: pieces_of(payloads) for peer, payloads in sends.items()}
             incoming = {peer: pieces_of(payloads) for peer, payloads in recvs.items()}
@@ -375,7 +375,3 @@ class _Pending(PendingTransfer):
             finally:
                 self._kept, self._round = [], None
         return self._stats
-
-
-def _transfers(payloads: Mapping[int, Sequence[Payload]]) -> list[Transfer]:
-    return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]
