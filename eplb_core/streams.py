@@ -1,4 +1,4 @@
-"""Stream order, in one place: on a GPU the current or the given stream, on a CPU nothing to do."""
+"""Devices and stream order, in one place: on a GPU the current or the given stream, on a CPU nothing to do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+
+
+def ordinal_of(device: torch.device) -> int:
+    """Return the number of a CUDA device in this process; one without a number is the current device."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextlib.contextmanager

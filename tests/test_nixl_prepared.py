@@ -115,7 +115,7 @@ class Pair:
         for tensor in self.weights:
             self.register(tensor)
         self.reader.register([(self.landing.data_ptr(), self.landing.nbytes)], [self.landing])
-        self.source.add_peer(self.reader.name, self.reader.metadata())
+        self.source.add_peer(self.reader.name, self.reader.metadata(), self.reader.device_number)
         self.meet()
 
     def register(self, tensor: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ class Pair:
 
     def meet(self) -> None:
         """Tell the reader what is registered now."""
-        self.reader.add_peer(self.source.name, self.source.metadata())
+        self.reader.add_peer(self.source.name, self.source.metadata(), self.source.device_number)
         self.peer_rows = PeerRows(self.source.name, self.rows.blocks)
 
     def read(self, pieces: list[tuple[int, int]]) -> bool:

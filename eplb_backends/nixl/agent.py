@@ -24,6 +24,7 @@ import torch
 
 from eplb_core.errors import BackendNotInstalledError, EplbError
 from eplb_core.placement import IntArray
+from eplb_core.streams import ordinal_of
 
 _PACKAGES = ("nixl", "nixl_rocm", "rixl")  # the CUDA build, the ROCm build, and the ROCm build's older name
 
@@ -70,11 +71,12 @@ class Agent:
         api = _load(device)
         self.name = f"{label}-{uuid.uuid4().hex}"
         self.memory_type = "DRAM" if device.type == "cpu" else "VRAM"
-        self._device_id = device.index or 0
+        self.device_number = 0 if device.type == "cpu" else ordinal_of(device)
         with mapped("NIXL cannot create an agent"):
             config = api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
             agent = api.nixl_agent(self.name, config)
             agent.create_backend("UCX", {})
+        self._numbers = {"": self.device_number}  # of the device of each agent, as its own process counts
         self._held = _Held(agent, stays_after_failure=self.memory_type == "VRAM")
         self._finalizer = weakref.finalize(self, self._held.release)
 
@@ -93,7 +95,7 @@ class Agent:
 
     def register(self, regions: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]) -> None:
         """Make `regions`, pairs of address and bytes, readable by peers; `owners` are kept alive."""
-        rows = [(address, nbytes, self._device_id, "") for address, nbytes in regions]
+        rows = [(address, nbytes, self.device_number, "") for address, nbytes in regions]
         with mapped(f"NIXL cannot register {sum(nbytes for _, nbytes in regions)} bytes of {self.memory_type}"):
             descriptors = self._agent.register_memory(rows, self.memory_type)
         self._held.registered.append(Registration(descriptors, list(owners)))
@@ -104,10 +106,14 @@ class Agent:
             metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def add_peer(self, name: str, metadata: bytes) -> None:
+    def add_peer(self, name: str, metadata: bytes, device_number: int) -> None:
         """Take a peer's metadata, or newer one of a peer that is known and has registered more since.
 
-        Give it only metadata that is whole: truncated metadata poisons the peer's name for good.
+        Args:
+            name: the peer's name.
+            metadata: all of it: truncated metadata poisons the peer's name permanently.
+            device_number: the peer's `device_number`. NIXL finds the peer's memory by it. Processes that see other
+                devices, or see them in another order, count the same device differently.
 
         Raises:
             NixlError: NIXL does not accept it, or it is that of another agent.
@@ -116,6 +122,7 @@ class Agent:
             added = self._agent.add_remote_agent(metadata).decode()
         if added != name:
             raise NixlError(f"the metadata of agent {name} is that of {added}")
+        self._numbers[name] = device_number
         if name not in self._held.peers:
             self._held.peers.append(name)
 
@@ -123,11 +130,11 @@ class Agent:
         """Let NIXL look pieces up once, for `read`; `drop` releases the list, or else `close`.
 
         Args:
-            peer: whose memory it is; an empty text for this rank's own.
+            peer: whose memory it is, a peer that was added; an empty text for this rank's own.
             blocks: int64 `[blocks, 4]`: address, bytes, distance to the next piece, pieces. A block lies in memory that
                 was registered at once.
         """
-        table = np.insert(blocks, 2, self._device_id, axis=1).astype(np.uint64)
+        table = np.insert(blocks, 2, self._numbers[peer], axis=1).astype(np.uint64)
         with mapped(f"NIXL cannot prepare {len(blocks)} blocks of {peer or 'this rank'}"):
             prepared = self._agent.prep_xfer_dlist(peer, table, self.memory_type)
         self._held.prepared.append(prepared)
@@ -152,7 +159,8 @@ class Agent:
                 handle = self._agent.make_prepped_xfer("READ", numbered.local, places, numbered.remote, rows)
             else:
                 table = np.empty((2, len(lengths), 3), np.uint64)
-                table[0, :, 0], table[1, :, 0], table[:, :, 1], table[:, :, 2] = local, remote, lengths, self._device_id
+                for side, addresses, owner in ((table[0], local, ""), (table[1], remote, peer)):
+                    side[:, 0], side[:, 1], side[:, 2] = addresses, lengths, self._numbers[owner]
                 sides = [self._agent.get_xfer_descs(side, self.memory_type) for side in table]
                 handle = self._agent.initialize_xfer("READ", *sides, peer)
         read = Read(self._agent, handle)

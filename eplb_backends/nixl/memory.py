@@ -10,6 +10,7 @@ import torch
 
 from eplb_backends.nixl.agent import Agent
 from eplb_backends.nixl.selftest import PAGE_BYTES
+from eplb_core.streams import ordinal_of
 
 _ALIGNMENT = 256  # bytes; what CUDA's copies like best
 _LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
@@ -58,7 +59,7 @@ def expandable_segments(device: torch.device) -> Regions:
     regions = Regions()
     if device.type != "cpu":
         for segment in torch.cuda.memory_snapshot():
-            if segment.get("is_expandable") and segment["device"] == (device.index or 0):
+            if segment.get("is_expandable") and segment["device"] == ordinal_of(device):
                 regions.add(segment["address"], segment["total_size"])
     return regions
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from typing import Annotated
 
 import msgspec
 
@@ -23,6 +24,7 @@ from eplb_core.placement import IntArray
 
 _PARTING_S = 1.0  # how long a rank that closes waits for the others to do so too
 _NAP_S = 1e-3
+_HIGHEST_DEVICE_NUMBER = 1 << 16
 
 
 class Identity(msgspec.Struct, array_like=True, frozen=True):
@@ -32,6 +34,8 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
         name: the agent's name, unique for every incarnation.
         metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
         digest: SHA-256 of the metadata.
+        memory: what kind of memory it moves: `DRAM` or `VRAM`.
+        device_number: of the device that holds it, as the rank's own process counts its devices.
         place: where the rank runs.
         page: address of a page with known bytes, to be read before anything else.
         rows: pieces of the memory that have numbers.
@@ -40,6 +44,8 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
     name: str
     metadata: bytes
     digest: bytes
+    memory: str
+    device_number: Annotated[int, msgspec.Meta(ge=0, le=_HIGHEST_DEVICE_NUMBER)]
     place: Place
     page: int
     rows: list[Block]
@@ -92,7 +98,16 @@ class Peers:
         metadata = self.agent.metadata()
         digest = hashlib.sha256(metadata).digest()
         rows = self.own_rows.blocks
-        identity = Identity(self.agent.name, metadata, digest, Place.here(), self._page, rows)
+        identity = Identity(
+            self.agent.name,
+            metadata,
+            digest,
+            self.agent.memory_type,
+            self.agent.device_number,
+            Place.here(),
+            self._page,
+            rows,
+        )
         self._control.publish(f"identity/{self.version}", msgspec.msgpack.encode(identity))
 
     def know(self, rank: int, version: int) -> str:
@@ -110,8 +125,10 @@ class Peers:
                     raise NixlError(f"agent {identity.name} is not that of rank {rank}")
                 if hashlib.sha256(identity.metadata).digest() != identity.digest:
                     raise NixlError("it arrived damaged", why=f"{len(identity.metadata)} bytes, wrong digest")
+                if identity.memory != self.agent.memory_type:
+                    raise NixlError(f"it moves {identity.memory}, and this rank {self.agent.memory_type}")
                 rows = PeerRows(identity.name, identity.rows)
-                self.agent.add_peer(identity.name, identity.metadata)
+                self.agent.add_peer(identity.name, identity.metadata, identity.device_number)
                 self._links.add(rank, identity.place)
                 if rank in self._rows:
                     self._rows[rank].drop(self.agent)

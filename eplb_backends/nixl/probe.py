@@ -18,15 +18,15 @@ def probe(device_type: str) -> ProbeResult:
     """Register memory of `device_type`, read a MiB of random bytes, and compare it; a `BackendProbe`."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return ProbeResult(False, "torch sees no CUDA device")
-    device = torch.device(device_type, 0) if device_type == "cuda" else torch.device(device_type)
+    device = torch.device(device_type)  # on CUDA the current one, which is the one that was asked for
     source, reader = (Agent(f"eplb-probe-{side}", device, progress_thread=False) for side in ("source", "reader"))
     try:
         expected = torch.randint(0, 256, (_BYTES,), dtype=torch.uint8, device=device)
         landed = torch.full_like(expected, 0xEE)
         source.register([(expected.data_ptr(), _BYTES)], [expected])
         reader.register([(landed.data_ptr(), _BYTES)], [landed])
-        reader.add_peer(source.name, source.metadata())
-        source.add_peer(reader.name, reader.metadata())
+        reader.add_peer(source.name, source.metadata(), source.device_number)
+        source.add_peer(reader.name, reader.metadata(), reader.device_number)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.monotonic()
