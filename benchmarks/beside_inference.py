@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.bench.pattern import Pattern, fill, find_wrong
-from eplb_core.bench.rank import rank_device
 from eplb_core.bench.workload import Workload
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.launch import RankEnvironment
+from eplb_core.rank_devices import rank_device
 from eplb_core.rearrange import Rearranger
 
 MATRICES = {"cpu": (256, 4, torch.float32), "cuda": (4096, 10, torch.bfloat16)}
@@ -144,7 +144,7 @@ def measure(environment: RankEnvironment, plan: Plan) -> Found:
     torch.set_num_threads(1)
     environment.init_process_group(plan.timeout_s)
     work, rank = plan.workload, environment.rank
-    device = rank_device(plan.device, rank)
+    device = rank_device(plan.device, environment)
     weights = [
         [torch.empty(work.slots_per_rank, size, dtype=torch.uint8, device=device) for size in work.tensor_bytes]
         for _ in range(work.num_layers)

@@ -12,7 +12,14 @@ from eplb_core.agreement import exchange
 from eplb_core.backend_entry import BackendEntry, BackendState
 from eplb_core.config import BackendConfig, ConfigOption
 from eplb_core.control import ControlPlane
-from eplb_core.errors import BackendUnavailableError, EplbError, HandshakeError
+from eplb_core.errors import (
+    BackendUnavailableError,
+    ControlPlaneError,
+    EplbError,
+    HandshakeError,
+    PeerLostError,
+    TransferTimeoutError,
+)
 from eplb_core.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.hooks import BackendCandidate, PluginHost
 from eplb_core.probing import run_probe
@@ -21,6 +28,7 @@ from eplb_core.registry import Registry
 AUTO = "auto"
 
 _PROBE_S = 30.0
+_WAITED_IN_VAIN = tuple(kind.__name__ for kind in (TransferTimeoutError, PeerLostError, ControlPlaneError))
 
 logger = logging.getLogger(__name__)
 
@@ -56,65 +64,106 @@ def wanted_by_all(
     ) from problem
 
 
-def choose(
-    control: ControlPlane,
-    config: BackendConfig,
-    device: torch.device,
-    group: GroupCoordinator | StatelessGroup,
-    registry: Registry,
-    plugins: PluginHost,
-    timeout_s: float,
-) -> BackendConfig:
-    """Return the config of the backend that all ranks take in place of `auto`, with the options that `auto` had.
+class AutomaticChoice:
+    """The backends that all ranks may take in place of `auto`.
 
-    Rank 0 decides, by the `eplb_choose_backend` hook, over what every rank found; the others take its word.
+    Args:
+        control: where the ranks meet; every rank makes the same calls.
+        config: `auto`, with options that the chosen backend gets.
+        device: where the tensors lie.
+        group: the group of ranks.
+        registry: where the backends are looked up.
+        plugins: who is asked.
+        timeout_s: the longest wait for the slowest rank, in seconds.
 
     Raises:
-        BackendUnavailableError: none works on every rank; it lists the reasons.
         HandshakeError: a rank did not answer.
     """
-    findings = [_try(entry, device.type, group) for entry in registry.entries()]
-    said = exchange(
-        control, "what each rank's probes found", msgspec.msgpack.encode(findings), timeout_s + _PROBE_S * len(findings)
-    )
-    try:
-        ranks = [msgspec.msgpack.decode(value, type=list[_Finding]) for value in said]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise HandshakeError("a rank's findings cannot be read", table={}, why=str(error)) from error
-    candidates = _candidates(ranks, device.type)
-    decision = (plugins.choose_backend(candidates) or "") if control.rank == 0 else ""
-    chosen = exchange(control, "rank 0's choice", decision.encode(), timeout_s)[0].decode()
-    against = "; ".join(
-        f"{candidate.name}: {' / '.join(sorted(set(candidate.reasons)))}"
-        for candidate in candidates
-        if candidate.name != chosen
-    )
-    if chosen not in {candidate.name for candidate in candidates if candidate.usable_on_all}:
-        raise BackendUnavailableError(
-            "no backend works on every rank",
-            name=AUTO,
-            why=against or "none is installed",
-            remedy="see 'eplb backends --probe'",
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        config: BackendConfig,
+        device: torch.device,
+        group: GroupCoordinator | StatelessGroup,
+        registry: Registry,
+        plugins: PluginHost,
+        timeout_s: float,
+    ) -> None:
+        self._control = control
+        self._config = config
+        self._device_type = device.type
+        self._plugins = plugins
+        self._timeout_s = timeout_s
+        findings = msgspec.msgpack.encode(mine := [_try(entry, device, group) for entry in registry.entries()])
+        said = exchange(control, "what each rank's probes found", findings, timeout_s + _PROBE_S * len(mine))
+        try:
+            ranks = [msgspec.msgpack.decode(value, type=list[_Finding]) for value in said]
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise HandshakeError("a rank's findings cannot be read", table={}, why=str(error)) from error
+        self._candidates = _candidates(ranks, device.type)
+
+    def choose(self) -> BackendConfig:
+        """Return the config of the backend to take, with the options that `auto` had.
+
+        Rank 0 decides, by the `eplb_choose_backend` hook, over what every rank found; the others take its word.
+
+        Raises:
+            BackendUnavailableError: none is left that works on every rank; it lists the reasons.
+            HandshakeError: a rank did not answer.
+        """
+        decision = (self._plugins.choose_backend(self._candidates) or "") if self._control.rank == 0 else ""
+        chosen = exchange(self._control, "rank 0's choice", decision.encode(), self._timeout_s)[0].decode()
+        against = "; ".join(
+            f"{candidate.name}: {' / '.join(sorted(set(candidate.reasons)))}"
+            for candidate in self._candidates
+            if candidate.name != chosen
         )
-    if control.rank == 0:
-        reason = next(candidate.reasons[0] for candidate in candidates if candidate.name == chosen)
-        logger.info("auto chose %s (%s) for %s; against the others: %s", chosen, reason, device.type, against or "-")
-    options = tuple(ConfigOption(option.key, option.value) for option in config.options)
-    return dataclasses.replace(config, name=chosen, options=options)
+        found = next((each for each in self._candidates if each.name == chosen and each.usable_on_all), None)
+        if found is None:
+            raise BackendUnavailableError(
+                "no backend works on every rank",
+                name=AUTO,
+                why=against or "none is installed",
+                remedy="see 'eplb backends --probe'",
+            )
+        if self._control.rank == 0:
+            reason, where = found.reasons[0], self._device_type
+            logger.info("auto chose %s (%s) for %s; against the others: %s", chosen, reason, where, against or "-")
+        options = tuple(ConfigOption(option.key, option.value) for option in self._config.options)
+        return dataclasses.replace(self._config, name=chosen, options=options)
+
+    def rule_out(self, name: str, error: EplbError) -> bool:
+        """Take a backend off the list that all ranks failed to build; return whether another one may be tried.
+
+        A probe tries one process by itself. Whether the ranks reach one another, such as each other's GPUs, is known
+        only once they have tried. Where ranks did nothing but wait in vain, one is dead: then nothing else is tried.
+        """
+        told = error.table.get("problem", []) if isinstance(error, HandshakeError) else [type(error).__name__]
+        if all(each.startswith(_WAITED_IN_VAIN) for each in told if each != "-"):
+            return False
+        why = f"the ranks could not build it: {error}"
+        self._candidates = tuple(
+            dataclasses.replace(each, usable_on_all=False, reasons=(why,)) if each.name == name else each
+            for each in self._candidates
+        )
+        if self._control.rank == 0:
+            logger.warning("auto cannot take %s: %s", name, error)
+        return True
 
 
-def _try(entry: BackendEntry, device_type: str, group: GroupCoordinator | StatelessGroup) -> _Finding:
+def _try(entry: BackendEntry, device: torch.device, group: GroupCoordinator | StatelessGroup) -> _Finding:
     priority = entry.spec.priority if entry.spec is not None else 0
     if entry.state is not BackendState.READY:
         return _Finding(entry.name, False, f"{entry.state}: {entry.why}", priority)
     if entry.spec is None:
         return _Finding(entry.name, False, entry.why, priority)
     reason = entry.spec.capabilities.unfit(
-        device_type, stateless=is_stateless(group), has_device_group=group.device_group is not None
+        device.type, stateless=is_stateless(group), has_device_group=group.device_group is not None
     )
     if reason:
         return _Finding(entry.name, False, reason, priority)
-    result = run_probe(entry, device_type, timeout_s=_PROBE_S)
+    result = run_probe(entry, device, timeout_s=_PROBE_S)
     return _Finding(entry.name, result.available, result.reason, priority)
 
 

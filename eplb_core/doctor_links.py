@@ -29,6 +29,7 @@ from eplb_core.errors import EplbError
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.launch import RankEnvironment
+from eplb_core.rank_devices import device_group, rank_device
 
 _Value = TypeVar("_Value")
 
@@ -100,13 +101,13 @@ def measure_in_new_rank(environment: RankEnvironment, job: LinkJob) -> LinkRepor
     torch.set_num_threads(1)
     environment.init_process_group(job.timeout_s)
     control = ControlPlane(dist.PrefixStore("doctor", environment.store), environment.rank, environment.world_size)
-    return measure_links(environment, open_groups(environment, job.device), control, job)
+    return measure_links(environment, open_groups(environment, job.device, job.timeout_s), control, job)
 
 
-def open_groups(environment: RankEnvironment, device: str) -> TorchGroups:
-    """Return groups of all ranks, with an NCCL one where each rank of this host has a GPU of its own."""
-    own_gpu = device == "cuda" and torch.cuda.device_count() >= environment.local_world_size
-    return TorchGroups(device_group=dist.new_group(backend="nccl") if own_gpu else None)
+def open_groups(environment: RankEnvironment, device: str, timeout_s: float) -> TorchGroups:
+    """Return groups of all ranks, with an NCCL one where each rank has a GPU of its own."""
+    own = rank_device(device, environment)
+    return TorchGroups(device_group=device_group(environment, own, timeout_s))
 
 
 def measure_links(environment: RankEnvironment, groups: TorchGroups, control: ControlPlane, job: LinkJob) -> LinkReport:
@@ -115,10 +116,7 @@ def measure_links(environment: RankEnvironment, groups: TorchGroups, control: Co
     All ranks measure at once, each with another peer: what they share, they share here as well.
     """
     report = LinkReport(environment.rank, kernel=_kernel())
-    device = torch.device(job.device)
-    if job.device == "cuda":
-        device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    device = rank_device(job.device, environment)
     report.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     before, loaded = dict(os.environ), _libraries()
     with _listening(report.warnings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from eplb_core.agreement import Proposal, agree, agree_on_outcome, describe_layout, not_all_answered
-from eplb_core.automatic import AUTO, choose, wanted_by_all
+from eplb_core.automatic import AUTO, AutomaticChoice, wanted_by_all
 from eplb_core.backend import BackendContext, CommonOptions
 from eplb_core.backend_entry import BackendEntry
 from eplb_core.communicator import Binding, EplbCommunicator
@@ -90,28 +91,36 @@ def create_eplb_communicator(
         control = open_control_plane(group_coordinator, timeout_s)
     except ControlPlaneError as error:
         raise not_all_answered(error, group_coordinator.world_size) from error
+    automatic: AutomaticChoice | None = None
     if wanted_by_all(control, config, problem, timeout_s) and config is not None:
-        config = choose(control.scoped("auto"), config, device, group_coordinator, registry, plugins, timeout_s)
-    selection: Selection | None = None
-    if config is not None and problem is None:
+        scope = control.scoped("auto")
+        automatic = AutomaticChoice(scope, config, device, group_coordinator, registry, plugins, timeout_s)
+    for attempt in itertools.count():
+        if automatic is not None:
+            config = automatic.choose()
+        mine: Selection | None = None
+        if config is not None and problem is None:
+            try:
+                mine = _select(config, arguments, registry)
+                _check_fits(mine.entry, device, group_coordinator)
+            except EplbError as error:
+                problem = error
+        selection = _agreed(control, mine, device, tensors, problem, timeout_s)
+        context = BackendContext(
+            rank=group_coordinator.rank_in_group,
+            world_size=group_coordinator.world_size,
+            device=device,
+            control=control.scoped(f"communicator {attempt}"),  # what an earlier attempt has told is not to be read
+            cpu_group=group_coordinator.cpu_group,
+            device_group=group_coordinator.device_group,
+            device_communicator=group_coordinator.device_communicator,
+        )
         try:
-            selection = _select(config, arguments, registry)
-            _check_fits(selection.entry, device, group_coordinator)
+            communicator = _build(selection, context, tensors, control)
+            break
         except EplbError as error:
-            problem = error
-    agree(control, _proposal(selection, device, tensors, problem), problem, timeout_s)
-    if selection is None:
-        raise EplbError("no backend was selected")
-    context = BackendContext(
-        rank=group_coordinator.rank_in_group,
-        world_size=group_coordinator.world_size,
-        device=device,
-        control=control.scoped("communicator"),
-        cpu_group=group_coordinator.cpu_group,
-        device_group=group_coordinator.device_group,
-        device_communicator=group_coordinator.device_communicator,
-    )
-    communicator = _build(selection, context, tensors, control)
+            if automatic is None or not automatic.rule_out(selection.entry.name, error):
+                raise
     spec = selection.entry.spec
     communicator.bind(
         Binding(
@@ -175,6 +184,21 @@ def _check_fits(entry: BackendEntry, device: torch.device, group: GroupCoordinat
             why=reason,
             remedy="choose another one; 'eplb backends' lists what each can do",
         )
+
+
+def _agreed(
+    control: ControlPlane,
+    selection: Selection | None,
+    device: torch.device,
+    tensors: Sequence[torch.Tensor],
+    problem: EplbError | None,
+    timeout_s: float,
+) -> Selection:
+    """Return the selection once all ranks have made the same; raises as `agree` does if not, or if there is none."""
+    agree(control, _proposal(selection, device, tensors, problem), problem, timeout_s)
+    if selection is None:
+        raise EplbError("no backend was selected")
+    return selection
 
 
 def _proposal(

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.errors import EplbError, InputError
+from eplb_core.rank_devices import limit_visible_gpus
 from eplb_core.rank_process import RankProcess, start_rank
 
 _GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
@@ -48,6 +49,8 @@ class RankEnvironment:
         local_rank: the rank's number on its host.
         local_world_size: the number of ranks on its host.
         store: the store at which all ranks meet.
+        own_gpu_first: whether the rank's own GPU is the first that it sees, as a launcher that limits what each rank
+            sees arranges.
     """
 
     rank: int
@@ -56,6 +59,7 @@ class RankEnvironment:
     local_world_size: int
     store: dist.Store
     _pipe: Connection | None = None
+    own_gpu_first: bool = False
 
     @classmethod
     def from_torchrun(cls) -> RankEnvironment:
@@ -263,7 +267,7 @@ def _child(
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=_START_S),
         )
-        environment = RankEnvironment(rank, world_size, rank, world_size, store, pipe)
+        environment = RankEnvironment(rank, world_size, rank, world_size, store, pipe, limit_visible_gpus(rank))
         pipe.send(("result", target(environment, *args)))
     except BaseException as error:  # noqa: BLE001 - whatever it was, the parent has to hear of it
         pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))

@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from eplb_core.backend import ProbeResult
 from eplb_core.registry import BackendEntry, import_dotted
+
+if TYPE_CHECKING:
+    import torch
 
 _MODULE = "eplb_core.probing"
 _TAIL_BYTES = 4000  # of what a failed child printed; its last line is quoted
@@ -25,12 +28,13 @@ _REAP_S = 10.0  # a killed process is gone at once, unless the kernel holds it
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_probe(entry: BackendEntry, device_type: str, *, timeout_s: float = 30.0) -> ProbeResult:
+def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: float = 30.0) -> ProbeResult:
     """Try one backend for real, in a child process.
 
     Args:
         entry: a backend whose spec could be read.
-        device_type: the torch device type of the tensors to move, such as `cpu`.
+        device: where the tensors lie that are to be moved, such as `cpu` or `cuda:1`; `cuda` is the
+            first one. The probe is called with the device's type, and finds that device to be the current one.
         timeout_s: then the child and all that it started are killed.
 
     Returns:
@@ -39,13 +43,14 @@ def run_probe(entry: BackendEntry, device_type: str, *, timeout_s: float = 30.0)
     """
     if entry.spec is None:
         return ProbeResult(False, entry.why)
+    device_type, _, number = str(device).partition(":")
     if device_type not in entry.spec.capabilities.device_types:
         return ProbeResult(False, f"it does not move {device_type} tensors")
     if entry.spec.probe is None:
         return ProbeResult(True, "it has no probe; what it needs is installed")
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE, entry.spec.probe, device_type],
+            [sys.executable, "-P", "-m", _MODULE, entry.spec.probe, device_type, number],
             stdin=subprocess.DEVNULL,
             stdout=answer,
             stderr=printed,
@@ -104,10 +109,15 @@ def _how_it_died(code: int, printed: IO[bytes]) -> str:
     return f"the probe exited with {code} and no answer: {last}"
 
 
-def _probe_here(dotted: str, device_type: str) -> ProbeResult:
+def _probe_here(dotted: str, device_type: str, number: str) -> ProbeResult:
     """Run the probe in this process, which is the child."""
     try:
-        result = import_dotted(dotted)(device_type)
+        probe = import_dotted(dotted)
+        if number:
+            import torch
+
+            torch.cuda.set_device(int(number))
+        result = probe(device_type)
     except Exception as error:  # noqa: BLE001 - whatever a probe raises is the reason why its backend does not work
         return ProbeResult(False, f"{type(error).__name__}: {error}")
     if not isinstance(result, ProbeResult):
@@ -116,10 +126,10 @@ def _probe_here(dotted: str, device_type: str) -> ProbeResult:
 
 
 def _child(arguments: list[str]) -> None:
-    dotted, device_type = arguments
+    dotted, device_type, number = arguments
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
-        result = _probe_here(dotted, device_type)
+        result = _probe_here(dotted, device_type, number)
         reason = " ".join(result.reason.split())[:1000]
         json.dump({"available": result.available, "reason": reason}, answer)
 

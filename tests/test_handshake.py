@@ -15,10 +15,12 @@ import torch
 import torch.distributed as dist
 from ranks import Member, Report, Scenario, error_of, exchange, ring, run_scenarios
 
+import eplb_backends.nixl.communicator as nixl
 from eplb_core.backend import BackendContext, CommonOptions
 from eplb_core.backend_entry import BackendEntry
 from eplb_core.communicator import EplbCommunicator
 from eplb_core.config import BackendConfig
+from eplb_core.errors import BackendUnavailableError
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.registry import Registry
@@ -273,6 +275,21 @@ def auto_without_nixl_on_one_rank(member: Member) -> dict[str, Any]:
         return chosen(member, "auto?timeout=20s", registry=Registry())
 
 
+def auto_that_cannot_build_nixl(member: Member, failing: Sequence[int]) -> dict[str, Any]:
+    """Each rank's probe works, and yet the ranks cannot build it: they do not reach one another."""
+
+    def refuse(*_: object) -> EplbCommunicator:
+        raise BackendUnavailableError("the ranks cannot map each other's memory", name="nixl")
+
+    create = nixl.create
+    if member.rank in failing:
+        nixl.create = refuse
+    try:
+        return chosen(member, "auto?timeout=4s", registry=Registry())
+    finally:
+        nixl.create = create
+
+
 CHOICES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "nothing": (chosen, (None,), "torch_nccl"),
     "environment": (
@@ -297,6 +314,8 @@ CHOICES: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     ),
     "auto": (chosen, ("auto",), "nixl"),
     "auto without nixl on one rank": (auto_without_nixl_on_one_rank, (), "torch_nccl?timeout=20s"),
+    "auto where all fail to build nixl": (auto_that_cannot_build_nixl, (range(RANKS),), "torch_nccl?timeout=4s"),
+    "auto where one fails to build nixl": (auto_that_cannot_build_nixl, ((ODD,),), "torch_nccl?timeout=4s"),
 }
 
 
@@ -371,6 +390,13 @@ def test_auto_says_once_what_it_chose_and_why_not_the_others(report: Report) -> 
 def test_auto_says_which_package_a_rank_lacks(report: Report) -> None:
     made = report.returned("auto without nixl on one rank")
     assert any("auto chose torch_nccl" in line and "not installed" in line for line in made[0]["log"])
+
+
+@pytest.mark.parametrize("name", ["auto where all fail to build nixl", "auto where one fails to build nixl"])
+def test_auto_says_why_it_passed_over_a_backend_that_the_ranks_could_not_build(report: Report, name: str) -> None:
+    log = report.returned(name)[0]["log"]
+    assert any("auto cannot take nixl" in line and "map each other's memory" in line for line in log)
+    assert any("auto chose torch_nccl" in line and "nixl: the ranks could not build it" in line for line in log)
 
 
 def test_every_rank_exits_in_order(report: Report) -> None:

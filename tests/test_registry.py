@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from fake_distributions import install, install_backend, run_child, run_python, spec_source
 
+from eplb_core.backend import Capabilities
 from eplb_core.discovery import discover
 
 _INSTALLED = sorted({each.distribution for each in discover("eplb.backends")})
@@ -453,10 +454,12 @@ def test_a_backend_without_a_probe_has_none(tmp_path: Path):
 # --- probes ----------------------------------------------------------------------------------------------------------
 
 
-def probed(tmp_path: Path, body: str, *, device: str = "cpu", timeout_s: float = 30.0) -> list[Any]:
-    """Return the answer of a probe with this body, run by a child of a child."""
-    install_backend(tmp_path, "rail", probe="rail_probe:probe")
-    source = "import os, signal, subprocess, sys, time\nfrom eplb_core.backend import ProbeResult\n"
+def probed(
+    tmp_path: Path, body: str, *, device: str = "cpu", timeout_s: float = 30.0, before: str = "", **spec: object
+) -> list[Any]:
+    """Return the answer of a probe with this body, run by a child of a child; `before` is run on import."""
+    install_backend(tmp_path, "rail", probe="rail_probe:probe", **spec)
+    source = f"import os, signal, subprocess, sys, time\nfrom eplb_core.backend import ProbeResult\n{before}\n"
     source += "def probe(device_type):\n" + "".join(f"    {line}\n" for line in body.splitlines())
     (tmp_path / "rail_probe.py").write_text(source)
     answer: list[Any] = run_python(
@@ -476,6 +479,19 @@ def probed(tmp_path: Path, body: str, *, device: str = "cpu", timeout_s: float =
 def test_a_probes_answer_is_passed_on(tmp_path: Path):
     body = "return ProbeResult(True, f'moved 4 KiB of {device_type}')"
     assert probed(tmp_path, body) == [True, "moved 4 KiB of cpu"]
+
+
+ON_CUDA = Capabilities(device_types=("cuda",))
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:3", [3]), ("cuda", [])])
+def test_the_device_that_is_asked_for_is_the_current_one_of_the_probe(
+    tmp_path: Path, device: str, current: list[int]
+) -> None:
+    before = "import torch\nchosen = []\ntorch.cuda.set_device = chosen.append"
+    body = "return ProbeResult(True, f'{device_type} {chosen}')"
+    answer = probed(tmp_path, body, device=device, before=before, capabilities=ON_CUDA)
+    assert answer == [True, f"cuda {current}"]
 
 
 def test_what_a_probe_prints_does_not_disturb_its_answer(tmp_path: Path):

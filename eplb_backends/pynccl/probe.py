@@ -24,7 +24,7 @@ def probe(device_type: str) -> ProbeResult:
         return ProbeResult(False, "torch sees no CUDA device")
     if importlib.util.find_spec("nccl") is None:
         return ProbeResult(False, "nccl4py is not installed; an engine that has an NCCL communicator needs none")
-    device = torch.device("cuda", 0)
+    device = torch.device("cuda", torch.cuda.current_device())
     transport = OwnTransport(OwnTransport.unique_id(), 0, 1, device, _PATIENCE_S)
     try:
         with on_stream(device, None):

@@ -15,6 +15,7 @@ from eplb_core.control import ControlPlane
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import TorchGroups
 from eplb_core.launch import RankEnvironment
+from eplb_core.rank_devices import device_group, rank_device
 from eplb_core.rearrange import STEPS_UNDER_WAY, InPlace, Rearranger
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
@@ -90,15 +91,14 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
     # One thread a rank, as in serving processes that share a host's cores.
     torch.set_num_threads(1)
     rank, work = environment.rank, job.workload
-    device = rank_device(job.device, rank)
+    device = rank_device(job.device, environment)
     weights = [
         [torch.empty(work.slots_per_rank, size, dtype=torch.uint8, device=device) for size in work.tensor_bytes]
         for _ in range(work.num_layers)
     ]
     environment.init_process_group(job.timeout_s)
     # Two ranks on one GPU cannot have an NCCL group; the backends that need one then refuse with a reason of their own.
-    own_gpu = device.type == "cuda" and torch.cuda.device_count() >= work.num_ranks
-    group = TorchGroups(device_group=dist.new_group(backend="nccl") if own_gpu else None)
+    group = TorchGroups(device_group=device_group(environment, device, job.timeout_s))
     control = ControlPlane(dist.PrefixStore("bench", environment.store), rank, work.num_ranks)
     pattern = Pattern(max(work.tensor_bytes), device)
 
@@ -150,18 +150,6 @@ def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
-
-
-def rank_device(kind: str, rank: int) -> torch.device:
-    """Return the device of a local rank, and make it the current one: GPU `rank`, modulo their number.
-
-    So every rank has a GPU of its own where there are enough, and ranks share them elsewhere.
-    """
-    if kind == "cpu":
-        return torch.device("cpu")
-    device = torch.device(kind, rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _synchronize(device: torch.device) -> None:

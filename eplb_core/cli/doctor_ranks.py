@@ -118,7 +118,9 @@ class JoinedRanks:
         if not dist.is_initialized():
             self._environment.init_process_group(self._timeout_s)
         control = self._control.scoped(f"links/{job.config}")
-        report = measure_links(self._environment, open_groups(self._environment, job.device), control, job)
+        report = measure_links(
+            self._environment, open_groups(self._environment, job.device, job.timeout_s), control, job
+        )
         payload = msgspec.json.encode(report)
         gathered: Sequence[bytes] = self._control.all_gather("the reports", payload, self._timeout_s)
         return [msgspec.json.decode(each, type=LinkReport) for each in gathered]

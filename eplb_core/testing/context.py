@@ -14,6 +14,7 @@ from eplb_core.config import parse_config
 from eplb_core.factory import create_eplb_communicator
 from eplb_core.groups import StatelessGroup, TorchGroups
 from eplb_core.launch import RankEnvironment
+from eplb_core.rank_devices import rank_device
 from eplb_core.registry import default_registry
 from eplb_core.testing.check import expect, skip
 from eplb_core.testing.subject import Subject
@@ -41,10 +42,7 @@ class RankContext:
         self.subject = subject
         self.rank = environment.rank
         self.world_size = environment.world_size
-        self.device = torch.device(subject.device)
-        if subject.device == "cuda":
-            self.device = torch.device("cuda", environment.local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(self.device)
+        self.device = rank_device(subject.device, environment)
         self.step = 0
         self._leave_open = leave_open
         self._groups: TorchGroups | None = None

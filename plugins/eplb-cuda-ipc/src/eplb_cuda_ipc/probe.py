@@ -16,7 +16,7 @@ from eplb_cuda_ipc.memory import MemoryMapError
 
 _BYTES = 4096
 _READ_S = 20.0  # most of it for importing torch
-_READER = "from eplb_cuda_ipc.probe import read; read({handle!r}, {offset})"
+_READER = "from eplb_cuda_ipc.probe import read; read({ordinal}, {handle!r}, {offset})"
 
 
 def probe(device_type: str) -> ProbeResult:
@@ -27,7 +27,8 @@ def probe(device_type: str) -> ProbeResult:
         return ProbeResult(False, "this torch is built for ROCm")
     content = secrets.token_bytes(_BYTES)
     try:
-        memory = CudaMemory(torch.device("cuda", 0))
+        ordinal = torch.cuda.current_device()
+        memory = CudaMemory(torch.device("cuda", ordinal))
         address = memory.allocate(_BYTES)
         memory.write(address, content)
         allocation = memory.exported(address)
@@ -35,7 +36,7 @@ def probe(device_type: str) -> ProbeResult:
         return ProbeResult(False, str(error))
     if allocation is None:
         return ProbeResult(False, "this GPU does not export its memory")
-    code = _READER.format(handle=allocation.handle.hex(), offset=address - allocation.address)
+    code = _READER.format(ordinal=ordinal, handle=allocation.handle.hex(), offset=address - allocation.address)
     try:
         child = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, timeout=_READ_S, check=False)
     except subprocess.TimeoutExpired:
@@ -48,12 +49,12 @@ def probe(device_type: str) -> ProbeResult:
         return ProbeResult(False, f"a second process could not map the memory: {last}")
     if child.stdout.strip() != content.hex().encode():
         return ProbeResult(False, "a second process saw other bytes")
-    return ProbeResult(True, f"{_BYTES} bytes were read by a second process on {torch.cuda.get_device_name(0)}")
+    return ProbeResult(True, f"{_BYTES} bytes were read by a second process on {torch.cuda.get_device_name(ordinal)}")
 
 
-def read(handle: str, offset: int) -> None:
+def read(ordinal: int, handle: str, offset: int) -> None:
     """Print what lies in mapped memory, in hexadecimal; what the child of `probe` does."""
-    memory = CudaMemory(torch.device("cuda", 0))
+    memory = CudaMemory(torch.device("cuda", ordinal))
     try:
         begin = memory.map(bytes.fromhex(handle))
         print(memory.read(begin + offset, _BYTES).hex())
