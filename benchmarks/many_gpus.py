@@ -7,6 +7,8 @@ runs unattended and ends within --limit seconds. Its parts, which --only selects
 
     link       the rate at which torch copies from one GPU to the next, which all else is compared with
     tests      tests/multigpu: under torchrun, and with a rank that is killed
+    contract   the conformance kit of every backend, each also where a rank sees its own GPU alone, and where it sees
+               it first; ranks that share GPUs in part; what `auto` takes; `eplb rebalance` with weights on the GPUs
     backends   every backend for GPUs, on three workloads, every byte compared in the end
     peers      vLLM's own transfer code on the same workloads (--vllm, a folder that compare.py makes)
     inference  matrix products on every GPU, with and without a rearrangement in the background
@@ -28,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +44,7 @@ from beside_inference import Plan, measure, summarize
 from bounded import descendants, run_bounded
 from compare import VLLM, Contestant, run
 from findings import Findings, Row, State
+from gpu_contract import SEES, Kit, run_auto, run_kit, run_rebalance
 from gpu_tests import FILES, TestFile, run_tests
 from link_rate import Copies, Link, measure_link
 from rich.console import Console
@@ -55,7 +59,7 @@ from eplb_core.errors import BackendNotInstalledError, EplbError, UnknownBackend
 from eplb_core.launch import LocalRankError, run_local_ranks
 from eplb_core.registry import default_registry
 
-PARTS = {"link": 1.0, "tests": 5.0, "backends": 7.0, "peers": 3.0, "inference": 4.0}
+PARTS = {"link": 1.0, "tests": 5.0, "contract": 10.0, "backends": 7.0, "peers": 3.0, "inference": 4.0}
 """What is run, and its share of the time."""
 
 BACKENDS = {
@@ -166,6 +170,26 @@ class Campaign:
             share = (end - time.monotonic()) / (len(FILES) - number) * (1.4 if number == 0 else 1.0)
             self.row(file.name, "", partial(self.tests, file, share))
 
+    def run_contract(self, limit_s: float) -> None:
+        """Run the conformance kit of every backend, and the commands, several at a time: nothing is measured."""
+        sees = tuple(SEES) if self.device == "cuda" else ("all",)
+        works: dict[str, Callable[[], Row]] = {}
+        for backend in self.backends:
+            for each in sees:
+                kit = Kit(backend, self.ranks, each)
+                works[str(kit)] = partial(self.kit, kit, limit_s)
+            if self.device == "cuda" and "nccl" not in backend:  # NCCL takes no two ranks on one GPU
+                kit = Kit(backend, self.ranks + 1)
+                works[str(kit)] = partial(self.kit, kit, limit_s)
+        for each in sees:
+            works[f"auto {each}"] = partial(run_auto, self.ranks, self.device, each, limit_s)
+            rebalance = partial(run_rebalance, self.ranks, self.device, limit_s=limit_s)
+            works[f"rebalance {each}"] = partial(rebalance, each, torchrun=False)
+        works["rebalance torchrun"] = partial(rebalance, "all", torchrun=True)
+        with ThreadPoolExecutor(max(1, (psutil.cpu_count() or 1) // (2 * self.ranks))) as several:
+            for what, work in works.items():
+                several.submit(self.row, what, "", lambda _, work=work: work())
+
     def run_backends(self, _: float) -> None:
         """Run every backend on every workload."""
         for size in self.sizes:
@@ -199,6 +223,10 @@ class Campaign:
     def tests(self, file: TestFile, share_s: float, limit_s: float) -> Row:
         """Run one file of tests."""
         return run_tests(file, self.device, self.ranks, min(share_s, limit_s))
+
+    def kit(self, kit: Kit, limit_s: float) -> Row:
+        """Run the conformance kit once."""
+        return self.missing(kit.backend, str(kit)) or run_kit(kit, self.device, limit_s)
 
     def backend(self, backend: str, size: Size, work: Workload, limit_s: float) -> Row:
         """Run one backend on one workload."""
@@ -281,15 +309,10 @@ class Campaign:
 
     def unfit(self, what: str, size: Size, work: Workload, more: int = 0) -> Row | None:
         """Return a row if it cannot be run here at all: it is not installed, or the GPUs are too small."""
+        missing = None if what.startswith("vLLM") else self.missing(what, what, size.name)
+        if missing is not None:
+            return missing
         reason = ""
-        if not what.startswith("vLLM"):
-            try:
-                default_registry().select(parse_config(what))
-            except (BackendNotInstalledError, UnknownBackendError) as error:
-                known = isinstance(error, BackendNotInstalledError) or what in THIRD_PARTY
-                if what not in self.optional or not known:
-                    raise
-                reason = one_line(error)
         free = min((link.free_bytes for link in self.links if link.memory_bytes), default=0)
         needed = work.rank_bytes + more
         if free and needed > _MEMORY_SHARE * free:
@@ -297,6 +320,17 @@ class Campaign:
         if not reason:
             return None
         return Row(part=self.part, what=what, workload=size.name, state="skipped", reason=reason)
+
+    def missing(self, backend: str, what: str, workload: str = "") -> Row | None:
+        """Return a row if a backend that need not be here is not installed."""
+        try:
+            default_registry().select(parse_config(backend))
+        except (BackendNotInstalledError, UnknownBackendError) as error:
+            known = isinstance(error, BackendNotInstalledError) or backend in THIRD_PARTY
+            if backend not in self.optional or not known:
+                raise
+            return Row(part=self.part, what=what, workload=workload, state="skipped", reason=one_line(error))
+        return None
 
     def link_share(self, gb_per_s: float) -> float | None:
         """Return what a rate of one GPU is of the rate at which each copies from the next."""

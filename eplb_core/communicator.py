@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from eplb_core.errors import EplbError
+from eplb_core.errors import EplbError, InvalidTransferError
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,16 @@ class EplbCommunicator(ABC):
         return 1
 
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """Use `stream` for packing, unpacking and stream-ordered transfers; None means the current stream."""
+        """Use `stream` for packing, unpacking and stream-ordered transfers; None means the current stream.
+
+        Raises:
+            InvalidTransferError: it is a stream of another device: nothing on it would be ordered with the tensors.
+        """
+        device = None if self._binding is None else self._binding.context.device
+        if stream is not None and device is not None and device.type != "cpu" and stream.device != device:
+            raise InvalidTransferError(
+                f"cannot use a stream of {stream.device}", why=f"this communicator moves tensors on {device}"
+            )
         self._stream = stream
 
     def trust_matching(self, trusted: bool) -> None:

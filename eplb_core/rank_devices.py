@@ -81,7 +81,7 @@ def own_gpus(environment: RankEnvironment, device: torch.device, timeout_s: floa
     mine = "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
     store = dist.PrefixStore("gpus", environment.store)
     control = ControlPlane(store, environment.rank, environment.world_size)
-    control.publish("gpu", mine.encode())
+    control.publish("gpu", mine.encode())  # the same each time: a rank's device does not change
     gpus = [control.fetch(rank, "gpu", timeout_s) for rank in range(environment.world_size)]
     return all(gpus) and len(set(gpus)) == len(gpus)
 

@@ -135,8 +135,8 @@ class Rearranger:
     def set_stream(self, stream: torch.cuda.Stream | None) -> None:
         """Run transfers and copies on `stream`; None means the current stream."""
         self._refuse_beside_a_job()
-        self._stream = stream
         self._communicator.set_stream(stream)
+        self._stream = stream
 
     def run(
         self,

@@ -6,13 +6,18 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 
 from eplb_core.errors import InputError
 from eplb_core.launch import LocalRankError, Outcome, RankEnvironment, collect_local_ranks, run_local_ranks
+from eplb_core.rank_devices import VISIBLE_GPUS_VARIABLE, limit_visible_gpus, own_gpus, rank_device
 
 TIMEOUT_S = 60.0
 SHORT_S = 2.5  # enough for a forked process to come up
@@ -209,3 +214,85 @@ def test_nothing_is_left_open_in_this_process() -> None:
     run_local_ranks(returns, 2, (1,), timeout_s=TIMEOUT_S)
     assert len(set(os.listdir("/proc/self/fd")) - open_before) <= 1
     assert not [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE]
+
+
+# --- what ranks see of the GPUs --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that counts its GPUs as NVML does: as CUDA_VISIBLE_DEVICES stands now."""
+
+    def count() -> int:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return 4 if visible is None else len(visible.split(","))
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(
+    ("choice", "given", "rank", "seen", "own_first"),
+    [
+        ("", None, 1, None, False),
+        ("all", "2,3", 1, "2,3", False),
+        ("own", None, 1, "1", True),
+        ("own", "GPU-a,GPU-b", 1, "GPU-b", True),
+        ("own", "2,3", 2, "2", True),
+        ("own_first", None, 0, "0,3,2,1", True),
+        ("own_first", "0,1", 0, "0,1", True),
+        ("own_first", "0,1", 1, "1,0", True),
+    ],
+)
+def test_a_rank_sees_the_gpus_that_it_is_to_see(
+    monkeypatch: pytest.MonkeyPatch, choice: str, given: str | None, rank: int, seen: str | None, own_first: bool
+) -> None:
+    monkeypatch.setenv(VISIBLE_GPUS_VARIABLE, choice)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert limit_visible_gpus(rank) is own_first
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == seen
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_another_choice_of_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE_GPUS_VARIABLE, "mine")
+    with pytest.raises(InputError, match=f"{VISIBLE_GPUS_VARIABLE} is 'mine'"):
+        limit_visible_gpus(0)
+
+
+def test_gpus_that_were_counted_before_are_not_silently_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VISIBLE_GPUS_VARIABLE, "own")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="has no effect"):
+        limit_visible_gpus(0)
+
+
+def test_a_rank_whose_own_gpu_is_the_first_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    store = dist.HashStore()
+    used = [
+        rank_device("cuda", RankEnvironment(rank, 4, rank, 4, store, own_gpu_first=first))
+        for first in (False, True)
+        for rank in range(4)
+    ]
+    assert [device.index for device in used] == [0, 1, 0, 1, 0, 0, 0, 0]
+    assert current == used
+
+
+def test_ranks_have_gpus_of_their_own_if_no_two_use_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpus, expected in ((["a", "b", "c"], True), (["a", "b", "a"], False)):
+        store = dist.HashStore()
+        environments = [RankEnvironment(rank, 3, rank, 3, store) for rank in range(3)]
+        with ThreadPoolExecutor(3) as ranks:
+            monkeypatch.setattr(
+                torch.cuda, "get_device_properties", lambda device, gpus=gpus: SimpleNamespace(uuid=gpus[device.index])
+            )
+            found = ranks.map(lambda each: own_gpus(each, torch.device("cuda", each.rank), TIMEOUT_S), environments)
+            assert list(found) == [expected] * 3
+    cpu = RankEnvironment(0, 1, 0, 1, dist.HashStore())
+    assert not own_gpus(cpu, torch.device("cpu"), TIMEOUT_S)

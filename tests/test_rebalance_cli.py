@@ -29,6 +29,7 @@ from eplb_core.inputs.placements import read_placement, write_placement
 
 PUBLISHED = Path(__file__).parent.parent / "examples" / "published-loads.json"
 LOADS = np.array(json.loads(PUBLISHED.read_text())["loads"])
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 EXPERT_BYTES = 3 * 8 * 16 * 2  # three bfloat16 projections of 8 x 16
 FP8_EXPERT_BYTES = 3 * 8 * 16 + 3 * 4  # the same in float8, with one float32 scale each
 
@@ -330,6 +331,8 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--json absent/numbers.json", "the folder for --json does not exist"),
         ("--json .", "--json is a folder"),
         ("--plot plot.gif", "cannot be written as .gif"),
+        ("--backend pynccl", "backend 'pynccl' does not move weights on cpu"),
+        pytest.param("--device cuda", "torch sees no CUDA device", marks=NO_GPU),
     ],
 )
 def test_bad_options_are_refused(checkpoint: Path, arguments: str, message: str) -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ranks import (
 )
 
 from eplb_backends.torch_gloo import communicator as gloo_communicator
-from eplb_core.communicator import EplbCommunicator
+from eplb_core.communicator import Binding, EplbCommunicator
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError
 from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
 
@@ -473,3 +474,31 @@ def test_survivors_of_a_death_in_the_middle_name_the_rank_that_died() -> None:
         assert outcome.result["type"] in ("TransferTimeoutError", "PeerLostError")
         assert outcome.result["peers"] == (1,)
         assert outcome.result["later"] == "CommunicatorClosedError"
+
+
+@pytest.mark.parametrize(("device", "accepted"), [("cuda:1", True), ("cuda:0", False)])
+def test_a_stream_of_another_device_is_refused(device: str, accepted: bool) -> None:
+    context = SimpleNamespace(rank=0, world_size=2, device=torch.device("cuda:1"))
+    communicator = Untouched()
+    communicator.bind(Binding("untouched", context))  # type: ignore[arg-type]
+    stream = SimpleNamespace(device=torch.device(device))
+    if accepted:
+        communicator.set_stream(stream)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(InvalidTransferError, match="cannot use a stream of cuda:0"):
+            communicator.set_stream(stream)  # type: ignore[arg-type]
+    assert (communicator._stream is stream) == accepted
+    communicator.set_stream(None)
+
+
+class Untouched(EplbCommunicator):
+    """Has the contract's defaults."""
+
+    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
+        raise NotImplementedError
+
+    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
+        raise NotImplementedError
+
+    def execute(self) -> None:
+        raise NotImplementedError

@@ -41,6 +41,13 @@ _DEFAULT_RANKS = 4
     help="The most staging of a rank for received experts, such as 64MiB; that of the backend, such as nixl?window=, "
     "comes on top.  [default: what the backend leaves of its own]",
 )
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the weights lie. With cuda each local rank takes a GPU, in turn; under torchrun LOCAL_RANK decides.",
+)
 @click.option("--pace", help="Move in the background, with at most so much into a rank, such as 200MB/s.")
 @click.option("--verify", default="off", show_default=True, help="Compare checksums before and after: sample, full.")
 @click.option("--seed", default=0, show_default=True, help="Of random weights.")

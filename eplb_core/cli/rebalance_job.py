@@ -56,6 +56,7 @@ class RebalanceRequest:
         pace: the most bytes a second that a background job brings to a rank, as text; None to run at once.
         verify: how thoroughly checksums are compared before and after: off, sample or full.
         timeout_s: the longest that all of it may take, in seconds.
+        device: where the weights lie, `cpu` or `cuda`.
     """
 
     loads: Path
@@ -76,6 +77,7 @@ class RebalanceRequest:
     pace: str | None = None
     verify: str = "off"
     timeout_s: float = 1800.0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +101,7 @@ class RebalanceJob:
         bytes_per_s: the most that a background job brings to a rank; None to run at once.
         verify: how thoroughly checksums are compared before and after.
         note: what was done to the loads that the user may want to know, or "".
+        device: where the weights lie, `cpu` or `cuda`.
     """
 
     weights: Path | RandomExperts
@@ -117,6 +120,7 @@ class RebalanceJob:
     bytes_per_s: float | None = None
     verify: Thoroughness = "off"
     note: str = ""
+    device: str = "cpu"
 
     @property
     def slots_per_rank(self) -> int:
@@ -163,6 +167,7 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
         PlacementError: the placement to start from is not valid, or lacks experts.
     """
     _check_counts(request)
+    _check_device(request.device)
     loads = read_loads(request.loads)
     weights, source, loads, note = _open_weights(request, loads)
     num_layers, num_experts = loads.shape
@@ -195,12 +200,13 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
         num_ranks=request.ranks,
         node_of_rank=tuple(rank // ranks_per_node for rank in range(request.ranks)),
         expert_bytes=tuple(sum(spec.nbytes for spec in source.tensor_specs(layer)) for layer in layers),
-        backend=_check_backend(request.backend, background=request.pace is not None),
+        backend=_check_backend(request.backend, request.device, background=request.pace is not None),
         window_bytes=_parse_window(request.window),
         timeout_s=request.timeout_s,
         bytes_per_s=None if request.pace is None else parse_pace(request.pace),
         verify=_parse_verify(request.verify),
         note=note,
+        device=request.device,
     )
     if job.window_bytes is not None:
         # A window that is too small for one expert is found here, not by the ranks.
@@ -208,13 +214,30 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
     return job
 
 
-def _check_backend(backend: str | None, *, background: bool) -> str:
+def _check_device(device: str) -> None:
+    """Raise `InputError` if the weights cannot lie there."""
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device", remedy="omit --device, or give --device cpu")
+
+
+def _check_backend(backend: str | None, device: str, *, background: bool) -> str:
     """Return the config string to use. Raises `ConfigError` or `BackendError` if it cannot be selected."""
     text = backend_from_environment(backend) or AUTO
     config = parse_config(text)
     if config.name != AUTO:
         entry = default_registry().select(config)
         resolve_options(config, load_options_class(entry))
+        types = (device,) if entry.spec is None else entry.spec.capabilities.device_types
+        if device not in types:
+            raise BackendUnavailableError(
+                f"backend {config.name!r} does not move weights on {device}",
+                name=config.name,
+                remedy=f"give --device {types[0]}, or another backend: 'eplb backends' lists what each can do",
+            )
         if background and entry.spec is not None and not entry.spec.capabilities.background:
             raise BackendUnavailableError(
                 f"backend {config.name!r} cannot run beside inference, and --pace asks for a background job",

@@ -87,7 +87,8 @@ class JoinedRanks:
         job, verdict = None, ""
         try:
             job = prepare()
-            check_memory(job, self.environment.local_world_size)
+            # How many ranks share a GPU is not known here: torchrun's may each see one of their own.
+            check_memory(job, self.environment.local_world_size if job.device == "cpu" else 1)
             verdict = f"ok {job.digest()}"
         except EplbError as error:
             verdict = f"{exit_code_of(error)} {one_line(error)}"
@@ -130,12 +131,22 @@ class JoinedRanks:
 
 def check_memory(job: RebalanceJob, ranks_here: int) -> None:
     """Raise `InputError` if the weights of `ranks_here` ranks do not fit into this machine's free memory."""
-    import psutil
+    ranks, free, where = ranks_here, _free_bytes(), "memory"
+    if job.device == "cuda":
+        import torch
 
-    needed = ranks_here * job.rank_bytes
-    free = int(psutil.virtual_memory().available)
+        gpus = torch.cuda.device_count()
+        ranks, where = -(-ranks_here // gpus), "memory on a GPU"
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus))
+    needed = ranks * job.rank_bytes
     if needed > _MEMORY_SHARE * free:
         raise InputError(
-            f"the weights of {ranks_here} ranks need {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free",
+            f"the weights of {ranks} ranks need {needed / 1e9:.1f} GB of {where}, but {free / 1e9:.1f} GB are free",
             remedy="give --layers COUNT for fewer layers, or --scale with --model",
         )
+
+
+def _free_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

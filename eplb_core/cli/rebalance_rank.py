@@ -82,22 +82,24 @@ def run_rank(
     Raises:
         EplbError: the ranks do not agree, or a transfer failed.
     """
-    import torch
     import torch.distributed as dist
 
     from eplb_core.control import ControlPlane
     from eplb_core.factory import create_eplb_communicator
     from eplb_core.groups import TorchGroups
+    from eplb_core.rank_devices import device_group, rank_device
     from eplb_core.rearrange import Rearranger
 
     report = report or environment.report
     rank = environment.rank
     source, truth = open_source(job.weights), open_source(job.truth)
-    weights = allocate_slots(source, job.layers, job.slots_per_rank, torch.device("cpu"))
+    device = rank_device(job.device, environment)
+    weights = allocate_slots(source, job.layers, job.slots_per_rank, device)
     environment.init_process_group(job.timeout_s)
+    group = TorchGroups(device_group=device_group(environment, device, job.timeout_s))
     store = dist.PrefixStore("rebalance/rank", environment.store)
     control = ControlPlane(store, rank, environment.world_size)
-    with create_eplb_communicator(TorchGroups(), job.backend, weights[0]) as communicator:
+    with create_eplb_communicator(group, job.backend, weights[0]) as communicator:
         fill_slots(weights, source, job.layers, job.local(job.old, rank), _throttled(report, "read"))
         # Reading takes different times on different machines: the rearrangement, with its shorter deadlines, waits.
         control.barrier("that every rank has read its weights", job.timeout_s)
