@@ -57,12 +57,14 @@ class Capabilities:
         stateless_groups: it needs no torch.distributed process group, only the control plane.
         background: it may run beside inference in the same process, on its own thread and stream.
         device_group: it moves device tensors over the group's own device process group, which has to be there.
+        dtypes: names of the dtypes that it moves, such as `("bfloat16", "uint8")`; empty means every dtype of torch.
     """
 
     device_types: tuple[str, ...] = ("cpu",)
     stateless_groups: bool = False
     background: bool = False
     device_group: bool = False
+    dtypes: tuple[str, ...] = ()
 
     def unfit(self, device_type: str, *, stateless: bool, has_device_group: bool) -> str:
         """Return why this does not do for such tensors in such a group, or an empty text if it does."""

@@ -130,6 +130,21 @@ def test_joined_pieces_move_the_same_bytes_in_the_fewest_descriptors(drawn: list
     assert len(joined[0]) == 1 + sum(gap_here or gap_there for _, gap_here, gap_there in drawn[1:])
 
 
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=20), st.data())
+def test_joined_pieces_stay_within_what_was_registered_at_once(lengths: list[int], data: st.DataObject) -> None:
+    ends = np.cumsum(lengths)
+    offsets = ends - lengths
+    starts = [sorted({0, *data.draw(st.sets(st.sampled_from(offsets.tolist())))}) for _ in range(2)]
+    remote, local = 5000 + offsets, 1000 + offsets
+    joined = merge(remote, local, np.array(lengths), 5000 + np.array(starts[0]), 1000 + np.array(starts[1]))
+    borders = sorted({*starts[0], *starts[1], int(ends[-1])})
+    assert [side.tolist() for side in joined] == [
+        [5000 + start for start in borders[:-1]],
+        [1000 + start for start in borders[:-1]],
+        np.diff(borders).tolist(),
+    ]
+
+
 @given(lengths=st.lists(st.integers(1, 9), max_size=10), data=st.data())
 def test_a_stream_of_messages_is_cut_anywhere_without_losing_a_byte(lengths: list[int], data: st.DataObject) -> None:
     stream = ByteStream(np.array(lengths, np.int64))
@@ -235,6 +250,31 @@ def views_and_copies_of_one_array_may_all_be_registered(member: Member) -> None:
                 communicator.add_recv(landing, 0)
             communicator.execute()
             assert member.rank != 1 or torch.equal(landing, tensor)
+
+
+def neighbours_that_were_registered_apart_are_read(member: Member) -> None:
+    """Tensors that follow one another in memory, as torch's CUDA allocator lays them, each registered by itself."""
+    nbytes, count = 100_000, 6
+    drawn = np.random.default_rng(member.rank).integers(0, 256, nbytes * count, dtype=np.uint8)
+    expected = np.random.default_rng((member.rank - 1) % RANKS).integers(0, 256, nbytes * count, dtype=np.uint8)
+    landed = np.full(nbytes * count, 0xEE, np.uint8)
+    sources, landings = (
+        [torch.from_numpy(array[at * nbytes : (at + 1) * nbytes]) for at in range(count)] for array in (drawn, landed)
+    )
+    with member.communicator("nixl?mode=direct&window=1MiB&timeout=10s") as communicator:
+        for source, landing in zip(sources, landings, strict=True):
+            communicator.register([source])
+            communicator.register([landing], landing=True)
+        for parts in (1, 2):  # whole tensors have numbers, halves of them are read by address
+            for in_place in (True, False):
+                landed.fill(0xEE)
+                targets = landings if in_place else [torch.full((nbytes,), 0xEE, dtype=torch.uint8) for _ in landings]
+                for source, target in zip(sources, targets, strict=True):
+                    for sent, received in zip(source.chunk(parts), target.chunk(parts), strict=True):
+                        communicator.add_send(sent, (member.rank + 1) % RANKS)
+                        communicator.add_recv(received, (member.rank - 1) % RANKS)
+                communicator.execute()
+                assert np.array_equal(torch.cat(targets).numpy(), expected), (parts, in_place)
 
 
 def a_registered_tensor_may_be_forgotten_by_the_caller(member: Member) -> None:
@@ -379,6 +419,7 @@ SCENARIOS = {
     "unregistered": (what_is_not_registered_is_refused, ()),
     "registering later": (tensors_are_registered_while_it_is_used, ()),
     "overlapping registrations": (views_and_copies_of_one_array_may_all_be_registered, ()),
+    "neighbours": (neighbours_that_were_registered_apart_are_read, ()),
     "forgotten": (a_registered_tensor_may_be_forgotten_by_the_caller, ()),
     "elsewhere": (a_tensor_elsewhere_is_not_registered, ()),
     "landing": (landing_tensors_receive_in_place, ()),
@@ -397,7 +438,14 @@ SCENARIOS = {
     "proven wrong": (links_are_proven_when_they_are_first_used, (True,)),
     "phases": (profilers_and_stats_see_the_phases, ()),
 }
-NOTHING_TO_TELL = ("registering later", "overlapping registrations", "forgotten", "elsewhere", "strangers")
+NOTHING_TO_TELL = (
+    "registering later",
+    "overlapping registrations",
+    "neighbours",
+    "forgotten",
+    "elsewhere",
+    "strangers",
+)
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,9 @@ class MemoryPeers:
     def rows(self, rank: int) -> PeerRows:
         return PeerRows(self.name(rank), self.published.blocks)
 
+    def starts(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+
     def prepared(self, rank: int, rows: list[int], places: list[int]) -> None:
         return None
 

@@ -77,6 +77,7 @@ class Agent:
             agent = api.nixl_agent(self.name, config)
             agent.create_backend("UCX", {})
         self._numbers = {"": self.device_number}  # of the device of each agent, as its own process counts
+        self._starts: dict[str, IntArray] = {"": np.empty(0, np.int64)}
         self._held = _Held(agent, stays_after_failure=self.memory_type == "VRAM")
         self._finalizer = weakref.finalize(self, self._held.release)
 
@@ -99,6 +100,14 @@ class Agent:
         with mapped(f"NIXL cannot register {sum(nbytes for _, nbytes in regions)} bytes of {self.memory_type}"):
             descriptors = self._agent.register_memory(rows, self.memory_type)
         self._held.registered.append(Registration(descriptors, list(owners)))
+        self._starts[""] = np.sort(np.append(self._starts[""], [address for address, _ in regions])).astype(np.int64)
+
+    def starts(self, name: str = "") -> IntArray:
+        """Return where each piece of memory starts that an agent has registered, int64, sorted; of this one by default.
+
+        Of a peer it is what its metadata came with.
+        """
+        return self._starts[name]
 
     def metadata(self) -> bytes:
         """Return what peers need to read from this agent: how to connect, and all that is registered now."""
@@ -106,7 +115,7 @@ class Agent:
             metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def add_peer(self, name: str, metadata: bytes, device_number: int) -> None:
+    def add_peer(self, name: str, metadata: bytes, device_number: int, starts: Sequence[int] = ()) -> None:
         """Take a peer's metadata, or newer one of a peer that is known and has registered more since.
 
         Args:
@@ -114,6 +123,7 @@ class Agent:
             metadata: all of it: truncated metadata poisons the peer's name permanently.
             device_number: the peer's `device_number`. NIXL finds the peer's memory by it. Processes that see other
                 devices, or see them in another order, count the same device differently.
+            starts: the peer's `starts()`.
 
         Raises:
             NixlError: NIXL does not accept it, or it is that of another agent.
@@ -123,6 +133,7 @@ class Agent:
         if added != name:
             raise NixlError(f"the metadata of agent {name} is that of {added}")
         self._numbers[name] = device_number
+        self._starts[name] = np.sort(np.array(starts, np.int64))
         if name not in self._held.peers:
             self._held.peers.append(name)
 

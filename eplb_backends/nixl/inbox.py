@@ -246,7 +246,7 @@ class Inbox:
                 raise EplbError("a READ that needs a slot has none")
             local = job.slot.memory.data_ptr() + np.cumsum(job.lengths) - job.lengths
         job.nbytes = int(job.lengths.sum())
-        pieces = merge(job.remote, local, job.lengths)
+        pieces = merge(job.remote, local, job.lengths, *self._others.starts(job.source))
         if not job.proves:
             self.descriptors += len(job.lengths)
             self.merged_descriptors += len(pieces[2])

@@ -36,6 +36,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
         digest: SHA-256 of the metadata.
         memory: what kind of memory it moves: `DRAM` or `VRAM`.
         device_number: of the device that holds it, as the rank's own process counts its devices.
+        starts: addresses at which pieces of its registered memory start.
         place: where the rank runs.
         page: address of a page with known bytes, to be read before anything else.
         rows: pieces of the memory that have numbers.
@@ -46,6 +47,7 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
     digest: bytes
     memory: str
     device_number: Annotated[int, msgspec.Meta(ge=0, le=_HIGHEST_DEVICE_NUMBER)]
+    starts: list[int]
     place: Place
     page: int
     rows: list[Block]
@@ -104,6 +106,7 @@ class Peers:
             digest,
             self.agent.memory_type,
             self.agent.device_number,
+            self.agent.starts().tolist(),
             Place.here(),
             self._page,
             rows,
@@ -128,7 +131,7 @@ class Peers:
                 if identity.memory != self.agent.memory_type:
                     raise NixlError(f"it moves {identity.memory}, and this rank {self.agent.memory_type}")
                 rows = PeerRows(identity.name, identity.rows)
-                self.agent.add_peer(identity.name, identity.metadata, identity.device_number)
+                self.agent.add_peer(identity.name, identity.metadata, identity.device_number, identity.starts)
                 self._links.add(rank, identity.place)
                 if rank in self._rows:
                     self._rows[rank].drop(self.agent)
@@ -154,6 +157,10 @@ class Peers:
     def rows(self, rank: int) -> PeerRows:
         """Return the rows that a rank which is known has published."""
         return self._rows[rank]
+
+    def starts(self, rank: int) -> tuple[IntArray, IntArray]:
+        """Return where pieces of memory start that a rank which is known has registered, and those of this rank."""
+        return self.agent.starts(self._identities[rank].name), self.agent.starts()
 
     def prepared(self, rank: int, rows: IntArray, places: IntArray) -> Numbered | None:
         """Return lists of a rank's rows and of places here, or None while it does not pay to have them."""

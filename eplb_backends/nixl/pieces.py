@@ -6,14 +6,27 @@ import numpy as np
 
 from eplb_core.placement import IntArray
 
+_NOWHERE: IntArray = np.empty(0, np.int64)
 
-def merge(remote: IntArray, local: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray, IntArray]:
+
+def merge(
+    remote: IntArray,
+    local: IntArray,
+    lengths: IntArray,
+    remote_starts: IntArray = _NOWHERE,
+    local_starts: IntArray = _NOWHERE,
+) -> tuple[IntArray, IntArray, IntArray]:
     """Join neighbours: pieces that follow one another on both sides become one descriptor.
+
+    Pieces of memory that was registered separately stay apart, also where one ends at the other's start, as tensors
+    from torch's CUDA allocator do: NIXL finds no registration that holds a descriptor across the two.
 
     Args:
         remote: int64 `[n]`, addresses at the source, n > 0.
         local: int64 `[n]`, addresses here.
         lengths: int64 `[n]`, bytes, all positive.
+        remote_starts: int64, sorted, where each registration at the source starts.
+        local_starts: int64, sorted, the same here.
 
     Returns:
         The same three arrays with m <= n entries.
@@ -21,6 +34,8 @@ def merge(remote: IntArray, local: IntArray, lengths: IntArray) -> tuple[IntArra
     if len(lengths) == 1:
         return remote, local, lengths
     ends_here = (remote[1:] != remote[:-1] + lengths[:-1]) | (local[1:] != local[:-1] + lengths[:-1])
+    for addresses, registered in ((remote, remote_starts), (local, local_starts)):
+        ends_here |= np.diff(np.searchsorted(registered, addresses, side="right")) != 0
     starts = np.flatnonzero(np.r_[True, ends_here])
     return remote[starts], local[starts], np.add.reduceat(lengths, starts)
 

@@ -10,23 +10,9 @@ from collections.abc import Iterable
 
 import torch
 
-NCCL_DTYPES = frozenset(
-    {
-        torch.bool,  # NCCL's uint8, as torch.distributed has it
-        torch.int8,
-        torch.uint8,
-        torch.int32,
-        torch.uint32,
-        torch.int64,
-        torch.uint64,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-        torch.float8_e4m3fn,
-        torch.float8_e5m2,
-    }
-)
+from eplb_backends.pynccl import spec
+
+NCCL_DTYPES = frozenset(getattr(torch, name) for name in spec.NCCL_DTYPES)
 
 
 def unsupported(dtypes: Iterable[torch.dtype]) -> list[str]:

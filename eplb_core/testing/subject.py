@@ -47,6 +47,7 @@ class Subject:
         return cls(
             config=config,
             device=device,
+            dtypes=spec.capabilities.dtypes,
             stateless=spec.capabilities.stateless_groups,
             background=spec.capabilities.background,
             must_register=must_register,
