@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from eplb_cuda_ipc.batch import CopyBatch
 from eplb_cuda_ipc.calls import CudaError, call, load_driver
 from eplb_cuda_ipc.driver import CudaMemory
 from eplb_cuda_ipc.kernel import compiled
@@ -48,7 +49,7 @@ def memory_on(driver: Any) -> CudaMemory:
     """Return a memory without what torch makes for it, which takes a GPU."""
     memory = CudaMemory.__new__(CudaMemory)
     memory._driver, memory._context, memory._stream, memory._number, memory._lazy = driver, 11, 12, 13, 1
-    memory._kernel = None
+    memory._kernel = memory._batch = None
     return memory
 
 
@@ -62,7 +63,7 @@ FAILURE = BINDING.CUresult.CUDA_ERROR_INVALID_VALUE
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-@pytest.mark.parametrize("way", ["small ones share a kernel", "all share a kernel", "one by one"])
+@pytest.mark.parametrize("way", ["small ones share a kernel", "all share a kernel", "one by one", "all in a batch"])
 @pytest.mark.parametrize("alignment", [1, 2, 4, 8, 16, 256])
 def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignment: int, way: str) -> None:
     """Some begin at odd addresses, some are larger than what is left to the driver where GPUs differ."""
@@ -84,8 +85,12 @@ def test_pieces_of_any_size_and_place_are_copied_and_nothing_beside_them(alignme
     memory = CudaMemory(torch.device("cuda", 0))
     assert memory._kernel is not None
     memory.meet([memory.gpu if way == "all share a kernel" else "another one"])
-    if way == "one by one":
+    if way in ("one by one", "all in a batch"):
         memory._kernel = None
+    if way == "one by one":
+        memory._batch = None
+    else:
+        assert memory._batch is not None, "the driver has no batches: this test shows nothing of them"
     torch.cuda.synchronize()
     mark = memory.copy(Copies(target.data_ptr() + at, source.data_ptr() + begins, nbytes.astype(np.int64)))
     deadline = time.monotonic() + 10
@@ -214,3 +219,88 @@ def test_closing_twice_lets_go_once() -> None:
     memory.close()
     memory.close()
     assert driver.names.count("cuStreamDestroy") == driver.names.count("cuDevicePrimaryCtxRelease") == 1
+
+
+# --- copies in batches -----------------------------------------------------------------------------------------------
+
+
+class Library:
+    """A `libcuda` whose batches copy at once, and tell what they were given."""
+
+    def __init__(self, newer: bool, code: int = 0) -> None:
+        self.batches: list[tuple[int, int]] = []  # stream, copies
+
+        def copy(*arguments: Any) -> int:
+            target, source, nbytes, count, attributes, first, attribute_count, *rest = arguments
+            assert len(rest) == (1 if newer else 2)
+            assert (attributes._obj.source_order, first._obj.value, attribute_count.value) == (1, 0, 1)
+            columns = [(ctypes.c_uint64 * count.value).from_address(each.value) for each in (target, source, nbytes)]
+            for to, origin, size in zip(*columns, strict=True):
+                ctypes.memmove(to, origin, size)
+            self.batches.append((rest[-1].value, count.value))
+            return code
+
+        setattr(self, "cuMemcpyBatchAsync_v2" if newer else "cuMemcpyBatchAsync", copy)
+
+
+def batch_on(library: Any) -> tuple[CopyBatch, Recorder]:
+    streams = iter(range(100, 200))
+    driver = Recorder()
+
+    def create(*_: object) -> tuple[Any, int]:
+        return SUCCESS, next(streams)
+
+    driver.cuStreamCreate = driver.cuEventCreate = create  # type: ignore[attr-defined]
+    return CopyBatch(driver, library), driver
+
+
+@pytest.mark.parametrize("newer", [True, False], ids=["CUDA 13", "CUDA 12.8"])
+@pytest.mark.parametrize("sizes", [[5], [1, 1], [7, 1, 1, 1, 900, 3], [10] * 50, [1 << 20, 1]])
+def test_a_batch_copies_every_piece_and_deals_them_to_the_streams(newer: bool, sizes: list[int]) -> None:
+    rng = np.random.default_rng(len(sizes))
+    source = rng.integers(0, 256, sum(sizes), dtype=np.uint8)
+    target = np.full_like(source, 0xEE)
+    offsets = np.cumsum(sizes) - sizes
+    library = Library(newer)
+    batch, driver = batch_on(library)
+    copies = Copies(target.ctypes.data + offsets, source.ctypes.data + offsets, np.array(sizes, np.int64))
+    with batch.launched(copies, 12):
+        assert np.array_equal(target, source)
+    streams = [stream for stream, _ in library.batches]
+    assert len(set(streams)) == len(streams) <= 4
+    assert sum(count for _, count in library.batches) == len(sizes)
+    waits = [(stream, event) for name, stream, event, *_ in driver.asked if name == "cuStreamWaitEvent"]
+    records = [(event, stream) for name, event, stream in driver.asked if name == "cuEventRecord"]
+    begin = records[0][0]
+    assert records[0] == (begin, 12)
+    assert [wait for wait in waits if wait[1] == begin] == [(stream, begin) for stream in streams]
+    assert [(event, 12) for event, stream in records[1:]] == [
+        (event, stream) for stream, event in waits if stream == 12
+    ]
+    assert [stream for _, stream in records[1:]] == streams
+
+
+def test_equal_copies_are_dealt_evenly() -> None:
+    library = Library(newer=True)
+    memory = np.zeros(2000, np.uint8)
+    offsets = np.arange(0, 1000, 10)
+    batch, _ = batch_on(library)
+    with batch.launched(
+        Copies(memory.ctypes.data + offsets, memory.ctypes.data + 1000 + offsets, 0 * offsets + 10), 12
+    ):
+        pass
+    assert [count for _, count in library.batches] == [25] * 4
+
+
+def test_a_batch_that_is_refused_leaves_nothing_under_way() -> None:
+    memory = np.zeros(10, np.uint8)
+    batch, driver = batch_on(Library(newer=True, code=1))
+    one = Copies(number(memory.ctypes.data), number(memory.ctypes.data + 5), number(5))
+    with pytest.raises(CudaError, match="cuMemcpyBatchAsync: CUDA_ERROR_INVALID_VALUE"), batch.launched(one, 12):
+        pytest.fail("it was not refused")
+    assert driver.names.count("cuStreamSynchronize") == 4
+
+
+def test_an_older_driver_has_no_batches() -> None:
+    with pytest.raises(CudaError, match=r"older than CUDA 12\.8"):
+        CopyBatch(Recorder(), object())

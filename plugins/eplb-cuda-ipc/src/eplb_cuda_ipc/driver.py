@@ -19,12 +19,14 @@ import numpy as np
 import torch
 
 from eplb_core.errors import BackendUnavailableError
+from eplb_cuda_ipc.batch import CopyBatch
 from eplb_cuda_ipc.calls import CudaError, call, load_driver
 from eplb_cuda_ipc.kernel import CopyKernel
 from eplb_cuda_ipc.memory import HANDLE_BYTES, Allocation, Copies, Mark, MemoryMapError
 
 _PAGE_BYTES = 2 << 20
-_LARGE_BYTES = 8 << 20  # from here on the copy engine is as fast, and leaves the GPU's cores to inference
+_LARGE_BYTES = 1 << 20  # from here on copies in a batch are as fast as the kernel, and leave the cores to inference
+_LARGE_BYTES_ALONE = 8 << 20  # the same for copies one by one
 _NEVER = 1 << 62
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class CudaMemory:
         BackendUnavailableError: the binding is not installed, or the driver does not work.
     """
 
-    _alone_from = _LARGE_BYTES
+    _large_from = _LARGE_BYTES
 
     def __init__(self, device: torch.device) -> None:
         self._driver = load_driver()
@@ -62,6 +64,8 @@ class CudaMemory:
             ) from error
         self._as_torch = torch.cuda.ExternalStream(self._stream, device=self._device)
         self._kernel = self._make_kernel()
+        self._batch = self._make_batch()
+        self._large_from = _LARGE_BYTES_ALONE if self._batch is None else _LARGE_BYTES
 
     # --- showing and mapping ----------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ class CudaMemory:
     def meet(self, gpus: Collection[str]) -> None:
         """Copy everything by the kernel if all peers share this GPU, which has no engine that is faster then."""
         if set(gpus) <= {self.gpu}:
-            self._alone_from = _NEVER
+            self._large_from = _NEVER
 
     def exported(self, address: int) -> Allocation | None:
         """Return the allocation around `address`; None if it is not a plain one, such as of expandable_segments."""
@@ -150,16 +154,24 @@ class CudaMemory:
 
     def copy(self, copies: Copies) -> Mark:
         """Enqueue the copies; with unified addresses the driver finds out by itself on which GPU each end lies."""
-        alone = copies.nbytes >= (self._alone_from if self._kernel is not None else 0)
-        columns = (copies.target[alone].tolist(), copies.source[alone].tolist(), copies.nbytes[alone].tolist())
-        with self._current():
-            for target, source, nbytes in zip(*columns, strict=True):
-                self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
-            together = ~alone & (copies.nbytes > 0)
-            if self._kernel is not None and together.any():
-                few = Copies(copies.target[together], copies.source[together], copies.nbytes[together])
-                self._kernel.launch(few, self._stream)
+        large = copies.nbytes >= (self._large_from if self._kernel is not None else 1)
+        small = ~large & (copies.nbytes > 0)
+        with self._current(), self._launched(copies.where(large)):
+            if self._kernel is not None and small.any():
+                self._kernel.launch(copies.where(small), self._stream)
         return self._event(self._as_torch)
+
+    @contextlib.contextmanager
+    def _launched(self, copies: Copies) -> Iterator[None]:
+        """Enqueue large copies beside what the block enqueues."""
+        if self._batch is not None and len(copies.nbytes) > 1:
+            with self._batch.launched(copies, self._stream):
+                yield
+            return
+        columns = (copies.target.tolist(), copies.source.tolist(), copies.nbytes.tolist())
+        for target, source, nbytes in zip(*columns, strict=True):
+            self._call("cuMemcpyDtoDAsync", target, source, nbytes, self._stream)
+        yield
 
     def _event(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -173,8 +185,9 @@ class CudaMemory:
             return
         with contextlib.suppress(CudaError):
             with self._current():
-                if self._kernel is not None:
-                    self._kernel.close()
+                for held in (self._batch, self._kernel):
+                    if held is not None:
+                        held.close()
                 self._call("cuStreamDestroy", self._stream)
             self._call("cuDevicePrimaryCtxRelease", self._number)
         self._context = None
@@ -186,6 +199,15 @@ class CudaMemory:
                 return CopyKernel(self._driver, torch.cuda.get_device_capability(self._ordinal))
         except CudaError as error:
             logger.warning("small tensors are copied one by one, which is slower: %s", error)
+            return None
+
+    def _make_batch(self) -> CopyBatch | None:
+        """Return what makes large copies in one call; None, and single ones do it, where the driver cannot."""
+        try:
+            with self._current():
+                return CopyBatch(self._driver)
+        except CudaError as error:
+            logger.info("large tensors are copied one by one, which is slower: %s", error)
             return None
 
     # --- the driver -------------------------------------------------------------------------------------------------

@@ -50,12 +50,16 @@ class Copies:
     source: Numbers
     nbytes: Numbers
 
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Copies:
+        """Return those of the copies that are chosen, bool `[N]`."""
+        return Copies(self.target[chosen], self.source[chosen], self.nbytes[chosen])
+
     def merged(self) -> Copies:
         """Return the same copies, with those joined that follow one another both where they read and write."""
-        kept = self.nbytes > 0
-        target, source, nbytes = self.target[kept], self.source[kept], self.nbytes[kept]
+        kept = self.where(self.nbytes > 0)
+        target, source, nbytes = kept.target, kept.source, kept.nbytes
         if len(nbytes) < 2:
-            return Copies(target, source, nbytes)
+            return kept
         follows = (target[:-1] + nbytes[:-1] == target[1:]) & (source[:-1] + nbytes[:-1] == source[1:])
         first = np.flatnonzero(np.append(True, ~follows))
         return Copies(target[first], source[first], np.add.reduceat(nbytes, first))
