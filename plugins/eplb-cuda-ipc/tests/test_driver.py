@@ -269,8 +269,8 @@ def test_a_batch_copies_every_piece_and_deals_them_to_the_streams(newer: bool, s
     streams = [stream for stream, _ in library.batches]
     assert len(set(streams)) == len(streams) <= 4
     assert sum(count for _, count in library.batches) == len(sizes)
-    waits = [(stream, event) for name, stream, event, *_ in driver.asked if name == "cuStreamWaitEvent"]
-    records = [(event, stream) for name, event, stream in driver.asked if name == "cuEventRecord"]
+    waits = [tuple(asked[:2]) for name, *asked in driver.asked if name == "cuStreamWaitEvent"]
+    records = [tuple(asked) for name, *asked in driver.asked if name == "cuEventRecord"]
     begin = records[0][0]
     assert records[0] == (begin, 12)
     assert [wait for wait in waits if wait[1] == begin] == [(stream, begin) for stream in streams]
