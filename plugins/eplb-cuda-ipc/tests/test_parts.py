@@ -25,6 +25,7 @@ from standin import ENGINE, HostMemory
 
 from eplb_core import ByteSize, Payload
 from eplb_core.errors import TransferTimeoutError
+from eplb_core.registry import Registry
 
 
 def numbers(*values: int) -> np.ndarray:
@@ -227,8 +228,11 @@ def test_most_of_the_window_cannot_be_kept_for_packing() -> None:
         CudaIpcOptions(window=ByteSize(1 << 20), packed=ByteSize(1 << 20))
 
 
-def test_auto_prefers_every_other_backend_until_this_one_has_run_between_gpus() -> None:
-    assert BACKEND.priority < 0
+def test_auto_prefers_it_to_every_other_backend_for_gpus() -> None:
+    others = [entry.spec for entry in Registry().entries() if entry.spec is not None and entry.name != BACKEND.name]
+    rivals = [spec.priority for spec in others if "cuda" in spec.capabilities.device_types]
+    assert rivals
+    assert BACKEND.priority > max(rivals)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
