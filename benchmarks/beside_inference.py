@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from eplb_core.bench.pattern import Pattern, fill, find_wrong
 from eplb_core.bench.workload import Workload
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.launch import RankEnvironment
-from eplb_core.rank_devices import rank_device
-from eplb_core.rearrange import Rearranger
+from eplb_core.control.groups import TorchGroups
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment
+from eplb_core.launch.rank_devices import rank_device
+from eplb_core.rearrange.rearranger import Rearranger
 
 MATRICES = {"cpu": (256, 4, torch.float32), "cuda": (4096, 10, torch.bfloat16)}
 """The size of the matrices, how many products make a batch, and their dtype."""

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from eplb_backends.nixl.prepared import Places
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import RankEnvironment, collect_local_ranks
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
 
 SLOTS = 32
 CASES = ((4, 65536, 8, 2000), (16, 65536, 8, 1500), (64, 65536, 8, 800), (16, 1 << 20, 4, 400), (1024, 4096, 232, 300))

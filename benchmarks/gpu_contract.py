@@ -24,11 +24,11 @@ import torch
 from bounded import Ended, run_bounded
 from findings import Row
 
+from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import BackendUnavailableError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.launch import RankEnvironment, run_local_ranks
-from eplb_core.rank_devices import VISIBLE_GPUS_VARIABLE, device_group, rank_device
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
+from eplb_core.launch.rank_devices import VISIBLE_GPUS_VARIABLE, device_group, rank_device
 
 SEES = {"all": "every rank sees all GPUs", "own": "each sees its own", "own_first": "each sees its own first"}
 """What ranks see of the GPUs, as `EPLB_VISIBLE_GPUS` names it, and as a row says it."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from eplb_core.launch import RankEnvironment
+from eplb_core.launch.local_ranks import RankEnvironment
 
 _SAMPLES = 3
 

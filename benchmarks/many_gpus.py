@@ -54,10 +54,10 @@ from eplb_core.bench.rank import BenchJob
 from eplb_core.bench.run import check_job, run_bench
 from eplb_core.bench.workload import Workload
 from eplb_core.cli.output import one_line
-from eplb_core.config import parse_config
 from eplb_core.errors import BackendNotInstalledError, EplbError, UnknownBackendError
-from eplb_core.launch import LocalRankError, run_local_ranks
-from eplb_core.registry import default_registry
+from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
+from eplb_core.registry.config import parse_config
+from eplb_core.registry.registry import default_registry
 
 PARTS = {"link": 1.0, "tests": 5.0, "contract": 10.0, "backends": 7.0, "peers": 3.0, "inference": 4.0}
 """What is run, and its share of the time."""

@@ -9,8 +9,8 @@ from functools import partial
 
 import numpy as np
 
-from eplb_core.plan import plan_rearrangement
-from eplb_core.schedule import schedule_steps
+from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.scheduling.schedule import schedule_steps
 
 LAYERS, EXPERTS, EXPERT_BYTES = 58, 256, 44_040_192  # DeepSeek-V3
 RANKS_PER_NODE = 8

@@ -40,10 +40,7 @@ python_maximum_signature_line_length = 100
 # and building these pages needs none.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|types)\..*"),
-    (
-        "py:class",
-        r"eplb_core\.(deadline\.Result|testing\.context\._T)",
-    ),  # type variables
+    ("py:class", r"eplb_core\.(transport\.(deadline\.Result|queue\._Form)|testing\.context\._T)"),  # type variables
 ]
 
 T = TypeVar("T")
@@ -65,7 +62,8 @@ for stand_in in (ArrayLike, NDArray):
 def import_what_type_checkers_see() -> None:
     """Run the `if TYPE_CHECKING:` blocks of the modules that are documented, so that types in signatures are found."""
     root = Path(eplb_core.__file__).parent
-    files = [*root.glob("[a-z]*.py"), *root.glob("policies/*.py")]
+    rooms = "contract control registry hooks transport planning scheduling policies rearrange factory launch doctor"
+    files = [*root.glob("[a-z]*.py"), *(file for room in rooms.split() for file in root.glob(f"{room}/*.py"))]
     names = [".".join(file.relative_to(root.parent).with_suffix("").parts) for file in files]
     modules = [importlib.import_module(name.removesuffix(".__init__")) for name in names]
     for module in modules:

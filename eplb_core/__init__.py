@@ -10,64 +10,64 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from eplb_core.backend import PLUGIN_API_VERSION as PLUGIN_API_VERSION
-    from eplb_core.backend import BackendContext as BackendContext
-    from eplb_core.backend import BackendSpec as BackendSpec
-    from eplb_core.backend import ByteSize as ByteSize
-    from eplb_core.backend import Capabilities as Capabilities
-    from eplb_core.backend import CommonOptions as CommonOptions
-    from eplb_core.backend import Duration as Duration
-    from eplb_core.backend import ProbeResult as ProbeResult
-    from eplb_core.coalesce import as_bytes as as_bytes
-    from eplb_core.communicator import EplbCommunicator as EplbCommunicator
-    from eplb_core.communicator import PendingTransfer as PendingTransfer
-    from eplb_core.communicator import TransferStats as TransferStats
+    from eplb_core.contract.backend import PLUGIN_API_VERSION as PLUGIN_API_VERSION
+    from eplb_core.contract.backend import BackendContext as BackendContext
+    from eplb_core.contract.backend import BackendSpec as BackendSpec
+    from eplb_core.contract.backend import ByteSize as ByteSize
+    from eplb_core.contract.backend import Capabilities as Capabilities
+    from eplb_core.contract.backend import CommonOptions as CommonOptions
+    from eplb_core.contract.backend import Duration as Duration
+    from eplb_core.contract.backend import ProbeResult as ProbeResult
+    from eplb_core.contract.communicator import EplbCommunicator as EplbCommunicator
+    from eplb_core.contract.communicator import PendingTransfer as PendingTransfer
+    from eplb_core.contract.communicator import TransferStats as TransferStats
+    from eplb_core.control.groups import StatelessGroup as StatelessGroup
+    from eplb_core.control.groups import TorchGroups as TorchGroups
     from eplb_core.errors import EplbError as EplbError
     from eplb_core.errors import HandshakeError as HandshakeError
     from eplb_core.errors import TransferError as TransferError
-    from eplb_core.factory import create_eplb_communicator as create_eplb_communicator
-    from eplb_core.groups import StatelessGroup as StatelessGroup
-    from eplb_core.groups import TorchGroups as TorchGroups
-    from eplb_core.job import RearrangeJob as RearrangeJob
-    from eplb_core.plan import plan_rearrangement as plan_rearrangement
-    from eplb_core.queues import Payload as Payload
-    from eplb_core.queues import PayloadQueue as PayloadQueue
-    from eplb_core.queues import Transfer as Transfer
-    from eplb_core.queues import TransferQueue as TransferQueue
-    from eplb_core.queues import check_match as check_match
-    from eplb_core.rearrange import Rearranger as Rearranger
-    from eplb_core.rearrange_result import RearrangeResult as RearrangeResult
+    from eplb_core.factory.create import create_eplb_communicator as create_eplb_communicator
+    from eplb_core.planning.plan import plan_rearrangement as plan_rearrangement
+    from eplb_core.rearrange.job import RearrangeJob as RearrangeJob
+    from eplb_core.rearrange.rearranger import Rearranger as Rearranger
+    from eplb_core.rearrange.result import RearrangeResult as RearrangeResult
+    from eplb_core.transport.coalesce import as_bytes as as_bytes
+    from eplb_core.transport.queue import Payload as Payload
+    from eplb_core.transport.queue import PayloadQueue as PayloadQueue
+    from eplb_core.transport.queue import Transfer as Transfer
+    from eplb_core.transport.queue import TransferQueue as TransferQueue
+    from eplb_core.transport.queue import check_match as check_match
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BackendContext": "backend",
-    "BackendSpec": "backend",
-    "ByteSize": "backend",
-    "Capabilities": "backend",
-    "CommonOptions": "backend",
-    "Duration": "backend",
-    "EplbCommunicator": "communicator",
+    "BackendContext": "contract.backend",
+    "BackendSpec": "contract.backend",
+    "ByteSize": "contract.backend",
+    "Capabilities": "contract.backend",
+    "CommonOptions": "contract.backend",
+    "Duration": "contract.backend",
+    "EplbCommunicator": "contract.communicator",
     "EplbError": "errors",
     "HandshakeError": "errors",
-    "PLUGIN_API_VERSION": "backend",
-    "Payload": "queues",
-    "PayloadQueue": "queues",
-    "PendingTransfer": "communicator",
-    "ProbeResult": "backend",
-    "RearrangeJob": "job",
-    "RearrangeResult": "rearrange_result",
-    "Rearranger": "rearrange",
-    "StatelessGroup": "groups",
-    "TorchGroups": "groups",
-    "Transfer": "queues",
+    "PLUGIN_API_VERSION": "contract.backend",
+    "Payload": "transport.queue",
+    "PayloadQueue": "transport.queue",
+    "PendingTransfer": "contract.communicator",
+    "ProbeResult": "contract.backend",
+    "RearrangeJob": "rearrange.job",
+    "RearrangeResult": "rearrange.result",
+    "Rearranger": "rearrange.rearranger",
+    "StatelessGroup": "control.groups",
+    "TorchGroups": "control.groups",
+    "Transfer": "transport.queue",
     "TransferError": "errors",
-    "TransferQueue": "queues",
-    "TransferStats": "communicator",
-    "as_bytes": "coalesce",
-    "check_match": "queues",
-    "create_eplb_communicator": "factory",
-    "plan_rearrangement": "plan",
+    "TransferQueue": "transport.queue",
+    "TransferStats": "contract.communicator",
+    "as_bytes": "transport.coalesce",
+    "check_match": "transport.queue",
+    "create_eplb_communicator": "factory.create",
+    "plan_rearrangement": "planning.plan",
 }
 
 __all__ = ["__version__", *_HOME]

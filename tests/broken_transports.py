@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from eplb_core import BackendContext, CommonOptions, EplbCommunicator, ProbeResult, TransferStats
-from eplb_core.coalesce import as_bytes
-from eplb_core.communicator import PendingTransfer
+from eplb_core.contract.communicator import PendingTransfer
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferMismatchError, TransferTimeoutError
-from eplb_core.p2p import Message, exchange
-from eplb_core.queues import Payloads, Transfer, TransferQueue, check_match
+from eplb_core.transport.coalesce import as_bytes
+from eplb_core.transport.process_group import Message, exchange
+from eplb_core.transport.queue import Payloads, Transfer, TransferQueue, check_match
 
 KIB, MIB = 1 << 10, 1 << 20
 

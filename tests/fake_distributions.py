@@ -55,7 +55,7 @@ def spec_source(name: str, *, api: str = "PLUGIN_API_VERSION", **fields: object)
     """Return the source of a module that holds a `BackendSpec` named BACKEND."""
     arguments = {"summary": "a fake", "factory": "fake_impl:create", **fields}
     return (
-        "from eplb_core.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities\n"
+        "from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities\n"
         f"BACKEND = BackendSpec(name={name!r}, api_version={api}, "
         + ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         + ")\n"

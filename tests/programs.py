@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
 LIMIT_S = 60.0
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import TorchGroups
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
 LAUNCH_S = 110.0  # for one set of processes; below pytest's own limit, so that the processes are ended first
 MEET_S = 60.0

@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 
-from eplb_core.schedule import ALIGNMENT, Step
+from eplb_core.scheduling.schedule import ALIGNMENT, Step
 
 POISON = ("poison", -1)
 EMPTIED = ("emptied", -1)

@@ -16,9 +16,9 @@ import torch
 from fake_distributions import install, install_backend, run_eplb, run_python
 
 import eplb_core
-from eplb_core.backend import PLUGIN_API_VERSION, BackendContext, BackendSpec, Capabilities, CommonOptions
-from eplb_core.backend_entry import speaks
-from eplb_core.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendContext, BackendSpec, Capabilities, CommonOptions
+from eplb_core.contract.communicator import EplbCommunicator, TransferStats
+from eplb_core.registry.entry import speaks
 
 _MAJOR, _MINOR = PLUGIN_API_VERSION
 
@@ -66,9 +66,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     answer: dict[str, Any] = run_python(
         f"""
         import sys
-        from eplb_core.config import parse_config
+        from eplb_core.registry.config import parse_config
         from eplb_core.errors import BackendVersionError
-        from eplb_core.registry import Registry
+        from eplb_core.registry.registry import Registry
         path, answer = sys.path, {{}}
         sites = {[str(each) for each in path]!r}
         for case, (number, ours) in {cases!r}.items():
@@ -163,7 +163,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore
 from eplb_core import Rearranger, StatelessGroup, create_eplb_communicator
-from eplb_core.registry import Registry
+from eplb_core.registry.registry import Registry
 
 def work(rank, store):
     weights = [[torch.full((2, 3), 10.0 * rank) + torch.tensor([[0.0], [1.0]])]]  # expert e of 4 holds 10*(e//2) + e%2

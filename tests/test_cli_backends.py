@@ -23,7 +23,7 @@ _OPTIONS = """
 from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
-from eplb_core.backend import ByteSize, CommonOptions
+from eplb_core.contract.backend import ByteSize, CommonOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options(CommonOptions):
@@ -124,7 +124,7 @@ def test_neither_the_list_nor_the_help_imports_torch_or_a_backend(site: Path):
 def test_a_probe_decides_whether_a_ready_backend_is_available(tmp_path: Path):
     probes = """
         import os
-        from eplb_core.backend import ProbeResult
+        from eplb_core.contract.backend import ProbeResult
         def good(device_type): return ProbeResult(True, f"moved bytes on {device_type}")
         def bad(device_type): return ProbeResult(False, "no fabric")
         def dies(device_type): os.abort()

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core.backend import ByteSize, CommonOptions, Duration
-from eplb_core.config import (
+from eplb_core.contract.backend import ByteSize, CommonOptions, Duration
+from eplb_core.contract.options import option_types
+from eplb_core.errors import ConfigError
+from eplb_core.registry.config import (
     BackendConfig,
     ConfigOption,
     backend_from_environment,
     parse_config,
     resolve_options,
 )
-from eplb_core.errors import ConfigError
-from eplb_core.options import option_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

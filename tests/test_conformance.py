@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eplb_core.testing import Report, Status, Subject, all_checks, delivery, refusal, run_conformance
-from eplb_core.testing.contract import checks_named
+from eplb_core.testing import Report, Status, Subject, all_checks, run_conformance
+from eplb_core.testing.catalogue import checks_named
+from eplb_core.testing.checks import delivery, refusal
 from eplb_core.testing.in_rank import Step
 from eplb_core.testing.runner import run_steps
 

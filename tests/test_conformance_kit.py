@@ -13,7 +13,7 @@ from broken_transports import OWN_CHECK
 
 from eplb_core.errors import InputError
 from eplb_core.testing import BackendConformance, Check, Report, Status, Subject, all_checks, run_conformance
-from eplb_core.testing.contract import checks_named
+from eplb_core.testing.catalogue import checks_named
 from eplb_core.testing.in_rank import Step
 from eplb_core.testing.runner import run_steps
 

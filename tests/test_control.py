@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from eplb_core.control import ControlPlane
+from eplb_core.control.plane import ControlPlane
+from eplb_core.control.rendezvous import meet
 from eplb_core.errors import ControlPlaneError
-from eplb_core.meeting import meet
 
 RANKS = 4
 SHORT_S, LONG_S = 0.3, 20.0

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from eplb_core.deadline import call_within, wait_until
+from eplb_core.transport.deadline import call_within, wait_until
 
 
 def test_wait_until_returns_as_soon_as_it_is_done() -> None:

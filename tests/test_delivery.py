@@ -15,7 +15,6 @@ import pytest
 from fake_distributions import run_child
 
 from eplb_core.errors import HandshakeError, PeerLostError, TransferTimeoutError
-from eplb_core.events import HOOK_OF_EVENT, Event, detached
 from eplb_core.hooks import (
     HookSpecifications,
     PluginHost,
@@ -27,6 +26,7 @@ from eplb_core.hooks import (
     TransferStarted,
     hookimpl,
 )
+from eplb_core.hooks.events import HOOK_OF_EVENT, Event, detached
 
 WAIT_S = 20.0
 RANK: dict[str, Any] = {"backend": "rail", "rank": 1, "world_size": 4}

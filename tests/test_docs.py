@@ -17,10 +17,10 @@ from pages import BLOCKS, DOCS, PAGES, REPOSITORY, Block, blocks_of, marked
 
 import eplb_core
 from eplb_core import errors
-from eplb_core.backend import CommonOptions
 from eplb_core.cli import main as eplb_command
-from eplb_core.options import option_types
-from eplb_core.registry import default_registry, load_options_class
+from eplb_core.contract.backend import CommonOptions
+from eplb_core.contract.options import option_types
+from eplb_core.registry.registry import default_registry, load_options_class
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
@@ -125,7 +125,7 @@ def test_every_error_has_a_section_on_the_errors_page(name: str) -> None:
 def test_every_exported_name_is_in_the_api_reference(name: str) -> None:
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     in_errors = name in _error_classes() and "automodule:: eplb_core.errors" in pages
-    assert in_errors or re.search(rf":: eplb_core\.(?:\w+\.)?{name}(?:\(\))?$", pages, re.MULTILINE)
+    assert in_errors or re.search(rf":: eplb_core\.(?:\w+\.)*{name}(?:\(\))?$", pages, re.MULTILINE)
 
 
 @pytest.mark.parametrize("backend", _first_party_backends())

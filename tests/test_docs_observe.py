@@ -11,7 +11,8 @@ import pytest
 from fake_distributions import install, run_child, run_eplb
 from pages import DOCS, blocks_of
 
-from eplb_core.hooks import HookSpecifications, hook_summaries
+from eplb_core.hooks import HookSpecifications
+from eplb_core.hooks.host import hook_summaries
 
 GUIDE, REFERENCE = DOCS / "observe.md", DOCS / "api" / "hooks.md"
 FILES = {block.caption: block.code for block in blocks_of(GUIDE) if block.caption and not block.mark}
@@ -63,4 +64,4 @@ def test_every_hook_is_in_the_reference_and_in_an_example_there(hook: str) -> No
 )
 def test_every_event_is_in_the_guide_and_in_the_reference(event: str) -> None:
     assert f"| `{event}` |" in GUIDE.read_text()
-    assert f"autoclass:: eplb_core.events.{event}\n" in REFERENCE.read_text()
+    assert f"autoclass:: eplb_core.hooks.events.{event}\n" in REFERENCE.read_text()

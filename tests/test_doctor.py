@@ -12,10 +12,11 @@ import msgspec
 import pytest
 from fake_distributions import install, install_backend, run_child, run_eplb
 
-from eplb_core import doctor_machine
-from eplb_core.doctor import Finding, Severity, run_checks, worst
-from eplb_core.doctor_links import LinkReport, judge, path_of
-from eplb_core.doctor_machine import Machine, look_at_machine, variables_that_matter
+from eplb_core.doctor import Finding, Severity
+from eplb_core.doctor import machine as doctor_machine
+from eplb_core.doctor.checks import run_checks, worst
+from eplb_core.doctor.links import LinkReport, judge, path_of
+from eplb_core.doctor.machine import Machine, look_at_machine, variables_that_matter
 
 # --- checks of plugins -----------------------------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from eplb_backends.nixl import has_nixl
 from eplb_core import errors
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup, TorchGroups, is_stateless
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import StatelessGroup, TorchGroups, is_stateless
+from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.hooks import PluginHost
-from eplb_core.registry import Registry
+from eplb_core.registry.registry import Registry
 
 PAGE = Path(__file__).parent.parent / "docs" / "factory.md"
 PACKAGES = {"nixl": ("nixl", "nixl_rocm", "rixl"), "pynccl": ("nccl",), "torch_nccl": ("nccl",)}
@@ -115,7 +115,7 @@ def test_the_factory_does_what_the_table_says(
     group, weights = group_for(row), weights_for(row)
     expected, _, warned = row.result.partition(", ")
 
-    with caplog.at_level(logging.INFO, "eplb_core.factory"):
+    with caplog.at_level(logging.INFO, "eplb_core.factory.create"):
         outcome: EplbCommunicator | errors.EplbError
         try:
             outcome = create_eplb_communicator(group, backend, weights, registry=Registry(), plugins=PluginHost())
@@ -130,7 +130,11 @@ def test_the_factory_does_what_the_table_says(
         initialized = [f"initialized, {expected} ({outcome.binding.config})"]
     else:
         assert isinstance(outcome, getattr(builtins, row.also))
-    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name == "eplb_core.factory"]
+    said = [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "eplb_core.factory.create"
+    ]
     assert [text for level, text in said if level == "INFO"] == initialized
     warnings = [text for level, text in said if level == "WARNING"]
     assert len(warnings) == (1 if warned else 0)
@@ -150,11 +154,11 @@ def test_other_local_ranks_log_neither_the_line_nor_the_warning(
     local_rank: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    with caplog.at_level(logging.INFO, "eplb_core.factory"):
+    with caplog.at_level(logging.INFO, "eplb_core.factory.create"):
         create_eplb_communicator(TorchGroups(), "torch_gloo", plugins=PluginHost()).close()
         with pytest.raises(errors.BackendUnavailableError):
             create_eplb_communicator(StatelessGroup(0, 1, dist.HashStore()), "torch_nccl", plugins=PluginHost())
-    assert [record for record in caplog.records if record.name == "eplb_core.factory"] == []
+    assert [record for record in caplog.records if record.name == "eplb_core.factory.create"] == []
 
 
 def test_options_of_torch_nccl_are_those_of_its_substitute_too() -> None:

@@ -13,7 +13,7 @@ import test_transports
 import torch
 from ranks import Member, Report, Scenario, bytes_of, content, run_scenarios
 
-from eplb_core.rearrange import InPlace, Rearranger
+from eplb_core.rearrange.rearranger import InPlace, Rearranger
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,8 +25,8 @@ import eplb_backends.nixl.communicator as nixl_communicator
 import eplb_backends.nixl.inbox as nixl_inbox
 import eplb_backends.nixl.outbox as nixl_outbox
 import eplb_backends.torch_gloo.communicator as gloo_communicator
-import eplb_core.step_runner as step_runner
-from eplb_core.rearrange import Rearranger
+import eplb_core.rearrange.step_runner as step_runner
+from eplb_core.rearrange.rearranger import Rearranger
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from ranks import Member, Report, Scenario, error_of, run_scenarios
 
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import GroupCoordinator, StatelessGroup, TorchGroups
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import GroupCoordinator, StatelessGroup, TorchGroups
+from eplb_core.factory.create import create_eplb_communicator
 
 RANKS = 4
 HALVES = ((3, 1), (2, 0))  # global ranks in group order

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from ranks import Member, Report, Scenario, error_of, exchange, ring, run_scenarios
 
 import eplb_backends.nixl.communicator as nixl
-from eplb_core.backend import BackendContext, CommonOptions
-from eplb_core.backend_entry import BackendEntry
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.config import BackendConfig
+from eplb_core.contract.backend import BackendContext, CommonOptions
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import BackendUnavailableError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.registry import Registry
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.registry.config import BackendConfig
+from eplb_core.registry.entry import BackendEntry
+from eplb_core.registry.registry import Registry
 
 RANKS = 3
 ODD = 1  # the rank that differs

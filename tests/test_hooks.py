@@ -10,8 +10,7 @@ import pluggy
 import pytest
 from fake_distributions import install, run_python
 
-from eplb_core.communicator import TransferStats
-from eplb_core.events import Event
+from eplb_core.contract.communicator import TransferStats
 from eplb_core.hooks import (
     BackendCandidate,
     PluginHost,
@@ -20,6 +19,7 @@ from eplb_core.hooks import (
     TransferStarted,
     hookimpl,
 )
+from eplb_core.hooks.events import Event
 
 _TRAFFIC = {"backend": "rail", "rank": 1, "world_size": 4, "bytes_sent": 10, "bytes_received": 20, "messages": 3}
 FLUSH_S = 20.0

@@ -14,17 +14,17 @@ import torch
 from ranks import LAUNCH_S, Member, Report, Scenario, error_of, run_scenarios
 from test_rearrange import EMPTY, Weights, crossings, fill, mixed_layers, random_placement, wrong_slots
 
-from eplb_core import rearrange as rearrange_module
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.control import ControlPlane
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import TransferError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import RankEnvironment, collect_local_ranks
-from eplb_core.layer_task import LayerParts
-from eplb_core.queues import Payloads
-from eplb_core.rearrange import InPlace, Rearranger
-from eplb_core.shared_schedule import share_cuts
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+from eplb_core.rearrange import rearranger as rearrange_module
+from eplb_core.rearrange.rearranger import InPlace, Rearranger
+from eplb_core.rearrange.shared_schedule import share_cuts
+from eplb_core.scheduling.layer import LayerParts
+from eplb_core.transport.queue import Payloads
 
 CONFIG = "nixl?window=1MiB&timeout=20s"
 POISON = 0xA5

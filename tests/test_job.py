@@ -12,9 +12,9 @@ import torch
 from ranks import Member, Report, Scenario, error_of, run_scenarios
 from test_rearrange import SLOTS, Weights, fill, mixed_layers, random_placement, wrong_slots
 
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.placement import IntArray
-from eplb_core.rearrange import Rearranger
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.planning.placement import IntArray
+from eplb_core.rearrange.rearranger import Rearranger
 
 BACKENDS = ("torch_gloo?timeout=20s", "nixl?window=1MiB&timeout=20s")
 ONE_EXPERT = 40_192

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.errors import InputError
-from eplb_core.launch import LocalRankError, Outcome, RankEnvironment, collect_local_ranks, run_local_ranks
-from eplb_core.rank_devices import VISIBLE_GPUS_VARIABLE, limit_visible_gpus, own_gpus, rank_device
+from eplb_core.launch.local_ranks import LocalRankError, Outcome, RankEnvironment, collect_local_ranks, run_local_ranks
+from eplb_core.launch.rank_devices import VISIBLE_GPUS_VARIABLE, limit_visible_gpus, own_gpus, rank_device
 
 TIMEOUT_S = 60.0
 SHORT_S = 2.5  # enough for a forked process to come up
@@ -183,7 +183,7 @@ def test_a_rank_that_hangs_is_ended_at_the_deadline_and_shows_where_it_hung(
 def test_a_rank_that_reported_but_does_not_exit_is_ended_and_has_failed(
     watched: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eplb_core.launch._JOIN_S", 1.0)
+    monkeypatch.setattr("eplb_core.launch.local_ranks._JOIN_S", 1.0)
     stuck, well = watched.collect(does_not_exit)
     assert well.succeeded
     assert (stuck.result, stuck.succeeded) == ("well", False)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch.distributed as dist
 
-from eplb_core.control import ControlPlane
+from eplb_core.control.commit_record import COMMIT, Ledger, Verdict, error_of, who_is_to_blame
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import ControlPlaneError, PeerLostError, TransferError, TransferTimeoutError
-from eplb_core.ledger import COMMIT, Ledger, Verdict, error_of, who_is_to_blame
 
 
 def planes(store: dist.Store, ranks: int) -> list[ControlPlane]:

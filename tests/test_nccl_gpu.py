@@ -18,16 +18,16 @@ from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.probe import probe
 from eplb_backends.pynccl.transport import OwnTransport
 from eplb_backends.torch_nccl.device_exchange import DeviceExchange
-from eplb_core.backend import BackendContext
-from eplb_core.coalesce import Message, as_bytes, coalesce
-from eplb_core.control import ControlPlane
+from eplb_core.contract.backend import BackendContext
+from eplb_core.control.groups import StatelessGroup, TorchGroups
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup, TorchGroups
-from eplb_core.launch import RankEnvironment, run_local_ranks
-from eplb_core.profiling import reserve_profile_buffers
-from eplb_core.queues import Transfer
-from eplb_core.rearrange import Rearranger
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.factory.profiling import reserve_profile_buffers
+from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
+from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.transport.coalesce import Message, as_bytes, coalesce
+from eplb_core.transport.queue import Transfer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,9 +20,9 @@ from click.testing import CliRunner, Result
 from fake_distributions import install_backend, run_eplb
 
 import eplb_core
-from eplb_core.backend import PLUGIN_API_VERSION
 from eplb_core.cli import main
 from eplb_core.cli.new_backend_project import ProjectNames, render_project
+from eplb_core.contract.backend import PLUGIN_API_VERSION
 
 REPOSITORY = Path(__file__).parent.parent
 CHILD_S = 60

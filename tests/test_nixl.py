@@ -22,9 +22,9 @@ from eplb_backends.nixl.communicator import NixlCommunicator
 from eplb_backends.nixl.memory import Regions, joined
 from eplb_backends.nixl.messages import Kind, Writer, parse
 from eplb_backends.nixl.pieces import ByteStream, merge
-from eplb_core.checksums import checksums
 from eplb_core.errors import InvalidTransferError
-from eplb_core.launch import RankEnvironment, collect_local_ranks
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+from eplb_core.transport.checksums import checksums
 
 RANKS = 3
 TOKEN = b"12345678"

@@ -21,7 +21,7 @@ from eplb_backends.nixl import agent as agent_module
 from eplb_backends.nixl.agent import Agent, NixlError
 from eplb_backends.nixl.links import Links
 from eplb_backends.nixl.peers import Identity, Peers
-from eplb_core.control import ControlPlane
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import TransferError
 
 SOURCE, READER = 0, 1

@@ -10,7 +10,7 @@ import pytest
 
 from eplb_backends.nixl import agent
 from eplb_backends.nixl.options import NixlOptions
-from eplb_core.options import option_types
+from eplb_core.contract.options import option_types
 
 REPOSITORY = Path(__file__).parent.parent
 PAGE = (REPOSITORY / "docs" / "nixl.md").read_text()

@@ -31,11 +31,11 @@ from ranks import content, error_of
 from eplb_backends.nixl.agent import Agent
 from eplb_backends.nixl.messages import Writer
 from eplb_backends.nixl.outbox import Outbox
-from eplb_core.communicator import EplbCommunicator
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import StatelessGroup
 from eplb_core.errors import TransferError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
 TIMEOUT_S = 2.0
 PATIENCE_S = 2.0  # what a rank may need beyond the timeout to notice

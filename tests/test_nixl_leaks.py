@@ -21,10 +21,10 @@ import torch.distributed as dist
 from ranks import Member, Report, Scenario, error_of, exchange, ring, run_scenarios
 
 from eplb_backends.nixl.agent import Agent
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
 RANKS = 3
 EXECUTES = 1000

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import RankEnvironment, run_local_ranks
-from eplb_core.rearrange import Rearranger
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
+from eplb_core.rearrange.rearranger import Rearranger
 
 WINDOW = 1 << 20
 LAYERS, SLOTS = 2, 3

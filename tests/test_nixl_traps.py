@@ -53,7 +53,7 @@ from eplb_backends.nixl.prepared import Places
 from eplb_backends.nixl.round import Round
 from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.errors import IntegrityError, TransferError
-from eplb_core.queues import Payload, PayloadQueue
+from eplb_core.transport.queue import Payload, PayloadQueue
 
 # --- how NIXL is loaded and asked ------------------------------------------------------------------------------------
 

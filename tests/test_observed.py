@@ -12,10 +12,10 @@ import pytest
 import torch
 from ranks import Member, Report, Scenario, Sent, error_of, exchange, ring, run_scenarios
 
-from eplb_core.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
+from eplb_core.contract.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.hooks import PluginHost, hookimpl
-from eplb_core.observed import ObservedCommunicator, about_group, plugins_of
-from eplb_core.rearrange import Rearranger
+from eplb_core.hooks.observed import ObservedCommunicator, about_group, plugins_of
+from eplb_core.rearrange.rearranger import Rearranger
 
 FLUSH_S = 20.0
 BACKENDS = ("torch_gloo", "nixl?window=1MiB")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, LostExpertsError, PlacementError
-from eplb_core.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
+from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
 
 
 def test_a_valid_placement_becomes_a_contiguous_int64_array() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, LostExpertsError, PlacementError
-from eplb_core.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 
 
 def transfers_of(plan: RearrangementPlan) -> list[tuple[int, ...]]:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from step_model import Model
 
-from eplb_core.placement import align_slots
-from eplb_core.plan import RearrangementPlan, plan_rearrangement
-from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
+from eplb_core.planning.placement import align_slots
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
 
 
 @dataclass

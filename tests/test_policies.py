@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, PlacementError, PolicyError
-from eplb_core.placement import check_placement, imbalance
+from eplb_core.planning.placement import check_placement, imbalance
 from eplb_core.policies import BalancePolicy, available_policies, load_policy
 from eplb_core.policies.deepseek import POLICY, replicate_experts, spread_copies_over_ranks, spread_groups_over_nodes
 

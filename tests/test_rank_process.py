@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from eplb_core.errors import InputError
-from eplb_core.launch import RankEnvironment, collect_local_ranks, run_local_ranks
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks, run_local_ranks
 
 TIMEOUT_S = 60.0
 
@@ -198,7 +198,7 @@ def test_ranks_end_with_their_server_and_the_next_ones_get_another() -> None:
 
 LAUNCHER = """
 import os, sys, test_rank_process
-from eplb_core.launch import run_local_ranks
+from eplb_core.launch.local_ranks import run_local_ranks
 
 def main():
     print(os.getpid(), test_rank_process.server(), flush=True)
@@ -262,7 +262,7 @@ def test_ranks_can_be_new_processes_instead(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_ranks_are_new_processes_where_no_server_comes_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eplb_core.rank_process._SERVE", "raise SystemExit('{path}{control}{launcher}')")
+    monkeypatch.setattr("eplb_core.launch.rank_process._SERVE", "raise SystemExit('{path}{control}{launcher}')")
     monkeypatch.setenv("A_VARIABLE_THAT_TAKES_A_NEW_SERVER", "yes")
     assert [told["parent"] for told in run_local_ranks(tells, 1, timeout_s=TIMEOUT_S)] == [os.getpid()]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from ranks import Member, Report, Scenario, bytes_of, error_of, run_scenarios
 
-from eplb_core.placement import EMPTY, IntArray
-from eplb_core.rearrange import Rearranger
+from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.rearrange.rearranger import Rearranger
 
 BACKENDS = ("torch_gloo", "nixl?window=1MiB")
 SLOTS, EXPERTS = 4, 6

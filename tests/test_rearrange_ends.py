@@ -15,15 +15,15 @@ import torch.distributed as dist
 from ranks import Member, Report, Scenario, error_of, run_scenarios
 from test_rearrange import SLOTS, Weights, content, fill, mixed_layers, random_placement, wrong_slots
 
+from eplb_core.control.commit_record import Ledger
+from eplb_core.control.groups import StatelessGroup
 from eplb_core.errors import IntegrityError, TransferError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup
-from eplb_core.launch import RankEnvironment, collect_local_ranks
-from eplb_core.ledger import Ledger
-from eplb_core.placement import EMPTY, IntArray
-from eplb_core.rearrange import Rearranger
-from eplb_core.schedule import Step
-from eplb_core.step_runner import PreparedStep, StepRunner
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.rearrange.step_runner import PreparedStep, StepRunner
+from eplb_core.scheduling.schedule import Step
 
 CONFIG = "nixl?window=1MiB&timeout=20s"
 

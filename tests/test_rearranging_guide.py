@@ -12,9 +12,9 @@ import pytest
 from pages import DOCS, REPOSITORY, Block, blocks_of, marked
 from programs import run_program
 
-from eplb_core.job import RearrangeJob
-from eplb_core.launch import RankEnvironment
-from eplb_core.step_runner import PreparedStep, StepRunner
+from eplb_core.launch.local_ranks import RankEnvironment
+from eplb_core.rearrange.job import RearrangeJob
+from eplb_core.rearrange.step_runner import PreparedStep, StepRunner
 
 TOY_ENGINE = REPOSITORY / "examples" / "toy_engine.py"
 ELASTIC = "elastic.py"

@@ -21,8 +21,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from eplb_core.cli import main
-from eplb_core.cli.rebalance_job import RebalanceRequest, prepare
-from eplb_core.cli.rebalance_launch import run_local
+from eplb_core.cli.rebalance.launch import run_local
+from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
 from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from eplb_core import TorchGroups, create_eplb_communicator
-from eplb_core.launch import RankEnvironment, run_local_ranks
+from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
 
 BACKENDS = ("torch_gloo", "torch_nccl", "nixl?window=1MiB", "nixl?mode=packed&window=1MiB", "nixl?verify=full")
 

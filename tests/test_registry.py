@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from fake_distributions import install, install_backend, run_child, run_python, spec_source
 
-from eplb_core.backend import Capabilities
-from eplb_core.discovery import discover
+from eplb_core.contract.backend import Capabilities
+from eplb_core.registry.discovery import discover
 
 _INSTALLED = sorted({each.distribution for each in discover("eplb.backends")})
 _LIST = f"""
-from eplb_core.registry import Registry
+from eplb_core.registry.registry import Registry
 answer = [
     [e.name, e.distribution, e.version, str(e.state), e.why, e.remedy, e.file, list(e.notes)]
     for e in Registry().entries() if e.distribution not in {_INSTALLED}
@@ -32,9 +32,9 @@ def refusal(text: str, *path: Path, call: str = "registry.select(parse_config(te
     """Return the class and the whole text of the error that a child gets for a config string."""
     kind, message = run_python(
         f"""
-        from eplb_core.config import parse_config
+        from eplb_core.registry.config import parse_config
         from eplb_core.errors import EplbError
-        from eplb_core.registry import Registry, load_factory, load_options_class, load_probe
+        from eplb_core.registry.registry import Registry, load_factory, load_options_class, load_probe
         text, registry = {text!r}, Registry()
         try:
             {call}
@@ -51,8 +51,8 @@ def selected(text: str, *path: Path) -> list[str]:
     """Return name, distribution and version of what a config string selects in a child."""
     chosen: list[str] = run_python(
         f"""
-        from eplb_core.config import parse_config
-        from eplb_core.registry import Registry
+        from eplb_core.registry.config import parse_config
+        from eplb_core.registry.registry import Registry
         entry = Registry().select(parse_config({text!r}))
         answer = [entry.name, entry.distribution, entry.version, str(entry.state)]
         """,
@@ -103,7 +103,7 @@ def test_listing_imports_no_backend_and_no_torch_and_nothing_that_a_backend_need
     loaded = run_python(
         """
         import sys
-        from eplb_core.registry import Registry
+        from eplb_core.registry.registry import Registry
         states = {entry.name: str(entry.state) for entry in Registry().entries()}
         assert states["rail"] == "ready", states
         answer = sorted({name.partition(".")[0] for name in sys.modules})
@@ -312,7 +312,7 @@ def test_a_folder_that_is_on_the_path_twice_counts_once(tmp_path: Path):
 @pytest.mark.parametrize("metadata", ["dist-info", "egg-info"])
 @pytest.mark.parametrize("start", [["-c"], ["-m", "listing"], ["listing.py"]], ids=["-c", "-m", "script"])
 def test_metadata_lying_in_the_current_directory_is_not_installed(tmp_path: Path, metadata: str, start: list[str]):
-    source = "from eplb_core.registry import Registry\nprint([e.name for e in Registry().entries()])"
+    source = "from eplb_core.registry.registry import Registry\nprint([e.name for e in Registry().entries()])"
     install(
         tmp_path,
         "rail",
@@ -337,7 +337,7 @@ def test_the_current_directory_counts_where_it_stands_behind_the_standard_librar
         """
         import os, sys
         sys.path.append(os.getcwd())  # where a .pth file puts a source tree
-        from eplb_core.registry import Registry
+        from eplb_core.registry.registry import Registry
         answer = Registry().names()
         """,
         cwd=tmp_path,
@@ -351,7 +351,7 @@ def test_the_current_directory_counts_where_it_stands_behind_the_standard_librar
 def test_an_unknown_name_is_refused_with_the_nearest_and_all_that_are_installed(tmp_path: Path):
     install_backend(tmp_path, "rail")
     kind, message = refusal("rial", tmp_path)
-    names = run_python("from eplb_core.registry import Registry\nanswer = Registry().names()", [tmp_path])
+    names = run_python("from eplb_core.registry.registry import Registry\nanswer = Registry().names()", [tmp_path])
     assert kind == "UnknownBackendError"
     assert message == (
         "there is no backend 'rial', did you mean 'rail'?\n"
@@ -367,9 +367,9 @@ def test_a_name_is_never_taken_for_something_to_import(tmp_path: Path):
 @pytest.mark.parametrize(("name", "command"), [("shm", "pip install eplb-shm")])
 def test_a_backend_that_is_known_but_not_installed_is_refused_with_the_command(name: str, command: str):
     code = """
-    from eplb_core.config import parse_config
+    from eplb_core.registry.config import parse_config
     from eplb_core.errors import EplbError
-    from eplb_core.registry import Registry
+    from eplb_core.registry.registry import Registry
     try:
         Registry("eplb.backends.of-nobody").select(parse_config({name!r}))
     except EplbError as error:
@@ -425,9 +425,9 @@ def test_the_cause_of_a_failing_import_is_kept(tmp_path: Path):
     (tmp_path / "fake_impl.py").write_text("1 / 0\n")
     cause, place = run_python(
         """
-        from eplb_core.config import parse_config
+        from eplb_core.registry.config import parse_config
         from eplb_core.errors import BackendBrokenError
-        from eplb_core.registry import Registry, load_factory
+        from eplb_core.registry.registry import Registry, load_factory
         try:
             load_factory(Registry().select(parse_config("rail")))
         except BackendBrokenError as error:
@@ -443,8 +443,8 @@ def test_a_backend_without_a_probe_has_none(tmp_path: Path):
     install_backend(tmp_path, "rail")
     assert run_python(
         """
-        from eplb_core.config import parse_config
-        from eplb_core.registry import Registry, load_probe
+        from eplb_core.registry.config import parse_config
+        from eplb_core.registry.registry import Registry, load_probe
         answer = [load_probe(Registry().select(parse_config("rail")))]
         """,
         [tmp_path],
@@ -459,14 +459,14 @@ def probed(
 ) -> list[Any]:
     """Return the answer of a probe with this body, run by a child of a child; `before` is run on import."""
     install_backend(tmp_path, "rail", probe="rail_probe:probe", **spec)
-    source = f"import os, signal, subprocess, sys, time\nfrom eplb_core.backend import ProbeResult\n{before}\n"
+    source = f"import os, signal, subprocess, sys, time\nfrom eplb_core.contract.backend import ProbeResult\n{before}\n"
     source += "def probe(device_type):\n" + "".join(f"    {line}\n" for line in body.splitlines())
     (tmp_path / "rail_probe.py").write_text(source)
     answer: list[Any] = run_python(
         f"""
-        from eplb_core.config import parse_config
-        from eplb_core.probing import run_probe
-        from eplb_core.registry import Registry
+        from eplb_core.registry.config import parse_config
+        from eplb_core.registry.probe import run_probe
+        from eplb_core.registry.registry import Registry
         result = run_probe(Registry().select(parse_config("rail")), {device!r}, timeout_s={timeout_s})
         answer = [result.available, result.reason]
         """,
@@ -538,7 +538,7 @@ def test_a_device_that_the_backend_does_not_declare_is_not_probed(tmp_path: Path
 def test_the_first_party_backends_come_through_the_same_door():
     registered = run_python(
         """
-        from eplb_core.registry import Registry
+        from eplb_core.registry.registry import Registry
         answer = [[entry.name, entry.distribution] for entry in Registry().entries()]
         """
     )

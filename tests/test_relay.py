@@ -10,8 +10,8 @@ import pytest
 import torch
 from ranks import Member, Report, Scenario, run_scenarios
 
-from eplb_core.placement import EMPTY, IntArray
-from eplb_core.rearrange import Rearranger
+from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.rearrange.rearranger import Rearranger
 
 BACKENDS = ("torch_gloo", "nixl?window=1MiB")
 NODES = (0, 0, 1, 1)

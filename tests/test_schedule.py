@@ -12,8 +12,8 @@ from step_model import Model
 
 from eplb_core.bench.workload import make_workload
 from eplb_core.errors import InputError, PlacementError
-from eplb_core.plan import plan_rearrangement
-from eplb_core.schedule import ALIGNMENT, Step, schedule_steps
+from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
 
 
 def run_schedule(old, new, num_ranks, sizes, window_bytes, **limits) -> tuple[list[Step], Model]:

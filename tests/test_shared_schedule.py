@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore
 
-from eplb_core.control import ControlPlane
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
-from eplb_core.layer_task import LayerParts
-from eplb_core.plan import plan_rearrangement
-from eplb_core.schedule import in_turn, schedule_steps
-from eplb_core.shared_schedule import share_cuts
+from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.rearrange.shared_schedule import share_cuts
+from eplb_core.scheduling.layer import LayerParts
+from eplb_core.scheduling.schedule import in_turn, schedule_steps
 
 TIMEOUT_S = 20.0
 MIB = 1 << 20

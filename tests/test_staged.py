@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from eplb_core import staged as staged_module
-from eplb_core.staged import StagedExperts
-from eplb_core.weights import ExpertWeights
+from eplb_core.rearrange import window as staged_module
+from eplb_core.rearrange.weights import ExpertWeights
+from eplb_core.rearrange.window import StagedExperts
 
 SLOTS = 3
 PART = 4096

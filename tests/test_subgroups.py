@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from ranks import Member, Report, Scenario, run_scenarios
 
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.profiling import reserve_profile_buffers
-from eplb_core.rearrange import Rearranger
+from eplb_core.control.groups import TorchGroups
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.factory.profiling import reserve_profile_buffers
+from eplb_core.rearrange.rearranger import Rearranger
 
 BACKENDS = ("torch_gloo", "torch_nccl", "nixl")
 

@@ -18,7 +18,7 @@ SCRIPT = """
     import torch.distributed as dist
 
     from eplb_core import create_eplb_communicator
-    from eplb_core.groups import TorchGroups
+    from eplb_core.control.groups import TorchGroups
 
     dist.init_process_group("gloo")
     rank, other = dist.get_rank(), 1 - dist.get_rank()

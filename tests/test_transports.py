@@ -27,9 +27,9 @@ from ranks import (
 )
 
 from eplb_backends.torch_gloo import communicator as gloo_communicator
-from eplb_core.communicator import Binding, EplbCommunicator
+from eplb_core.contract.communicator import Binding, EplbCommunicator
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError
-from eplb_core.launch import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
 BACKENDS = (
     "torch_gloo",

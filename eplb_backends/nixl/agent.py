@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from eplb_core.errors import BackendNotInstalledError, EplbError
-from eplb_core.placement import IntArray
-from eplb_core.streams import ordinal_of
+from eplb_core.planning.placement import IntArray
+from eplb_core.transport.streams import ordinal_of
 
 _PACKAGES = ("nixl", "nixl_rocm", "rixl")  # the CUDA build, the ROCm build, and the ROCm build's older name
 

@@ -30,11 +30,9 @@ from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.prepared import Places, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
-from eplb_core.backend import BackendContext
-from eplb_core.checksums import checksums
-from eplb_core.coalesce import as_bytes
-from eplb_core.communicator import EplbCommunicator, PendingTransfer, TransferStats
-from eplb_core.control import ControlPlane
+from eplb_core.contract.backend import BackendContext
+from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer, TransferStats
+from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     ControlPlaneError,
     EplbError,
@@ -43,8 +41,10 @@ from eplb_core.errors import (
     TransferError,
     TransferTimeoutError,
 )
-from eplb_core.queues import PayloadQueue, Payloads, check_match
-from eplb_core.streams import mark, on_stream
+from eplb_core.transport.checksums import checksums
+from eplb_core.transport.coalesce import as_bytes
+from eplb_core.transport.queue import PayloadQueue, Payloads, check_match
+from eplb_core.transport.streams import mark, on_stream
 
 _SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
 _MAX_IN_FLIGHT = 8

@@ -10,7 +10,7 @@ import torch
 
 from eplb_backends.nixl.agent import Agent
 from eplb_backends.nixl.selftest import PAGE_BYTES
-from eplb_core.streams import ordinal_of
+from eplb_core.transport.streams import ordinal_of
 
 _ALIGNMENT = 256  # bytes; what CUDA's copies like best
 _LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from eplb_backends.nixl.agent import Agent
-from eplb_core.backend import ProbeResult
+from eplb_core.contract.backend import ProbeResult
 
 _BYTES = 1 << 20
 _PATIENCE_S = 15.0

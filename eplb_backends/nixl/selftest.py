@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from eplb_core.communicator import EplbCommunicator
+from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.errors import IntegrityError
 
 LARGEST_WORLD = 16

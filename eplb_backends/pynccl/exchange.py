@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 
 from eplb_backends.pynccl.transport import Transport
-from eplb_core.coalesce import Message
-from eplb_core.deadline import call_within, wait_until
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
-from eplb_core.streams import on_stream
+from eplb_core.transport.coalesce import Message
+from eplb_core.transport.deadline import call_within, wait_until
+from eplb_core.transport.streams import on_stream
 
 _LATER_S = 1.5
 

@@ -8,9 +8,9 @@ import torch
 
 from eplb_backends.pynccl.exchange import CudaLane, NcclExchange
 from eplb_backends.pynccl.transport import OwnTransport
-from eplb_core.backend import ProbeResult
-from eplb_core.coalesce import Message
-from eplb_core.streams import on_stream
+from eplb_core.contract.backend import ProbeResult
+from eplb_core.transport.coalesce import Message
+from eplb_core.transport.streams import on_stream
 
 _BYTES = 1 << 20
 _PATIENCE_S = 20.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eplb_core.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
+from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
 
 NCCL_DTYPES = (
     "bool",  # NCCL's uint8, as torch.distributed has it

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from eplb_core.coalesce import Message
-from eplb_core.deadline import call_within
+from eplb_core.transport.coalesce import Message
+from eplb_core.transport.deadline import call_within
 
 _ABORT_S = 1.0  # ncclCommAbort itself can hang; what is left of it stays behind in a thread
 _CLOSE_S = 5.0  # destroying waits for the other ranks of the node, which may close later or be gone

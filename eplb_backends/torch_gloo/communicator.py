@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from eplb_backends.torch_gloo.options import GlooOptions
-from eplb_core.backend import BackendContext
-from eplb_core.coalesce import as_bytes, coalesce
-from eplb_core.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.backend import BackendContext
+from eplb_core.contract.communicator import EplbCommunicator, TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferOverflowError
-from eplb_core.p2p import exchange
-from eplb_core.queues import Transfer, TransferQueue, check_match
-from eplb_core.streams import on_stream, synchronize
+from eplb_core.transport.coalesce import as_bytes, coalesce
+from eplb_core.transport.process_group import exchange
+from eplb_core.transport.queue import Transfer, TransferQueue, check_match
+from eplb_core.transport.streams import on_stream, synchronize
 
 
 def create(context: BackendContext, options: GlooOptions, expert_weights: Sequence[torch.Tensor]) -> GlooCommunicator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eplb_core.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
+from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
 
 BACKEND = BackendSpec(
     name="torch_gloo",

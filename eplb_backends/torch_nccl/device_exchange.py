@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from eplb_core.coalesce import Message
-from eplb_core.deadline import call_within, wait_until
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
-from eplb_core.streams import on_stream
+from eplb_core.transport.coalesce import Message
+from eplb_core.transport.deadline import call_within, wait_until
+from eplb_core.transport.streams import on_stream
 
 _ABORT_S = 1.0  # ncclCommAbort itself can hang; what is left of it stays behind in a thread
 

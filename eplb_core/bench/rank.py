@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from eplb_core.bench.pattern import Pattern, Progress, fill, find_wrong
 from eplb_core.bench.workload import Workload
-from eplb_core.control import ControlPlane
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.launch import RankEnvironment
-from eplb_core.rank_devices import device_group, rank_device
-from eplb_core.rearrange import STEPS_UNDER_WAY, InPlace, Rearranger
+from eplb_core.control.groups import TorchGroups
+from eplb_core.control.plane import ControlPlane
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment
+from eplb_core.launch.rank_devices import device_group, rank_device
+from eplb_core.rearrange.rearranger import STEPS_UNDER_WAY, InPlace, Rearranger
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
 

@@ -14,10 +14,10 @@ import torch
 
 from eplb_core import __version__, errors
 from eplb_core.bench.rank import Advance, BenchJob, RankMeasurement, measure_rank
-from eplb_core.config import AUTO, parse_config, resolve_options
 from eplb_core.errors import BackendUnavailableError, InputError
-from eplb_core.launch import LocalRankError, Outcome, collect_local_ranks
-from eplb_core.registry import default_registry, load_options_class
+from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_ranks
+from eplb_core.registry.config import AUTO, parse_config, resolve_options
+from eplb_core.registry.registry import default_registry, load_options_class
 
 _MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
 

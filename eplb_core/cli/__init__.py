@@ -14,18 +14,21 @@ from eplb_core.cli.output import exit_code_of, report_error
 from eplb_core.errors import EplbError
 
 if TYPE_CHECKING:
-    from eplb_core.hooks import PluginHost
+    from eplb_core.hooks.host import PluginHost
 
 _COMMANDS = {
     "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
     "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
-    "doctor": ("eplb_core.cli.doctor:doctor", "Show what works on this machine, and how fast its links are."),
+    "doctor": ("eplb_core.cli.doctor.command:doctor", "Show what works on this machine, and how fast its links are."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
-    "rebalance": ("eplb_core.cli.rebalance:rebalance", "Move experts to a better placement and verify every byte."),
+    "rebalance": (
+        "eplb_core.cli.rebalance.command:rebalance",
+        "Move experts to a better placement and verify every byte.",
+    ),
 }
 """Sub-command -> (where its click command is, what it does in one line)."""
 
@@ -79,7 +82,7 @@ class EplbGroup(click.Group):
 
     def _plugin_commands(self) -> dict[str, click.Command]:
         """Return the commands that plugins add. None of them replaces a built-in one."""
-        from eplb_core.hooks import PluginHost
+        from eplb_core.hooks.host import PluginHost
 
         if self._host is None:
             self._host = PluginHost().load()

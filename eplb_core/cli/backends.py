@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from eplb_core import __version__
-from eplb_core.backend import PLUGIN_API_VERSION, ProbeResult
 from eplb_core.cli.output import STDOUT, human_console, write_json
-from eplb_core.hints import KNOWN_BACKENDS
-from eplb_core.registry import BackendEntry, BackendState, default_registry
+from eplb_core.contract.backend import PLUGIN_API_VERSION, ProbeResult
+from eplb_core.registry.known import KNOWN_BACKENDS
+from eplb_core.registry.registry import BackendEntry, BackendState, default_registry
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +60,7 @@ def _probe(
     entries: Sequence[BackendEntry], device_type: str, json_path: str | None
 ) -> tuple[list[BackendEntry], dict[str, ProbeResult]]:
     """Probe what is ready; return the entries with what is now known, and the answers by `name@distribution`."""
-    from eplb_core.probing import run_probe
+    from eplb_core.registry.probe import run_probe
 
     console = human_console(json_path)
     probed, results = [], {}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from eplb_core.backend import ByteSize
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, write_json
+from eplb_core.contract.backend import ByteSize
+from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import EplbError, InputError
-from eplb_core.options import OptionType, ValueTextError
-from eplb_core.rank_process import start_server
+from eplb_core.launch.rank_process import start_server
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,7 +91,7 @@ def bench(
     from eplb_core.bench.rank import BenchJob
     from eplb_core.bench.run import check_job
     from eplb_core.bench.summary import print_summary, summarize
-    from eplb_core.config import AUTO, backend_from_environment
+    from eplb_core.registry.config import AUTO, backend_from_environment
 
     names = list(dict.fromkeys(backends)) or [backend_from_environment(None) or AUTO]
     jobs = [

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from eplb_core.backend import CommonOptions
 from eplb_core.cli.output import STDOUT, human_console, write_json
-from eplb_core.config import (
+from eplb_core.contract.backend import CommonOptions
+from eplb_core.errors import InputError
+from eplb_core.registry.config import (
     AUTO,
     BACKEND_VARIABLE,
     ResolvedOptions,
@@ -19,8 +20,7 @@ from eplb_core.config import (
     parse_config,
     resolve_options,
 )
-from eplb_core.errors import InputError
-from eplb_core.registry import default_registry, load_options_class
+from eplb_core.registry.registry import default_registry, load_options_class
 
 
 @click.group()

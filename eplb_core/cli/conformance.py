@@ -48,7 +48,7 @@ def conformance(
         raise click.UsageError("Missing argument 'CONFIG', such as nixl or 'torch_gloo?timeout=5s'.")
     # What cannot be checked at all is told before torch is imported.
     subject = None if config is None or list_only else Subject.declared(config, device, must_register=register)
-    from eplb_core.testing.contract import all_checks, checks_named
+    from eplb_core.testing.catalogue import all_checks, checks_named
 
     console = human_console(json_path)
     checks = checks_named(*names) if names else all_checks(thorough=thorough)
@@ -69,7 +69,7 @@ def conformance(
 def _print_list(console: Console) -> None:
     from rich.table import Table
 
-    from eplb_core.testing.contract import all_checks
+    from eplb_core.testing.catalogue import all_checks
 
     table = Table("check", "promise", "")
     for check in all_checks():

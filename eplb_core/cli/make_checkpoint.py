@@ -34,7 +34,7 @@ def make_checkpoint(
     Its files, names and dtypes are those of a real one (with --style deepseek: float8 weights with their scales);
     its weights are random bytes.
     """
-    from eplb_core.cli.report import format_bytes
+    from eplb_core.cli.rebalance.report import format_bytes
 
     num_bytes = write_checkpoint(
         directory,

@@ -11,7 +11,7 @@ import click
 
 from eplb_core import __version__
 from eplb_core.cli.output import STDOUT, human_console, write_json
-from eplb_core.hooks import InstalledPlugin, PluginHost, hook_summaries
+from eplb_core.hooks.host import InstalledPlugin, PluginHost, hook_summaries
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,7 +20,7 @@ from eplb_core.errors import PolicyError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from eplb_core.placement import IntArray
+    from eplb_core.planning.placement import IntArray
 
 ENTRY_POINT_GROUP = "eplb.policies"
 """The entry-point group in which distributions register a `BalancePolicy`."""

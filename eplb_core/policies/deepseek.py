@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_core.errors import PlacementError
-from eplb_core.placement import FloatArray, IntArray, check_loads
+from eplb_core.planning.placement import FloatArray, IntArray, check_loads
 
 
 @dataclass(frozen=True, slots=True)

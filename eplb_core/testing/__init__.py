@@ -16,11 +16,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from eplb_core.testing.catalogue import all_checks as all_checks
     from eplb_core.testing.check import Check as Check
     from eplb_core.testing.check import expect as expect
     from eplb_core.testing.check import skip as skip
     from eplb_core.testing.context import RankContext as RankContext
-    from eplb_core.testing.contract import all_checks as all_checks
     from eplb_core.testing.report import Report as Report
     from eplb_core.testing.report import Result as Result
     from eplb_core.testing.report import Status as Status
@@ -36,7 +36,7 @@ _HOME = {
     "Result": "report",
     "Status": "report",
     "Subject": "subject",
-    "all_checks": "contract",
+    "all_checks": "catalogue",
     "expect": "check",
     "run_conformance": "runner",
     "skip": "check",

@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.config import parse_config
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import StatelessGroup, TorchGroups
-from eplb_core.launch import RankEnvironment
-from eplb_core.rank_devices import rank_device
-from eplb_core.registry import default_registry
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import StatelessGroup, TorchGroups
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.local_ranks import RankEnvironment
+from eplb_core.launch.rank_devices import rank_device
+from eplb_core.registry.config import parse_config
+from eplb_core.registry.registry import default_registry
 from eplb_core.testing.check import expect, skip
 from eplb_core.testing.subject import Subject
 

@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from eplb_core.launch import RankEnvironment
+from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.testing.check import BrokenPromiseError, Check, SkippedError
 from eplb_core.testing.context import RankContext
 from eplb_core.testing.report import Status

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from eplb_core.config import parse_config
 from eplb_core.errors import EplbError, InputError
-from eplb_core.launch import Outcome, collect_local_ranks
-from eplb_core.registry import Registry
+from eplb_core.launch.local_ranks import Outcome, collect_local_ranks
+from eplb_core.registry.config import parse_config
+from eplb_core.registry.registry import Registry
+from eplb_core.testing.catalogue import all_checks
 from eplb_core.testing.check import BrokenPromiseError, Check, Place, SkippedError
-from eplb_core.testing.contract import all_checks
 from eplb_core.testing.in_rank import Closed, Closing, Ended, Failed, Step, perform, stacks_file
 from eplb_core.testing.report import Report, Result, Status
 from eplb_core.testing.subject import Subject

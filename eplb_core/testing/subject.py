@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from eplb_core.config import parse_config
 from eplb_core.errors import InputError
-from eplb_core.registry import Registry
+from eplb_core.registry.config import parse_config
+from eplb_core.registry.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

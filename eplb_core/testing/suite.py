@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from eplb_core.testing.catalogue import all_checks, checks_named
 from eplb_core.testing.check import Check
-from eplb_core.testing.contract import all_checks, checks_named
 from eplb_core.testing.report import Report, Status
 from eplb_core.testing.runner import run_conformance
 from eplb_core.testing.subject import Subject

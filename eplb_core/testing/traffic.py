@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from eplb_core.communicator import EplbCommunicator
+from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.testing.check import expect
 
 if TYPE_CHECKING:

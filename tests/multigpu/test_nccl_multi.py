@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 from engine_nccl import EngineNccl, why_not
 
-from eplb_core.coalesce import as_bytes
-from eplb_core.communicator import EplbCommunicator
-from eplb_core.elastic import generation_group, remap_placement
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import CommunicatorClosedError, TransferError, TransferMismatchError, TransferTimeoutError
-from eplb_core.factory import create_eplb_communicator
-from eplb_core.groups import TorchGroups
-from eplb_core.launch import RankEnvironment
-from eplb_core.profiling import reserve_profile_buffers
-from eplb_core.rearrange import Rearranger
+from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.factory.profiling import reserve_profile_buffers
+from eplb_core.launch.local_ranks import RankEnvironment
+from eplb_core.planning.generations import generation_group, remap_placement
+from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.transport.coalesce import as_bytes
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""`eplb doctor`."""

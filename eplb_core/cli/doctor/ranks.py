@@ -1,0 +1,133 @@
+"""The ranks that `eplb doctor` measures with: processes that it starts, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from eplb_core.control.plane import ControlPlane
+from eplb_core.doctor.links import LinkJob, LinkReport, measure_in_new_rank, measure_links, open_groups
+from eplb_core.doctor.machine import Machine
+from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+
+_Shared = TypeVar("_Shared")
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is one of several ranks already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+class Ranks(Protocol):
+    """Ranks that measure together. Every one of them makes the same calls."""
+
+    world_size: int
+    is_first: bool
+
+    def share(self, value: _Shared) -> _Shared:
+        """Return the value of rank 0."""
+        ...
+
+    def machines(self, here: Machine) -> list[Machine]:
+        """Return one machine for each host."""
+        ...
+
+    def measure(self, job: LinkJob) -> list[LinkReport]:
+        """Return what each rank found, in rank order."""
+        ...
+
+    def leave(self, code: int) -> int:
+        """Return the exit code of rank 0, once it has printed everything."""
+        ...
+
+
+class LocalRanks:
+    """New processes of this machine for each backend, so that one that crashes does no harm to the next.
+
+    Args:
+        world_size: how many.
+        timeout_s: for each backend, in seconds.
+    """
+
+    is_first = True
+
+    def __init__(self, world_size: int, timeout_s: float) -> None:
+        self.world_size = world_size
+        self._timeout_s = timeout_s
+
+    def share(self, value: _Shared) -> _Shared:
+        """Return it: there is one process that asks."""
+        return value
+
+    def machines(self, here: Machine) -> list[Machine]:
+        """Return this machine."""
+        return [here]
+
+    def measure(self, job: LinkJob) -> list[LinkReport]:
+        """Return what each rank found; one that died reports that."""
+        outcomes = collect_local_ranks(measure_in_new_rank, self.world_size, (job,), timeout_s=self._timeout_s)
+        return [
+            outcome.result
+            if outcome.succeeded
+            else LinkReport(outcome.rank, error=outcome.message or f"{outcome.error}, exit code {outcome.exit_code}")
+            for outcome in outcomes
+        ]
+
+    def leave(self, code: int) -> int:
+        """Return it."""
+        return code
+
+
+class JoinedRanks:
+    """This process among the ranks that torchrun started, on one machine or several.
+
+    Args:
+        timeout_s: how long to wait for the slowest rank, in seconds.
+
+    Raises:
+        InputError: torchrun's environment is not complete.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._environment = RankEnvironment.from_torchrun()
+        self.world_size = self._environment.world_size
+        self.is_first = self._environment.rank == 0
+        self._timeout_s = timeout_s
+        store = dist.PrefixStore("doctor", self._environment.store)
+        self._control = ControlPlane(store, self._environment.rank, self.world_size)
+
+    def share(self, value: _Shared) -> _Shared:
+        """Return the value of rank 0, which is made of lists, texts and numbers."""
+        gathered = self._control.all_gather("what rank 0 says", msgspec.json.encode(value), self._timeout_s)
+        first: _Shared = msgspec.json.decode(gathered[0])
+        return first
+
+    def machines(self, here: Machine) -> list[Machine]:
+        """Return the machine of the first rank on each host."""
+        payload = msgspec.json.encode(here if self._environment.local_rank == 0 else None)
+        gathered = self._control.all_gather("what the machines are like", payload, self._timeout_s)
+        answers = [msgspec.json.decode(each, type=Machine | None) for each in gathered]
+        return [answer for answer in answers if answer is not None]
+
+    def measure(self, job: LinkJob) -> list[LinkReport]:
+        """Do this rank's part, and return what every rank found."""
+        if not dist.is_initialized():
+            self._environment.init_process_group(self._timeout_s)
+        control = self._control.scoped(f"links/{job.config}")
+        report = measure_links(
+            self._environment, open_groups(self._environment, job.device, job.timeout_s), control, job
+        )
+        payload = msgspec.json.encode(report)
+        gathered: Sequence[bytes] = self._control.all_gather("the reports", payload, self._timeout_s)
+        return [msgspec.json.decode(each, type=LinkReport) for each in gathered]
+
+    def leave(self, code: int) -> int:
+        """Return the exit code of rank 0, once it has printed everything."""
+        shared = self.share(code)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return shared

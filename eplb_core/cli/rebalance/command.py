@@ -1,0 +1,175 @@
+"""`eplb rebalance`: from recorded loads to weights that lie where a policy wants them, every byte compared."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, write_json
+from eplb_core.errors import EplbError, InputError
+from eplb_core.launch.rank_process import start_server
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from eplb_core.cli.rebalance.rank import RankResult
+    from eplb_core.cli.rebalance.request import RebalanceJob, RebalanceRequest
+
+_DEFAULT_RANKS = 4
+
+
+@click.command()
+@click.argument("loads", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Real weights: a Hugging Face MoE checkpoint.")
+@click.option("--model", help="Random weights of a published model's shapes, such as deepseek-v3.")
+@click.option("--scale", default="1", show_default=True, help="Shrink each tensor of --model, such as 1/16.")
+@click.option("--ranks", type=int, help=f"Ranks.  [default: {_DEFAULT_RANKS}, or those of torchrun]")
+@click.option("--nodes", type=int, help="Nodes that the ranks are spread over.  [default: 1, or those of torchrun]")
+@click.option("--redundant", type=int, help="Slots of a layer beyond one for each expert.  [default: 0]")
+@click.option("--groups", type=int, help="Expert groups to keep on one node.  [default: the checkpoint's, or 1]")
+@click.option("--policy", default="deepseek", show_default=True, help="What decides on the new placement.")
+@click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
+@click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
+@click.option("--backend", help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]")
+@click.option(
+    "--window",
+    help="The most staging of a rank for received experts, such as 64MiB; that of the backend, such as nixl?window=, "
+    "comes on top.  [default: what the backend leaves of its own]",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the weights lie. With cuda each local rank takes a GPU, in turn; under torchrun LOCAL_RANK decides.",
+)
+@click.option("--pace", help="Move in the background, with at most so much into a rank, such as 200MB/s.")
+@click.option("--verify", default="off", show_default=True, help="Compare checksums before and after: sample, full.")
+@click.option("--seed", default=0, show_default=True, help="Of random weights.")
+@click.option("--verify-against", type=click.Path(path_type=Path), help="Compare with this copy of the checkpoint.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the new placement here (.json, .npz).")
+@click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
+@click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that all of it may take.")
+@click.pass_context
+def rebalance(
+    context: click.Context,
+    /,
+    ranks: int | None,
+    nodes: int | None,
+    out: Path | None,
+    json_path: str | None,
+    plot: Path | None,
+    **options: Any,
+) -> None:
+    """Move experts to a better placement, and verify every byte.
+
+    LOADS is a .json, .npy, .npz or .pt file with how often each expert was chosen: [layers, experts], or
+    [steps, layers, experts], as an engine's recorder writes it.
+
+    Alone it starts local ranks. Under torchrun it joins the ranks that it is given, on several machines too.
+
+    Exit code: 0 if all weights are where they should be, 1 if not, 2 if the input cannot be used.
+    """
+    from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
+
+    output = _Output(out, json_path, plot)
+    console = human_console(json_path)
+    if not _started_by_torchrun():
+        request = RebalanceRequest(
+            ranks=_DEFAULT_RANKS if ranks is None else ranks, nodes=1 if nodes is None else nodes, **options
+        )
+        output.check()
+        job = prepare(request)
+        start_server()  # it imports torch while this process does the same
+        from eplb_core.cli.rebalance.launch import run_local
+
+        context.exit(_conclude(request, job, run_local(job, console), output, console))
+
+    from eplb_core.cli.rebalance.launch import JoinedRanks, RefusedError
+
+    joined = JoinedRanks()
+    request = RebalanceRequest(ranks=joined.world_size, nodes=joined.num_nodes if nodes is None else nodes, **options)
+
+    def check_and_prepare() -> RebalanceJob:
+        if ranks not in (None, joined.world_size):
+            raise InputError(
+                f"--ranks is {ranks}, but torchrun started {joined.world_size}", remedy="leave --ranks away"
+            )
+        if joined.is_first:
+            output.check()
+        return prepare(request)
+
+    try:
+        job = joined.agree(check_and_prepare, request.timeout_s)
+    except RefusedError as refused:
+        context.exit(refused.exit_code)
+    results = joined.run(job, console)
+    code = 0
+    if joined.is_first:
+        try:
+            code = _conclude(request, job, results, output, console)
+        except EplbError as error:
+            report_error(error)
+            code = EXIT_PROBLEM
+    context.exit(joined.share_exit_code(code, request.timeout_s))
+
+
+def _started_by_torchrun() -> bool:
+    """Whether this process is one of several ranks already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+class _Output:
+    """The files that the user wants."""
+
+    def __init__(self, placement: Path | None, json_path: str | None, plot: Path | None) -> None:
+        self.placement = placement
+        self.json_path = json_path
+        self.plot = plot
+
+    def check(self) -> None:
+        """Raise `InputError` if one of them cannot be written, before any work is done."""
+        from eplb_core.cli.rebalance.plot import check_plot_target
+        from eplb_core.inputs.placements import check_placement_target
+
+        if self.placement is not None:
+            check_placement_target(self.placement)
+        if self.plot is not None:
+            check_plot_target(self.plot)
+        json_file = None if self.json_path in (None, STDOUT) else Path(str(self.json_path))
+        for option, path in (("--out", self.placement), ("--json", json_file), ("--plot", self.plot)):
+            if path is not None and not path.parent.is_dir():
+                raise InputError(f"the folder for {option} does not exist", where=str(path.parent))
+            if path is not None and path.is_dir():
+                raise InputError(f"{option} is a folder", where=str(path), remedy="give the name of a file")
+
+
+def _conclude(
+    request: RebalanceRequest, job: RebalanceJob, results: Sequence[RankResult], output: _Output, console: Console
+) -> int:
+    """Print the report, write the files, and return the exit code."""
+    from eplb_core.cli.rebalance.plot import save_plot
+    from eplb_core.cli.rebalance.report import make_report, print_report
+    from eplb_core.inputs.placements import write_placement
+
+    if request.checkpoint is not None:
+        source = f"checkpoint {request.checkpoint.resolve().name}"
+    else:
+        source = f"{request.model}" + (f" at {request.scale}" if request.scale != "1" else "") + ", random weights"
+    report = make_report(job, results, policy=request.policy, source=source)
+    if job.note:
+        console.print(f"note: {job.note}", markup=False)
+    print_report(report, console)
+    if output.json_path is not None:
+        write_json(report.document(), output.json_path)
+    if output.plot is not None:
+        save_plot(report, output.plot)
+    if output.placement is not None and report.verified:
+        write_placement(output.placement, job.new, job.num_ranks)
+    return 0 if report.verified else EXIT_PROBLEM

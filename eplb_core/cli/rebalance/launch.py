@@ -1,0 +1,152 @@
+"""Gets the ranks of `eplb rebalance` to work: as processes that it starts, or among those that torchrun started."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from eplb_core import errors
+from eplb_core.cli.output import exit_code_of, one_line
+from eplb_core.cli.progress import StageBars
+from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
+from eplb_core.cli.rebalance.request import RebalanceJob
+from eplb_core.control.plane import ControlPlane
+from eplb_core.errors import EplbError, InputError
+from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, collect_local_ranks
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STAGES = {"read": "read weights", "move": "move experts", "verify": "compare bytes"}
+_MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
+
+
+class RefusedError(EplbError):
+    """The ranks agreed that they cannot begin. Rank 0 has told the user why. `exit_code` is for all of them."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("the input was refused")
+
+
+def run_local(job: RebalanceJob, console: Console) -> list[RankResult]:
+    """Start the job's ranks as processes of this machine, and return what each found.
+
+    Raises:
+        InputError: the weights do not fit into memory.
+        LocalRankError: a rank failed, or did not end in time.
+    """
+    check_memory(job, job.num_ranks)
+    with StageBars(console, _STAGES, job.num_ranks, heard_ranks=job.num_ranks) as bars:
+
+        def show(rank: int, event: StageProgress) -> None:
+            bars.update(rank, event.stage, event.done, event.total)
+
+        outcomes = collect_local_ranks(run_rank, job.num_ranks, (job,), timeout_s=job.timeout_s, on_event=show)
+    failed = [outcome for outcome in outcomes if not outcome.succeeded]
+    if failed:
+        # A rank that raised says more than one that died, and both more than those that were ended because of it.
+        first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
+        if first.error and not hasattr(errors, first.error):
+            print(first.trace, file=sys.stderr)  # no error of ours: whoever mends it needs the place
+        raise LocalRankError(
+            f"rank {first.rank} failed" + (f" with {first.error}" if first.error else ""),
+            rank=first.rank,
+            why=first.message,
+        )
+    return [outcome.result for outcome in outcomes]
+
+
+class JoinedRanks:
+    """This process among the ranks that torchrun started, on one machine or several."""
+
+    def __init__(self) -> None:
+        """Meet the other ranks. Raises `InputError` if torchrun's environment is not complete."""
+        import torch.distributed as dist
+
+        self.environment = RankEnvironment.from_torchrun()
+        self.world_size = self.environment.world_size
+        self.is_first = self.environment.rank == 0
+        store = dist.PrefixStore("rebalance/input", self.environment.store)
+        self._control = ControlPlane(store, self.environment.rank, self.world_size)
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines there are, as far as can be told."""
+        return max(1, self.world_size // self.environment.local_world_size)
+
+    def agree(self, prepare: Callable[[], RebalanceJob], timeout_s: float) -> RebalanceJob:
+        """Prepare the job on every rank; go on only if all of them could, and have read the same.
+
+        Raises:
+            RefusedError: some rank could not; rank 0 has printed the reason.
+        """
+        job, verdict = None, ""
+        try:
+            job = prepare()
+            # How many ranks share a GPU is not known here: torchrun's may each see one of their own.
+            check_memory(job, self.environment.local_world_size if job.device == "cpu" else 1)
+            verdict = f"ok {job.digest()}"
+        except EplbError as error:
+            verdict = f"{exit_code_of(error)} {one_line(error)}"
+        verdicts = [text.decode() for text in self._control.all_gather("the input", verdict.encode(), timeout_s)]
+        refusals = [(rank, text) for rank, text in enumerate(verdicts) if not text.startswith("ok ")]
+        if not refusals and len(set(verdicts)) > 1:
+            other = next(rank for rank, text in enumerate(verdicts) if text != verdicts[0])
+            refusals = [(other, f"2 rank {other} has read other loads, placements or weights than rank 0")]
+        if job is None or refusals:
+            rank, (code, _, message) = refusals[0][0], refusals[0][1].partition(" ")
+            if self.is_first:
+                where = f"rank {rank}: " if len(refusals) < self.world_size else ""
+                print(f"error: {where}{message}", file=sys.stderr, flush=True)
+            # torchrun ends all ranks as soon as one has ended, so rank 0 has to have spoken.
+            self._control.barrier("that rank 0 has told why", timeout_s)
+            raise RefusedError(int(code))
+        return job
+
+    def run(self, job: RebalanceJob, console: Console) -> list[RankResult]:
+        """Do this rank's part, and return what every rank found.
+
+        Raises:
+            EplbError: the ranks do not agree, or a transfer failed.
+        """
+        with StageBars(console, _STAGES, self.world_size, heard_ranks=1) as bars:
+
+            def show(event: StageProgress) -> None:
+                if self.is_first:
+                    bars.update(0, event.stage, event.done, event.total)
+
+            result = run_rank(self.environment, job, show)
+        payload = json.dumps(asdict(result)).encode()
+        gathered = self._control.all_gather("the results", payload, job.timeout_s)
+        return [RankResult(**json.loads(text)) for text in gathered]
+
+    def share_exit_code(self, code: int, timeout_s: float) -> int:
+        """Return the exit code of rank 0 on every rank, once it has written its files."""
+        return int(self._control.all_gather("the exit code", str(code).encode(), timeout_s)[0])
+
+
+def check_memory(job: RebalanceJob, ranks_here: int) -> None:
+    """Raise `InputError` if the weights of `ranks_here` ranks do not fit into this machine's free memory."""
+    ranks, free, where = ranks_here, _free_bytes(), "memory"
+    if job.device == "cuda":
+        import torch
+
+        gpus = torch.cuda.device_count()
+        ranks, where = -(-ranks_here // gpus), "memory on a GPU"
+        free = min(torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus))
+    needed = ranks * job.rank_bytes
+    if needed > _MEMORY_SHARE * free:
+        raise InputError(
+            f"the weights of {ranks} ranks need {needed / 1e9:.1f} GB of {where}, but {free / 1e9:.1f} GB are free",
+            remedy="give --layers COUNT for fewer layers, or --scale with --model",
+        )
+
+
+def _free_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

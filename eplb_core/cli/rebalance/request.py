@@ -1,0 +1,373 @@
+"""From what the user asked to what the ranks do: everything is read and checked here, before a rank is started."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb_core.contract.backend import ByteSize
+from eplb_core.contract.options import OptionType, ValueTextError
+from eplb_core.errors import BackendUnavailableError, InputError
+from eplb_core.inputs.checkpoint import Checkpoint
+from eplb_core.inputs.experts import ExpertSource
+from eplb_core.inputs.loads import read_loads
+from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scaled
+from eplb_core.inputs.placements import read_placement
+from eplb_core.inputs.slots import check_same_experts
+from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, load_per_rank
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.policies import load_policy
+from eplb_core.rearrange.pace import parse_pace
+from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness
+from eplb_core.registry.config import AUTO, backend_from_environment, parse_config, resolve_options
+from eplb_core.registry.registry import default_registry, load_options_class
+from eplb_core.scheduling.schedule import schedule_steps
+
+_LAYERS = re.compile(r"(?:(?P<start>\d+):)?(?P<stop>\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceRequest:
+    """What the user asked for; the options of `eplb rebalance`.
+
+    Attributes:
+        loads: the file with the loads.
+        checkpoint: the folder with the weights, or None for random ones of `model`.
+        model: the model whose shapes random weights have, or None.
+        scale: what each of its tensors is shrunk to.
+        verify_against: another copy of the checkpoint, to compare with in the end.
+        placement: the file with the placement to start from, or None for the contiguous one.
+        ranks: how many ranks.
+        nodes: how many nodes they are spread over.
+        redundant: slots beyond one for each expert; None for those of `placement`, or 0.
+        groups: expert groups that the policy keeps on one node; None for what the checkpoint states, or 1.
+        policy: the name of the policy.
+        layers: `COUNT` or `START:STOP`, or None for all.
+        seed: of the random weights.
+        backend: a config string, or None for what the environment says, or `auto`.
+        window: the most staging of a rank for received experts, as text; None for what the backend allows.
+        pace: the most bytes a second that a background job brings to a rank, as text; None to run at once.
+        verify: how thoroughly checksums are compared before and after: off, sample or full.
+        timeout_s: the longest that all of it may take, in seconds.
+        device: where the weights lie, `cpu` or `cuda`.
+    """
+
+    loads: Path
+    checkpoint: Path | None = None
+    model: str | None = None
+    scale: str = "1"
+    verify_against: Path | None = None
+    placement: Path | None = None
+    ranks: int = 4
+    nodes: int = 1
+    redundant: int | None = None
+    groups: int | None = None
+    policy: str = "deepseek"
+    layers: str | None = None
+    seed: int = 0
+    backend: str | None = None
+    window: str | None = None
+    pace: str | None = None
+    verify: str = "off"
+    timeout_s: float = 1800.0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RebalanceJob:
+    """What the ranks do. Rows of its arrays are the layers that take part.
+
+    Attributes:
+        weights: where the experts come from: a checkpoint's folder, or random ones.
+        truth: the same, for the comparison in the end.
+        layers: for each row, the layer of the source.
+        layer_names: for each row, the model's own number of the layer.
+        loads: float64 `[rows, experts]`.
+        old: int64 `[rows, slots]`, the placement to start from.
+        new: int64 `[rows, slots]`, the placement that the policy made.
+        num_ranks: how many ranks share the slots.
+        node_of_rank: the node of each rank.
+        expert_bytes: for each row, the bytes of one expert.
+        backend: the config string of what moves the bytes.
+        window_bytes: the most staging of a rank for received experts; None for what the backend allows.
+        timeout_s: the longest that all of it may take, in seconds.
+        bytes_per_s: the most that a background job brings to a rank; None to run at once.
+        verify: how thoroughly checksums are compared before and after.
+        note: what was done to the loads that the user may want to know, or "".
+        device: where the weights lie, `cpu` or `cuda`.
+    """
+
+    weights: Path | RandomExperts
+    truth: Path | RandomExperts
+    layers: tuple[int, ...]
+    layer_names: tuple[int, ...]
+    loads: NDArray[np.float64]
+    old: NDArray[np.int64]
+    new: NDArray[np.int64]
+    num_ranks: int
+    node_of_rank: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    backend: str
+    window_bytes: int | None
+    timeout_s: float
+    bytes_per_s: float | None = None
+    verify: Thoroughness = "off"
+    note: str = ""
+    device: str = "cpu"
+
+    @property
+    def slots_per_rank(self) -> int:
+        """Slots of one rank in one layer."""
+        return int(self.old.shape[1]) // self.num_ranks
+
+    def plan(self) -> RearrangementPlan:
+        """Return what has to move."""
+        return plan_rearrangement(self.old, self.new, self.num_ranks, self.node_of_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes the ranks are spread over."""
+        return len(set(self.node_of_rank))
+
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of the weights of one rank."""
+        return self.slots_per_rank * sum(self.expert_bytes)
+
+    def local(self, placement: NDArray[np.int64], rank: int) -> NDArray[np.int64]:
+        """Return the columns of a placement that belong to a rank."""
+        return placement[:, rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+
+    def digest(self) -> str:
+        """Return a short text that is the same on ranks that have read the same input."""
+        found = hashlib.sha256()
+        for array in (self.loads, self.old, self.new):
+            found.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+        found.update(repr((self.layers, self.node_of_rank, self.expert_bytes)).encode())
+        return found.hexdigest()[:16]
+
+
+def open_source(source: Path | RandomExperts) -> ExpertSource:
+    """Return the source of experts that a job names. Raises `InputError` as `Checkpoint.open` does."""
+    return source if isinstance(source, RandomExperts) else Checkpoint.open(source)
+
+
+def prepare(request: RebalanceRequest) -> RebalanceJob:
+    """Read all input, check it, and let the policy make the new placement.
+
+    Raises:
+        InputError: something that the user gave cannot be used.
+        PlacementError: the placement to start from is not valid, or lacks experts.
+    """
+    _check_counts(request)
+    _check_device(request.device)
+    loads = read_loads(request.loads)
+    weights, source, loads, note = _open_weights(request, loads)
+    num_layers, num_experts = loads.shape
+    layers = _parse_layers(request.layers, num_layers)
+    loads = loads[list(layers)]
+
+    truth = weights
+    if request.verify_against is not None:
+        truth = request.verify_against
+        check_same_experts(source, Checkpoint.open(truth), layers)
+
+    old = _start_placement(request, num_layers, layers, num_experts)
+    load_per_rank(old, loads, request.ranks)  # says so if an expert with a load has no copy
+    groups = request.groups
+    if groups is None:
+        groups = source.num_groups if isinstance(source, Checkpoint) else 1
+    new = load_policy(request.policy).rebalance(
+        loads, num_slots=old.shape[1], num_ranks=request.ranks, num_nodes=request.nodes, num_groups=groups, old=old
+    )
+    old, new = check_pair(old, new, request.ranks)
+    ranks_per_node = request.ranks // request.nodes
+    job = RebalanceJob(
+        weights=weights,
+        truth=truth,
+        layers=layers,
+        layer_names=tuple(source.layer_ids[i] for i in layers) if isinstance(source, Checkpoint) else layers,
+        loads=loads,
+        old=old,
+        new=new,
+        num_ranks=request.ranks,
+        node_of_rank=tuple(rank // ranks_per_node for rank in range(request.ranks)),
+        expert_bytes=tuple(sum(spec.nbytes for spec in source.tensor_specs(layer)) for layer in layers),
+        backend=_check_backend(request.backend, request.device, background=request.pace is not None),
+        window_bytes=_parse_window(request.window),
+        timeout_s=request.timeout_s,
+        bytes_per_s=None if request.pace is None else parse_pace(request.pace),
+        verify=_parse_verify(request.verify),
+        note=note,
+        device=request.device,
+    )
+    if job.window_bytes is not None:
+        # A window that is too small for one expert is found here, not by the ranks.
+        schedule_steps(job.plan(), job.expert_bytes, window_bytes=job.window_bytes)
+    return job
+
+
+def _check_device(device: str) -> None:
+    """Raise `InputError` if the weights cannot lie there."""
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("torch sees no CUDA device", remedy="omit --device, or give --device cpu")
+
+
+def _check_backend(backend: str | None, device: str, *, background: bool) -> str:
+    """Return the config string to use. Raises `ConfigError` or `BackendError` if it cannot be selected."""
+    text = backend_from_environment(backend) or AUTO
+    config = parse_config(text)
+    if config.name != AUTO:
+        entry = default_registry().select(config)
+        resolve_options(config, load_options_class(entry))
+        types = (device,) if entry.spec is None else entry.spec.capabilities.device_types
+        if device not in types:
+            raise BackendUnavailableError(
+                f"backend {config.name!r} does not move weights on {device}",
+                name=config.name,
+                remedy=f"give --device {types[0]}, or another backend: 'eplb backends' lists what each can do",
+            )
+        if background and entry.spec is not None and not entry.spec.capabilities.background:
+            raise BackendUnavailableError(
+                f"backend {config.name!r} cannot run beside inference, and --pace asks for a background job",
+                name=config.name,
+                remedy="leave --pace away, or give a backend that can: 'eplb backends --json -' says which",
+            )
+    return text
+
+
+def _parse_verify(text: str) -> Thoroughness:
+    if text not in THOROUGHNESS:
+        raise InputError(f"--verify cannot be {text!r}", remedy=f"give one of {', '.join(THOROUGHNESS)}")
+    return cast("Thoroughness", text)
+
+
+def _parse_window(text: str | None) -> int | None:
+    if text is None:
+        return None
+    window = OptionType("window", ByteSize, least=1)
+    try:
+        return int(cast("int", window.parse(text)))
+    except ValueTextError as error:
+        raise InputError(f"--window cannot be {text!r}", why=str(error), remedy=f"give {window.accepts()}") from None
+
+
+def _check_counts(request: RebalanceRequest) -> None:
+    for option in ("ranks", "nodes", "groups"):
+        value = getattr(request, option)
+        if value is not None and value < 1:
+            raise InputError(f"--{option} is {value}", why="it has to be 1 or more")
+    if request.redundant is not None and request.redundant < 0:
+        raise InputError(f"--redundant is {request.redundant}", why="it has to be 0 or more")
+    if request.seed < 0:
+        raise InputError(f"--seed is {request.seed}", why="it has to be 0 or more")
+    if not request.timeout_s > 0:
+        raise InputError(f"--timeout is {request.timeout_s:g}", why="it has to be above 0 seconds")
+    if request.ranks % request.nodes:
+        raise InputError(f"{request.ranks} ranks cannot be shared evenly by {request.nodes} nodes")
+    if (request.checkpoint is None) == (request.model is None):
+        given = "neither" if request.model is None else "both"
+        raise InputError(
+            f"{given} of --checkpoint and --model {'were' if given == 'both' else 'was'} given",
+            remedy="give one: --checkpoint DIR for real weights, --model NAME for random ones of that model's shapes",
+        )
+    if request.checkpoint is None and request.verify_against is not None:
+        raise InputError("--verify-against needs --checkpoint", why="random weights are made anew to verify them")
+
+
+def _open_weights(
+    request: RebalanceRequest, loads: NDArray[np.float64]
+) -> tuple[Path | RandomExperts, ExpertSource, NDArray[np.float64], str]:
+    """Return the weights, in both forms, and the loads of their layers, with a note if some loads were left out."""
+    if request.model is not None:
+        model, scale = find_model(request.model), parse_scale(request.scale)
+        experts = RandomExperts(
+            scaled(model.tensors, scale), num_layers=loads.shape[0], num_experts=loads.shape[1], seed=request.seed
+        )
+        return experts, experts, loads, ""
+    if parse_scale(request.scale) != Fraction(1):
+        raise InputError("--scale goes with --model", why="a checkpoint's tensors are what they are")
+    assert request.checkpoint is not None  # exactly one of the two was given
+    checkpoint = Checkpoint.open(request.checkpoint)
+    loads, note = _without_dense_layers(loads, checkpoint)
+    for what, ours, theirs in (
+        ("MoE layers", checkpoint.num_layers, loads.shape[0]),
+        ("experts", checkpoint.num_experts, loads.shape[1]),
+    ):
+        if ours != theirs:
+            raise InputError(
+                f"the loads have {theirs} {what.removeprefix('MoE ')}, the checkpoint has {ours} {what}",
+                where=f"{request.loads}, {request.checkpoint}",
+                remedy="give the loads that were recorded with this model",
+            )
+    return request.checkpoint, checkpoint, loads, note
+
+
+def _without_dense_layers(loads: NDArray[np.float64], checkpoint: Checkpoint) -> tuple[NDArray[np.float64], str]:
+    """Leave out dense layers: SGLang's recorder has a row for every layer, and those of dense ones are zero."""
+    if loads.shape[0] == checkpoint.num_layers or loads.shape[0] != checkpoint.num_hidden_layers:
+        return loads, ""
+    dense = sorted(set(range(loads.shape[0])) - set(checkpoint.layer_ids))
+    if loads[dense].any():
+        return loads, ""
+    return loads[list(checkpoint.layer_ids)], f"{len(dense)} rows of the loads belong to dense layers and were left out"
+
+
+def _parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(range(num_layers))
+    match = _LAYERS.fullmatch(text.strip())
+    if match is None:
+        raise InputError(
+            f"--layers {text!r} is neither a number nor a range", remedy="give 4, or 2:6 for 2, 3, 4 and 5"
+        )
+    start, stop = int(match["start"] or 0), int(match["stop"])
+    if start >= stop or stop > num_layers:
+        raise InputError(f"--layers {text} selects no layers that exist", why=f"there are {num_layers}, from 0")
+    return tuple(range(start, stop))
+
+
+def _start_placement(
+    request: RebalanceRequest, num_layers: int, layers: tuple[int, ...], num_experts: int
+) -> NDArray[np.int64]:
+    if request.placement is None:
+        num_slots = num_experts + (request.redundant or 0)
+        if request.ranks > num_slots:
+            raise InputError(
+                f"there are {request.ranks} ranks, but only {num_slots} slots",
+                why=f"{num_experts} experts and {request.redundant or 0} redundant ones",
+                remedy=f"give --ranks {num_slots} or fewer, or --redundant {request.ranks - num_experts} or more",
+            )
+        if num_slots % request.ranks:
+            missing = -num_slots % request.ranks
+            raise InputError(
+                f"{num_slots} slots cannot be shared evenly by {request.ranks} ranks",
+                why=f"{num_experts} experts and {request.redundant or 0} redundant ones",
+                remedy=f"give --redundant {(request.redundant or 0) + missing}",
+            )
+        return contiguous_placement(len(layers), num_experts, num_slots, request.ranks)
+    placement = read_placement(request.placement)
+    rows, num_slots = placement.shape
+    if rows == num_layers:
+        placement = placement[list(layers)]
+    elif rows != len(layers):
+        raise InputError(f"the placement has {rows} layers, the loads have {num_layers}", where=str(request.placement))
+    if request.redundant is not None and num_slots != num_experts + request.redundant:
+        raise InputError(
+            f"the placement has {num_slots} slots, but {num_experts} experts and {request.redundant} redundant ones "
+            f"make {num_experts + request.redundant}",
+            where=str(request.placement),
+            remedy="leave --redundant away: the placement says how many slots there are",
+        )
+    return check_placement(placement, request.ranks, num_logical=num_experts, name=str(request.placement))

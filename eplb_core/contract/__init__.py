@@ -1,0 +1,1 @@
+"""What a backend promises and what it is given."""

@@ -1,0 +1,264 @@
+"""The values of options: text to typed value and back, by the annotation of a field.
+
+An option's type is one of `ByteSize`, `Duration`, `bool`, `int`, `float`, `str`, `Literal[...]`, or one of these
+`| None`; `none` then spells None.
+The field's metadata may say more: `help` (one line), `min` and `max` (both inclusive).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Literal, Union
+
+from eplb_core.contract.backend import ByteSize, Duration
+
+_BYTE_UNITS = {
+    "B": 1,
+    "kB": 1000,
+    "KB": 1000,
+    "MB": 1000**2,
+    "GB": 1000**3,
+    "KiB": 1024,
+    "MiB": 1024**2,
+    "GiB": 1024**3,
+}
+_TIME_UNITS = {"ms": Decimal("0.001"), "s": Decimal(1), "min": Decimal(60), "h": Decimal(3600)}
+_NUMBER_AND_UNIT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]+", re.ASCII)
+_NONE = "none"
+
+
+class ValueTextError(ValueError):
+    """A text is not a value of the option's type. Its message is a clause that completes "because ..."."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionType:
+    """The type of one option, read from a field of an options dataclass.
+
+    Attributes:
+        key: the option's name.
+        kind: `ByteSize`, `Duration`, `bool`, `int`, `float`, `str` or `Literal`.
+        choices: what a `Literal` allows; empty for the other kinds.
+        optional: whether `none` is a value.
+        least: the smallest value, or None.
+        most: the largest value, or None.
+        help: one line for people.
+    """
+
+    key: str
+    kind: Any
+    choices: tuple[str | int, ...] = ()
+    optional: bool = False
+    least: float | None = None
+    most: float | None = None
+    help: str = ""
+
+    def accepts(self) -> str:
+        """Say what may be written, such as `a size with a unit, such as 64MiB`."""
+        if self.kind is Literal:
+            words = "one of " + ", ".join(map(str, self.choices))
+        else:
+            words = {
+                ByteSize: "a size with a unit (B, kB, MB, GB, KiB, MiB, GiB), such as 64MiB",
+                Duration: "a time with a unit (ms, s, min, h), such as 30s",
+                bool: "on or off",
+                int: "a whole number",
+                float: "a number",
+                str: "text",
+            }[self.kind]
+        bounds = [
+            f"{word} {self.format(self._typed(bound))}"
+            for word, bound in (("at least", self.least), ("at most", self.most))
+            if bound is not None
+        ]
+        words += "".join(f", {bound}" for bound in bounds)
+        return f"{words}, or {_NONE}" if self.optional else words
+
+    def parse(self, text: str) -> object:
+        """Return the value that `text` spells.
+
+        Raises:
+            ValueTextError: it spells none, or one out of bounds.
+        """
+        if self.optional and text == _NONE:
+            return None
+        return self._within_bounds(self._parse_present(text))
+
+    def check(self, value: object) -> object:
+        """Return `value`, given as a Python object or as text, as this type.
+
+        Raises:
+            ValueTextError: it is of another type, or out of bounds.
+        """
+        if isinstance(value, str):
+            return self.parse(value)
+        if value is None and self.optional:
+            return None
+        if self.kind is Literal:
+            suits = any(value == choice and type(value) is type(choice) for choice in self.choices)
+        elif self.kind is str:
+            suits = False
+        elif self.kind is bool:
+            suits = isinstance(value, bool)
+        elif self.kind in (int, ByteSize):
+            suits = isinstance(value, int) and not isinstance(value, bool)
+        else:
+            suits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not suits:
+            raise ValueTextError(f"it is {type(value).__name__} {value!r}")
+        if self.kind in (ByteSize, Duration) and typing.cast("float", value) < 0:
+            raise ValueTextError("it is negative")
+        return self._within_bounds(self._typed(value))
+
+    def format(self, value: object) -> str:
+        """Return the canonical text of a value of this type; `parse` reads the same value back."""
+        if value is None:
+            return _NONE
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if self.kind is ByteSize:
+            return _format_bytes(int(typing.cast("int", value)))
+        if self.kind is Duration:
+            return _format_seconds(float(typing.cast("float", value)))
+        return str(value)
+
+    def _parse_present(self, text: str) -> object:
+        if self.kind is ByteSize:
+            return _parse_bytes(text)
+        if self.kind is Duration:
+            return _parse_seconds(text)
+        if self.kind is bool:
+            if text not in ("on", "off"):
+                raise ValueTextError("it is neither")
+            return text == "on"
+        if self.kind is int:
+            if not _INTEGER.fullmatch(text):
+                raise ValueTextError("it is not a whole number")
+            return int(text)
+        if self.kind is float:
+            return _parse_float(text)
+        if self.kind is Literal:
+            for choice in self.choices:
+                if text == str(choice):
+                    return choice
+            raise ValueTextError("it is none of these" + did_you_mean(text, map(str, self.choices)))
+        if not text:
+            raise ValueTextError("it is empty")
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise ValueTextError("it is not UTF-8")
+        return text
+
+    def _typed(self, value: object) -> object:
+        return self.kind(value) if self.kind in (ByteSize, Duration, float) else value
+
+    def _within_bounds(self, value: object) -> object:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if self.least is not None and value < self.least:
+                raise ValueTextError("it is too small")
+            if self.most is not None and value > self.most:
+                raise ValueTextError("it is too large")
+        return value
+
+
+def option_types(options_class: type) -> dict[str, OptionType]:
+    """Return the type of every option of an options dataclass, by key, in the order of its fields.
+
+    Raises:
+        TypeError: it is not a dataclass, or a field has a type that no text spells.
+        NameError: an annotation names something that its module does not hold.
+    """
+    if not dataclasses.is_dataclass(options_class):
+        raise TypeError(f"{options_class.__qualname__} is not a dataclass")
+    annotations = typing.get_type_hints(options_class)
+    return {
+        field.name: _option_type(field.name, annotations[field.name], field.metadata)
+        for field in dataclasses.fields(options_class)
+        if field.init
+    }
+
+
+def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` for the nearest known words, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=2)
+    return f", did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+
+
+def _option_type(key: str, annotation: Any, metadata: Mapping[str, Any]) -> OptionType:
+    optional = False
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        present = [part for part in typing.get_args(annotation) if part is not type(None)]
+        optional = len(present) < len(typing.get_args(annotation))
+        annotation = present[0] if len(present) == 1 else annotation
+    choices: tuple[str | int, ...] = ()
+    if typing.get_origin(annotation) is Literal:
+        annotation, choices = Literal, typing.get_args(annotation)
+    if annotation not in (ByteSize, Duration, bool, int, float, str, Literal):
+        raise TypeError(f"option {key!r} has the type {annotation!r}, which has no text form")
+    return OptionType(
+        key, annotation, choices, optional, metadata.get("min"), metadata.get("max"), metadata.get("help", "")
+    )
+
+
+def _parse_bytes(text: str) -> ByteSize:
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    if match is None:
+        raise ValueTextError("it is not a number and a unit")
+    number, unit = match.groups()
+    if not unit:
+        raise ValueTextError("the unit is missing")
+    if unit not in _BYTE_UNITS:
+        raise ValueTextError(f"there is no unit {unit!r}{did_you_mean(unit, _BYTE_UNITS)}")
+    size = Decimal(number) * _BYTE_UNITS[unit]
+    if size != int(size):
+        raise ValueTextError("it is not a whole number of bytes")
+    return ByteSize(int(size))
+
+
+def _parse_seconds(text: str) -> Duration:
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    if match is None:
+        raise ValueTextError("it is not a number and a unit")
+    number, unit = match.groups()
+    if not unit:
+        raise ValueTextError("the unit is missing")
+    if unit not in _TIME_UNITS:
+        raise ValueTextError(f"there is no unit {unit!r}{did_you_mean(unit, _TIME_UNITS)}")
+    return Duration(Decimal(number) * _TIME_UNITS[unit])
+
+
+def _parse_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueTextError("it is not a number") from None
+    if not math.isfinite(value) or "_" in text or text != text.strip():
+        raise ValueTextError("it is not a finite number")
+    return value
+
+
+def _format_bytes(size: int) -> str:
+    """Use the unit that leaves the smallest whole number, a binary one where two are equal."""
+    exact = [(size // scale, unit) for unit, scale in _BYTE_UNITS.items() if size % scale == 0 and unit != "KB"]
+    number, unit = min(exact, key=lambda pair: (pair[0], "i" not in pair[1])) if size else (0, "B")
+    return f"{number}{unit}"
+
+
+def _format_seconds(seconds: float) -> str:
+    """Use the largest unit that leaves a whole number, else milliseconds with a fraction."""
+    exact = Decimal(repr(seconds))
+    for unit in ("h", "min", "s"):
+        number = exact / _TIME_UNITS[unit]
+        if seconds and exact % _TIME_UNITS[unit] == 0:
+            return f"{number:f}".partition(".")[0] + unit
+    text = f"{exact * 1000:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return f"{text}ms" if seconds else "0s"

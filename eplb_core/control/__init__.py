@@ -1,0 +1,1 @@
+"""Ranks that agree with one another over a store."""

@@ -1,0 +1,156 @@
+"""What a communicator is made for: the ranks, their process groups, and the control plane between them.
+
+Anything with the attributes of `GroupCoordinator` is accepted as it is. `TorchGroups` makes one out of plain
+torch.distributed groups, `StatelessGroup` out of a store alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch.distributed as dist
+
+from eplb_core.control.plane import ControlPlane
+from eplb_core.control.rendezvous import meet
+from eplb_core.errors import InputError
+
+
+@runtime_checkable
+class GroupCoordinator(Protocol):
+    """What an engine hands to `create_eplb_communicator`: its own coordinator object, accepted as it is.
+
+    Attributes:
+        rank_in_group: this process's rank in the group.
+        world_size: the number of ranks in the group.
+        cpu_group: a CPU process group of these ranks, or None if the group is stateless.
+        device_group: the device's process group of these ranks, or None.
+        device_communicator: the engine's own device communicator, or None; it may carry `pynccl_comm`.
+    """
+
+    rank_in_group: int
+    world_size: int
+    cpu_group: dist.ProcessGroup | None
+    device_group: dist.ProcessGroup | None
+    device_communicator: object | None
+
+
+@dataclass(slots=True)
+class TorchGroups:
+    """A group made of plain torch.distributed process groups; ranks are those inside `cpu_group`.
+
+    Args:
+        cpu_group: a CPU (gloo) group; None means the default group.
+        device_group: the device's (NCCL) group of the same ranks, or None.
+        device_communicator: the engine's own device communicator, or None.
+
+    Raises:
+        InputError: torch.distributed is not initialised, this process is not in the group, or the two groups differ.
+    """
+
+    cpu_group: dist.ProcessGroup | None = None
+    device_group: dist.ProcessGroup | None = None
+    device_communicator: object | None = None
+    rank_in_group: int = field(init=False)
+    world_size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Find this process's place in the group."""
+        if not dist.is_initialized():
+            raise InputError(
+                "torch.distributed is not initialised",
+                remedy="call torch.distributed.init_process_group first, or give a StatelessGroup with a store",
+            )
+        if self.cpu_group is None:
+            self.cpu_group = dist.group.WORLD
+        self.rank_in_group = dist.get_rank(self.cpu_group)
+        if self.rank_in_group < 0:
+            raise InputError("this process is not a member of the group that it was given")
+        self.world_size = dist.get_world_size(self.cpu_group)
+        if self.device_group is not None:
+            ours, theirs = (dist.get_process_group_ranks(group) for group in (self.cpu_group, self.device_group))
+            if ours != theirs:
+                raise InputError(
+                    "cpu_group and device_group are not of the same ranks", why=f"global ranks {ours} and {theirs}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class StatelessGroup:
+    """A group without any process group: ranks that come and go and meet at a store (elastic expert parallelism).
+
+    Attributes:
+        rank_in_group: this process's rank in the group.
+        world_size: the number of ranks.
+        store: a store that no other group, and no other incarnation of this one, writes to: give each a prefix.
+        device_communicator: the engine's own device communicator, or None.
+    """
+
+    rank_in_group: int
+    world_size: int
+    store: dist.Store
+    device_communicator: object | None = None
+
+    @property
+    def cpu_group(self) -> None:
+        """None: there is no process group."""
+        return
+
+    @property
+    def device_group(self) -> None:
+        """None: there is no process group."""
+        return
+
+
+def is_stateless(group: GroupCoordinator | StatelessGroup) -> bool:
+    """Whether the group's ranks come and go: it has no process group, or one that torch.distributed knows nothing of.
+
+    Engines make such process groups for elastic expert parallelism; torch's own functions refuse them.
+    """
+    if group.cpu_group is None:
+        return True
+    try:
+        dist.get_process_group_ranks(group.cpu_group)
+    except (KeyError, ValueError, RuntimeError):
+        return True
+    return False
+
+
+def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: float) -> ControlPlane:
+    """Return a new control plane for the ranks of `group`. Every rank has to call it.
+
+    It runs over a connection of its own to the group's store; without one, to the store of the default process group,
+    which torchrun hosts outside the workers. No collective is used: one that a rank does not join would leave the
+    engine's process group out of step.
+
+    Raises:
+        ControlPlaneError: a rank did not come in time (`missing` says which), or the store is gone.
+        InputError: the group offers no store.
+    """
+    store = getattr(group, "store", None)
+    place = "eplb/meeting"
+    if not isinstance(store, dist.Store):
+        store = None
+        if group.cpu_group is not None and not is_stateless(group):
+            place += f"/{group.cpu_group.group_name}"
+            with contextlib.suppress(ValueError, RuntimeError):
+                # There is no public way to the store; engines and torch's own extensions use this one.
+                store = dist.distributed_c10d._get_default_store()
+    if store is None:
+        raise InputError(
+            "the group has neither a store nor a CPU process group that torch.distributed knows",
+            remedy="give a group coordinator with cpu_group, or a StatelessGroup with a store",
+        )
+    connection = _own_connection(store)
+    name = meet(connection, place, group.rank_in_group, group.world_size, timeout_s)
+    return ControlPlane(dist.PrefixStore(f"eplb/{name}", connection), group.rank_in_group, group.world_size)
+
+
+def _own_connection(store: dist.Store) -> dist.Store:
+    """Return a second connection to the same store: waiting on a shared one blocks whoever else uses it."""
+    try:
+        copy: dist.Store = store.clone()  # type: ignore[attr-defined]  # there, but not in its stub
+    except (AttributeError, RuntimeError):  # not every kind of store can be cloned
+        return store
+    return copy

@@ -1,0 +1,186 @@
+"""What `auto` means: every rank tries every backend, and all take the best one that works on all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import msgspec
+import torch
+
+from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless
+from eplb_core.control.plane import ControlPlane
+from eplb_core.errors import (
+    BackendUnavailableError,
+    ControlPlaneError,
+    EplbError,
+    HandshakeError,
+    PeerLostError,
+    TransferTimeoutError,
+)
+from eplb_core.factory.proposal import exchange
+from eplb_core.hooks.host import BackendCandidate, PluginHost
+from eplb_core.registry.config import BackendConfig, ConfigOption
+from eplb_core.registry.entry import BackendEntry, BackendState
+from eplb_core.registry.probe import run_probe
+from eplb_core.registry.registry import Registry
+
+AUTO = "auto"
+
+_PROBE_S = 30.0
+_WAITED_IN_VAIN = tuple(kind.__name__ for kind in (TransferTimeoutError, PeerLostError, ControlPlaneError))
+
+logger = logging.getLogger(__name__)
+
+
+class _Finding(msgspec.Struct, array_like=True, frozen=True):
+    """What one rank found out about one backend."""
+
+    name: str
+    available: bool
+    reason: str
+    priority: int
+
+
+def wanted_by_all(
+    control: ControlPlane, config: BackendConfig | None, problem: EplbError | None, timeout_s: float
+) -> bool:
+    """Return whether every rank asks for `auto`, which takes messages of its own; False if none does.
+
+    Raises:
+        HandshakeError: some ask for it and others do not, or a rank did not answer; the same table on every rank.
+    """
+    asked = "!" + str(problem) if config is None or problem is not None else config.name
+    said = [value.decode() for value in exchange(control, "which backend is asked for", asked.encode(), timeout_s)]
+    if AUTO not in said:
+        return False
+    if set(said) == {AUTO}:
+        return True
+    table = {"backend": ["?" if value.startswith("!") else value for value in said]}
+    if any(value.startswith("!") for value in said):
+        table["cannot build"] = [value[1:] if value.startswith("!") else "-" for value in said]
+    raise HandshakeError(
+        "the ranks do not agree on the communicator", table=table, remedy="make these the same on every rank"
+    ) from problem
+
+
+class AutomaticChoice:
+    """The backends that all ranks may take in place of `auto`.
+
+    Args:
+        control: where the ranks meet; every rank makes the same calls.
+        config: `auto`, with options that the chosen backend gets.
+        device: where the tensors lie.
+        group: the group of ranks.
+        registry: where the backends are looked up.
+        plugins: who is asked.
+        timeout_s: the longest wait for the slowest rank, in seconds.
+
+    Raises:
+        HandshakeError: a rank did not answer.
+    """
+
+    def __init__(
+        self,
+        control: ControlPlane,
+        config: BackendConfig,
+        device: torch.device,
+        group: GroupCoordinator | StatelessGroup,
+        registry: Registry,
+        plugins: PluginHost,
+        timeout_s: float,
+    ) -> None:
+        self._control = control
+        self._config = config
+        self._device_type = device.type
+        self._plugins = plugins
+        self._timeout_s = timeout_s
+        findings = msgspec.msgpack.encode(mine := [_try(entry, device, group) for entry in registry.entries()])
+        said = exchange(control, "what each rank's probes found", findings, timeout_s + _PROBE_S * len(mine))
+        try:
+            ranks = [msgspec.msgpack.decode(value, type=list[_Finding]) for value in said]
+        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            raise HandshakeError("a rank's findings cannot be read", table={}, why=str(error)) from error
+        self._candidates = _candidates(ranks, device.type)
+
+    def choose(self) -> BackendConfig:
+        """Return the config of the backend to take, with the options that `auto` had.
+
+        Rank 0 decides, by the `eplb_choose_backend` hook, over what every rank found; the others take its word.
+
+        Raises:
+            BackendUnavailableError: none is left that works on every rank; it lists the reasons.
+            HandshakeError: a rank did not answer.
+        """
+        decision = (self._plugins.choose_backend(self._candidates) or "") if self._control.rank == 0 else ""
+        chosen = exchange(self._control, "rank 0's choice", decision.encode(), self._timeout_s)[0].decode()
+        against = "; ".join(
+            f"{candidate.name}: {' / '.join(sorted(set(candidate.reasons)))}"
+            for candidate in self._candidates
+            if candidate.name != chosen
+        )
+        found = next((each for each in self._candidates if each.name == chosen and each.usable_on_all), None)
+        if found is None:
+            raise BackendUnavailableError(
+                "no backend works on every rank",
+                name=AUTO,
+                why=against or "none is installed",
+                remedy="see 'eplb backends --probe'",
+            )
+        if self._control.rank == 0:
+            reason, where = found.reasons[0], self._device_type
+            logger.info("auto chose %s (%s) for %s; against the others: %s", chosen, reason, where, against or "-")
+        options = tuple(ConfigOption(option.key, option.value) for option in self._config.options)
+        return dataclasses.replace(self._config, name=chosen, options=options)
+
+    def rule_out(self, name: str, error: EplbError) -> bool:
+        """Take a backend off the list that all ranks failed to build; return whether another one may be tried.
+
+        A probe tries one process by itself. Whether the ranks reach one another, such as each other's GPUs, is known
+        only once they have tried. Where ranks did nothing but wait in vain, one is dead: then nothing else is tried.
+        """
+        told = error.table.get("problem", []) if isinstance(error, HandshakeError) else [type(error).__name__]
+        if all(each.startswith(_WAITED_IN_VAIN) for each in told if each != "-"):
+            return False
+        why = f"the ranks could not build it: {error}"
+        self._candidates = tuple(
+            dataclasses.replace(each, usable_on_all=False, reasons=(why,)) if each.name == name else each
+            for each in self._candidates
+        )
+        if self._control.rank == 0:
+            logger.warning("auto cannot take %s: %s", name, error)
+        return True
+
+
+def _try(entry: BackendEntry, device: torch.device, group: GroupCoordinator | StatelessGroup) -> _Finding:
+    priority = entry.spec.priority if entry.spec is not None else 0
+    if entry.state is not BackendState.READY:
+        return _Finding(entry.name, False, f"{entry.state}: {entry.why}", priority)
+    if entry.spec is None:
+        return _Finding(entry.name, False, entry.why, priority)
+    reason = entry.spec.capabilities.unfit(
+        device.type, stateless=is_stateless(group), has_device_group=group.device_group is not None
+    )
+    if reason:
+        return _Finding(entry.name, False, reason, priority)
+    result = run_probe(entry, device, timeout_s=_PROBE_S)
+    return _Finding(entry.name, result.available, result.reason, priority)
+
+
+def _candidates(ranks: list[list[_Finding]], device_type: str) -> tuple[BackendCandidate, ...]:
+    """Join the ranks' findings; a backend that some rank does not have is not usable on all."""
+    names = sorted({finding.name for rank in ranks for finding in rank})
+    candidates = []
+    for name in names:
+        found = [next((f for f in rank if f.name == name), None) for rank in ranks]
+        present = [finding for finding in found if finding is not None]
+        candidates.append(
+            BackendCandidate(
+                name=name,
+                usable_on_all=all(finding is not None and finding.available for finding in found),
+                reasons=tuple("not installed" if finding is None else finding.reason for finding in found),
+                device_type=device_type,
+                priority=min(finding.priority for finding in present),
+            )
+        )
+    return tuple(candidates)

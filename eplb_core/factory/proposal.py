@@ -1,0 +1,135 @@
+"""The agreement between ranks: nothing is built unless every rank would build the same.
+
+A rank that fails alone makes the others hang. So every rank says what it would build, or why it cannot, and all of
+them compare the same answers and come to the same conclusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from eplb_core.control.plane import ControlPlane
+from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError
+
+_LONGEST_TEXT = 16_384  # characters of one answer; a longer one is cut, and differs from others all the same
+
+
+class Proposal(msgspec.Struct, array_like=True, frozen=True):
+    """What one rank would build. Every field but `problem` has to be the same on every rank.
+
+    Attributes:
+        problem: why this rank cannot build it; empty if it can.
+        backend: name of the backend.
+        distribution: the distribution that registers it, with its version.
+        plugin_api: the plugin API version that it was written for.
+        options: every option with its value.
+        device: device type of the tensors.
+        layout: shape and dtype of each of one layer's tensors.
+    """
+
+    problem: str = ""
+    backend: str = ""
+    distribution: str = ""
+    plugin_api: str = ""
+    options: str = ""
+    device: str = ""
+    layout: str = ""
+
+
+_ROWS = {
+    "problem": "cannot build",
+    "backend": "backend",
+    "distribution": "distribution",
+    "plugin_api": "plugin API",
+    "options": "options",
+    "device": "device",
+    "layout": "expert layout",
+}
+
+
+def describe_layout(tensors: Sequence[torch.Tensor]) -> str:
+    """Return shape and dtype of each tensor, in words that are the same on every rank with the same layout."""
+    return " + ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "no tensors"
+
+
+def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, timeout_s: float) -> None:
+    """Return if every rank proposes the same and none has a problem.
+
+    Args:
+        control: the control plane of the group.
+        proposal: this rank's.
+        problem: this rank's problem as an error, or None; `proposal.problem` is its text.
+        timeout_s: the longest wait for the slowest rank, in seconds.
+
+    Raises:
+        HandshakeError: the ranks differ, or one did not answer; the same table on every rank.
+        EplbError: every rank has the same problem: this rank's own error.
+    """
+    said = exchange(control, "what each rank would build", msgspec.msgpack.encode(_cut(proposal)), timeout_s)
+    try:
+        proposals = [msgspec.msgpack.decode(value, type=Proposal) for value in said]
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise HandshakeError(
+            "a rank speaks another version of the agreement",
+            table={},
+            why=str(error),
+            remedy="install one eplb everywhere",
+        ) from error
+    if problem is not None and len({rank.problem for rank in proposals}) == 1:
+        raise problem
+    table = {}
+    for name, row in _ROWS.items():
+        values = [getattr(rank, name) for rank in proposals]
+        if name == "problem":
+            differs = any(values)
+            values = [value or "-" for value in values]
+        else:
+            # Ranks that have a problem may not have come as far as this.
+            differs = len({v for v, rank in zip(values, proposals, strict=True) if v or not rank.problem}) > 1
+            values = [value or "?" for value in values]
+        if differs:
+            table[row] = values
+    if table:
+        raise HandshakeError(
+            "the ranks do not agree on the communicator", table=table, remedy="make these the same on every rank"
+        ) from problem
+
+
+def agree_on_outcome(control: ControlPlane, what: str, problem: Exception | None, timeout_s: float) -> None:
+    """Return if `what` went well on every rank.
+
+    Raises:
+        HandshakeError: it failed on some rank, or one did not answer; the same table on every rank.
+        Exception: it failed in the same way on every rank: this rank's own.
+    """
+    text = f"{type(problem).__name__}: {problem}"[:_LONGEST_TEXT] if problem is not None else ""
+    said = [value.decode(errors="replace") for value in exchange(control, what, text.encode(), timeout_s)]
+    if not any(said):
+        return
+    if problem is not None and len(set(said)) == 1:
+        raise problem
+    raise HandshakeError(f"{what} failed", table={"problem": [value or "-" for value in said]}) from problem
+
+
+def exchange(control: ControlPlane, what: str, message: bytes, timeout_s: float) -> list[bytes]:
+    """Gather a message from every rank; a rank that does not answer raises `HandshakeError` on all that do."""
+    try:
+        return control.all_gather(what, message, timeout_s)
+    except ControlPlaneError as error:
+        raise not_all_answered(error, control.world_size) from error
+
+
+def not_all_answered(error: ControlPlaneError, world_size: int) -> HandshakeError:
+    """Return the error to raise where ranks did not answer, with a table of those that did and did not."""
+    answered = ["no" if rank in error.missing else "yes" for rank in range(world_size)]
+    return HandshakeError(
+        error.what, table={"answered": answered} if error.missing else {}, missing=error.missing, why=error.why
+    )
+
+
+def _cut(proposal: Proposal) -> Proposal:
+    values = {name: getattr(proposal, name)[:_LONGEST_TEXT] for name in _ROWS}
+    return Proposal(**values)

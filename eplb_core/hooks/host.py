@@ -1,0 +1,394 @@
+"""Hooks: what others may listen to or decide, beside the backends themselves.
+
+A plugin is a module or an object whose methods bear `hookimpl`, registered in the entry-point group `eplb.plugins`:
+
+    from eplb_core.hooks import hookimpl
+
+    @hookimpl
+    def eplb_transfer_finished(event):
+        metrics.observe(event.backend, event.stats.seconds)
+
+A hook takes any subset of the arguments of its specification, by name. There is no hook per tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import pluggy
+
+from eplb_core.contract.options import did_you_mean
+from eplb_core.hooks.delivery import EVENT_LIMIT, EventDelivery, Listener
+from eplb_core.hooks.events import (
+    HOOK_OF_EVENT,
+    Event,
+    RearrangeFailed,
+    RearrangeFinished,
+    RearrangeStarted,
+    StepCommitted,
+    TransferFailed,
+    TransferFinished,
+    TransferStarted,
+)
+from eplb_core.registry.discovery import Registration, discover
+
+if TYPE_CHECKING:
+    import click
+
+PROJECT_NAME: Final = "eplb"
+PLUGIN_GROUP: Final = "eplb.plugins"
+
+hookspec = pluggy.HookspecMarker(PROJECT_NAME)
+hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
+"""Marks a plugin's function as an implementation of the hook of the same name."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendCandidate:
+    """One backend that `auto` may choose.
+
+    Attributes:
+        name: the backend's name.
+        usable_on_all: whether every rank's probe said yes.
+        reasons: for each rank, in rank order, what its probe said.
+        device_type: the torch device type of the expert weights.
+        priority: what the backend's spec declares; the default policy takes the highest.
+    """
+
+    name: str
+    usable_on_all: bool
+    reasons: tuple[str, ...]
+    device_type: str
+    priority: int = 0
+
+
+class HookSpecifications:
+    """Every hook there is.
+
+    Hooks that are told an event run on one thread of the plugin host, later than the event but in the order of events:
+    neither a slow one nor one that raises harms a transfer. The others run where they are asked.
+    """
+
+    @hookspec
+    def eplb_transfer_started(self, event: TransferStarted) -> None:
+        """A transfer starts on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_transfer_finished(self, event: TransferFinished) -> None:
+        """A transfer finished on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_transfer_failed(self, event: TransferFailed) -> None:
+        """A transfer failed on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_started(self, event: RearrangeStarted) -> None:
+        """A rearrangement starts on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_step_committed(self, event: StepCommitted) -> None:
+        """This rank has committed a step of a rearrangement. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_finished(self, event: RearrangeFinished) -> None:
+        """A rearrangement finished on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec
+    def eplb_rearrange_failed(self, event: RearrangeFailed) -> None:
+        """A rearrangement failed on this rank. An exception is logged and otherwise ignored."""
+
+    @hookspec(firstresult=True)
+    def eplb_choose_backend(self, candidates: tuple[BackendCandidate, ...]) -> str | None:
+        """Choose what `auto` means: return the name of a candidate with `usable_on_all`, or None to leave it to others.
+
+        The answer of one rank holds for all. `candidates` are sorted by name.
+        """
+
+    @hookspec
+    def eplb_cli_commands(self) -> list[click.Command]:
+        """Return click commands to add to `eplb`. None of them replaces a built-in one."""
+        raise NotImplementedError
+
+    @hookspec
+    def eplb_doctor_checks(self) -> list[Callable[[], object]]:
+        """Return checks for `eplb doctor`: callables without arguments.
+
+        A check may return one `eplb_core.doctor.Finding`, several, or None if all is well. One that fails is shown as a
+        warning.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstalledPlugin:
+    """One plugin that was found or registered, whether it works or not.
+
+    Attributes:
+        name: the name of its entry point, or the one that it was registered with.
+        distribution: the distribution that it comes from; empty if it was registered by hand.
+        version: the distribution's version.
+        location: the folder that holds the distribution's metadata.
+        entry_point: `module:attribute`.
+        hooks: the hooks that it implements, in the order of `HookSpecifications`.
+        problem: why it is not used, or the hooks of it that do not exist; empty if nothing is wrong.
+        loaded: whether its hooks are called.
+    """
+
+    name: str
+    distribution: str = ""
+    version: str = ""
+    location: str = ""
+    entry_point: str = ""
+    hooks: tuple[str, ...] = ()
+    problem: str = ""
+    loaded: bool = True
+
+
+class PluginHost:
+    """Loads plugins one at a time and calls their hooks, so that none of them can harm a transfer or another plugin.
+
+    Args:
+        group: the entry-point group that `load` searches.
+        event_limit: how many events may wait for hooks before further ones are dropped.
+
+    Attributes:
+        failures: one line for each plugin that could not be loaded, and each hook that does not exist.
+        plugins: every plugin that was found or registered, in that order, also those that failed.
+    """
+
+    def __init__(self, group: str = PLUGIN_GROUP, *, event_limit: int = EVENT_LIMIT) -> None:
+        self.failures: list[str] = []
+        self.plugins: list[InstalledPlugin] = []
+        self._group = group
+        self._event_limit = event_limit
+        self._loaded = False
+        self._manager = _new_manager()
+        self._listeners: dict[str, list[Listener]] = {}
+        self._reported: set[tuple[str, str]] = set()
+        self._deliveries: dict[
+            int, EventDelivery
+        ] = {}  # by process: a forked child has a thread and a queue of its own
+
+    def load(self) -> PluginHost:
+        """Load every installed plugin, once, and return this host. Never raises because of a plugin."""
+        if not self._loaded:
+            self._loaded = True
+            for registration in discover(self._group):
+                self._load_one(registration)
+        return self
+
+    def register(self, plugin: object, name: str) -> None:
+        """Add a plugin that is no installed distribution, such as an engine's own metrics.
+
+        A communicator tells of its transfers only if there was somebody to listen when it was made.
+
+        Raises:
+            ValueError: the plugin or the name is registered already.
+            pluggy.PluginValidationError: a hook takes an argument that its specification does not have.
+        """
+        hooks, misspelt = self._add(plugin, name)
+        self.plugins.append(InstalledPlugin(name=name, hooks=hooks, problem=misspelt))
+        if misspelt:
+            self.failures.append(f"plugin {name}: {misspelt}")
+
+    @property
+    def plugin_names(self) -> list[str]:
+        """The names of all plugins that are loaded, sorted."""
+        return sorted(name for name, _ in self._manager.list_name_plugin())
+
+    def listens(self, *events: type[Event]) -> bool:
+        """Return whether a plugin has a hook for one of these events."""
+        return any(self._calls(HOOK_OF_EVENT[event]) for event in events)
+
+    def notify(self, event: Event) -> None:
+        """Have every plugin told of an event, in the order of the calls, on a thread of this host.
+
+        Returns at once and never raises, whatever the hooks do. One that raises is logged once. If more than
+        `event_limit` events wait, further ones are counted in `events_dropped`, with one warning.
+        """
+        hook = HOOK_OF_EVENT[type(event)]
+        if listeners := self._calls(hook):
+            self._delivery().put(hook, event, listeners)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every plugin was told of all events so far; return whether that happened in time.
+
+        Called by a hook it returns False at once. When the interpreter exits, it waits for hooks like this for up to
+        a second.
+        """
+        delivery = self._deliveries.get(os.getpid())
+        return delivery is None or delivery.flush(timeout_s)
+
+    @property
+    def events_dropped(self) -> int:
+        """Events that this process's hooks were not told of, since too many were waiting."""
+        delivery = self._deliveries.get(os.getpid())
+        return 0 if delivery is None else delivery.dropped
+
+    def choose_backend(self, candidates: Sequence[BackendCandidate]) -> str | None:
+        """Return the name that `auto` stands for, or None if no candidate can be used on every rank.
+
+        A plugin that fails, or that names what cannot be used, is logged and overruled by `highest_priority`.
+        """
+        ordered = tuple(sorted(candidates, key=lambda candidate: candidate.name))
+        usable = {candidate.name for candidate in ordered if candidate.usable_on_all}
+        try:
+            chosen = self._manager.hook.eplb_choose_backend(candidates=ordered)
+        except Exception:  # noqa: BLE001 - a plugin's fault is no reason to go without a backend
+            _log.exception("a plugin's eplb_choose_backend failed; taking the one with the highest priority")
+            return highest_priority(ordered)
+        if chosen is None:
+            return highest_priority(ordered)
+        if chosen not in usable:
+            _log.error("a plugin chose backend %r, which is not usable on every rank; overruled", chosen)
+            return highest_priority(ordered)
+        return str(chosen)
+
+    def cli_commands(self) -> list[click.Command]:
+        """Return the commands that plugins add to `eplb`."""
+        return self._collect("eplb_cli_commands")
+
+    def doctor_checks(self) -> list[Callable[[], object]]:
+        """Return the checks that plugins add to `eplb doctor`."""
+        return self._collect("eplb_doctor_checks")
+
+    def _collect(self, hook: str) -> list[Any]:
+        """Return the items of the lists that plugins return; what is no list is logged and left out."""
+        found: list[Any] = []
+        for items in self._call_each(hook):
+            if isinstance(items, list | tuple):
+                found.extend(items)
+            else:
+                _log.error("a plugin's %s returned %s instead of a list", hook, type(items).__name__)
+        return found
+
+    def _load_one(self, registration: Registration) -> None:
+        name = f"{registration.name}@{registration.distribution}"
+        hooks: tuple[str, ...] = ()
+        problem, loaded = registration.problem or "", False
+        if not problem:
+            try:
+                hooks, problem = self._add(registration.load(), name)
+                loaded = True
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - one broken plugin never breaks another
+                problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        self.plugins.append(
+            InstalledPlugin(
+                name=registration.name,
+                distribution=registration.distribution,
+                version=registration.version,
+                location=registration.location,
+                entry_point=registration.value,
+                hooks=hooks,
+                problem=problem,
+                loaded=loaded,
+            )
+        )
+        if problem:
+            self.failures.append(f"plugin {name} {registration.version}: {problem}")
+
+    def _add(self, plugin: object, name: str) -> tuple[tuple[str, ...], str]:
+        """Have a plugin's hooks called from now on; return them, and what is misspelt among its functions."""
+        hooks, misspelt = _check(plugin, name)
+        self._manager.register(plugin, name)
+        self._listeners.clear()
+        return hooks, misspelt
+
+    def _delivery(self) -> EventDelivery:
+        process = os.getpid()
+        delivery = self._deliveries.get(process)
+        if delivery is None:
+            reported = self._reported  # and not this host, which the thread would keep alive
+
+            def call(hook: str, listener: Listener, event: Event) -> None:
+                try:
+                    listener[1](event=event)
+                except BaseException:  # noqa: BLE001 - on this thread nobody else could do anything about it
+                    _report_once(reported, hook, listener[0])
+
+            # setdefault, since two threads may both find none, and no lock survives a fork in every state.
+            ours = EventDelivery(call, self._event_limit)
+            delivery = self._deliveries.setdefault(process, ours)
+            if delivery is ours:
+                weakref.finalize(self, ours.close).atexit = False
+        return delivery
+
+    def _call_each(self, hook: str, **arguments: object) -> list[Any]:
+        """Call one hook of each plugin by itself, so that an exception in one does not keep it from the next."""
+        results = []
+        for name, call in self._calls(hook):
+            try:
+                results.extend(call(**arguments))
+            except Exception:  # noqa: BLE001 - a plugin's fault must not harm who asks
+                _report_once(self._reported, hook, name)
+        return results
+
+    def _calls(self, hook: str) -> list[tuple[str, Callable[..., Any]]]:
+        if hook not in self._listeners:
+            plugins = self._manager.list_name_plugin()
+            holders = {
+                implementation.plugin_name for implementation in getattr(self._manager.hook, hook).get_hookimpls()
+            }
+            self._listeners[hook] = [
+                (name, self._manager.subset_hook_caller(hook, [other for _, other in plugins if other is not plugin]))
+                for name, plugin in plugins
+                if name in holders
+            ]
+        return self._listeners[hook]
+
+
+def hook_summaries() -> dict[str, str]:
+    """Return every hook that there is, with one sentence on when it is called."""
+    return {
+        name: (specification.__doc__ or "").partition(".")[0] + "."
+        for name, specification in vars(HookSpecifications).items()
+        if name.startswith("eplb_")
+    }
+
+
+def highest_priority(candidates: Sequence[BackendCandidate]) -> str | None:
+    """The policy behind `auto` where no plugin has another: the highest priority, then the first name."""
+    usable = [candidate for candidate in candidates if candidate.usable_on_all]
+    return min(usable, key=lambda candidate: (-candidate.priority, candidate.name)).name if usable else None
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(PROJECT_NAME)
+    manager.add_hookspecs(HookSpecifications)
+    return manager
+
+
+def _report_once(reported: set[tuple[str, str]], hook: str, plugin: str) -> None:
+    """Log the exception at hand, unless this hook of this plugin has failed before."""
+    if (plugin, hook) not in reported:
+        reported.add((plugin, hook))
+        _log.exception("%s of plugin %s failed; it is ignored from now on in the log", hook, plugin)
+
+
+def _check(plugin: object, name: str) -> tuple[tuple[str, ...], str]:
+    """Try a plugin in a manager of its own, which a failure can leave half done.
+
+    Returns:
+        The hooks that it implements, and what is misspelt, or an empty text.
+
+    Raises:
+        pluggy.PluginValidationError: a hook takes an argument that its specification does not have.
+    """
+    scratch = _new_manager()
+    scratch.register(plugin, name)
+    known = list(hook_summaries())
+    implemented = {caller.name for caller in scratch.get_hookcallers(plugin) or ()}
+    try:
+        scratch.check_pending()
+        unknown = []
+    except pluggy.PluginValidationError:
+        unknown = [caller.name for caller in scratch.get_hookcallers(plugin) or () if not caller.has_spec()]
+    misspelt = "; ".join(f"there is no hook {hook!r}{did_you_mean(hook, known)}" for hook in unknown)
+    return tuple(hook for hook in known if hook in implemented), misspelt

@@ -1,0 +1,277 @@
+"""Starts ranks as local processes, and always ends them.
+
+The parent hosts the store that the ranks meet at, so that it outlives any of them. Each child reports over a pipe of
+its own; the first failure, or the deadline, ends all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from eplb_core.errors import EplbError, InputError
+from eplb_core.launch.rank_devices import limit_visible_gpus
+from eplb_core.launch.rank_process import RankProcess, start_rank
+
+_GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
+_JOIN_S = 30.0  # a rank that reported has this long to exit
+_DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
+_START_S = 120.0  # for all ranks to meet
+
+
+class LocalRankError(EplbError, RuntimeError):
+    """A local rank failed, died or did not end in time. `rank` is the first one that did."""
+
+    def __init__(self, what: str, *, rank: int, why: str | None = None) -> None:
+        self.rank = rank
+        super().__init__(what, why=why)
+
+
+@dataclass(slots=True)
+class RankEnvironment:
+    """What a rank knows of itself.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: the number of ranks.
+        local_rank: the rank's number on its host.
+        local_world_size: the number of ranks on its host.
+        store: the store at which all ranks meet.
+        own_gpu_first: whether the rank's own GPU is the first that it sees, as a launcher that limits what each rank
+            sees arranges.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    store: dist.Store
+    _pipe: Connection | None = None
+    own_gpu_first: bool = False
+
+    @classmethod
+    def from_torchrun(cls) -> RankEnvironment:
+        """Join the ranks that `torchrun` started, on one machine or several, from its environment variables.
+
+        Raises:
+            InputError: a variable is missing or is not a number.
+        """
+        try:
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            local_rank = int(os.environ.get("LOCAL_RANK", rank))
+            local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        except (KeyError, ValueError) as error:
+            raise InputError("torchrun's environment is not complete", why=str(error)) from error
+        rendezvous = dist.rendezvous("env://", rank, world_size, timeout=datetime.timedelta(seconds=_START_S))
+        store, _, _ = next(iter(rendezvous))
+        return cls(rank, world_size, local_rank, local_world_size, dist.PrefixStore("eplb", store))
+
+    def init_process_group(self, timeout_s: float = 600.0) -> None:
+        """Make the default torch.distributed group (gloo) of all ranks."""
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("world", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+
+    def report(self, event: object) -> None:
+        """Send a picklable progress event to the parent; does nothing where there is none."""
+        if self._pipe is not None:
+            self._pipe.send(("event", event))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How one local rank ended.
+
+    Attributes:
+        rank: the rank.
+        result: what its target returned.
+        error: the class name of the exception that it raised, or None.
+        message: that exception's text, or what happened to the process.
+        trace: the traceback as text.
+        exit_code: of the process; negative for a signal; None if it had to be killed at the deadline.
+    """
+
+    rank: int
+    result: Any = None
+    error: str | None = None
+    message: str = ""
+    trace: str = ""
+    exit_code: int | None = None
+    reported: bool = field(default=False, repr=False)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the target returned and the process exited with 0."""
+        return self.reported and self.error is None and self.exit_code == 0
+
+
+def run_local_ranks(
+    target: Callable[..., Any],
+    num_ranks: int,
+    args: Sequence[Any] = (),
+    *,
+    timeout_s: float,
+    on_event: Callable[[int, Any], None] | None = None,
+) -> list[Any]:
+    """Run `target(environment, *args)` in `num_ranks` new processes and return what each returned, in rank order.
+
+    Args:
+        target: a function at the top level of an importable module.
+        num_ranks: how many processes.
+        args: picklable arguments.
+        timeout_s: for all of it once the processes have started, in seconds.
+        on_event: called in this process with `(rank, event)` for each `RankEnvironment.report(event)`.
+
+    Raises:
+        LocalRankError: a rank raised, died or did not end in time. All processes are gone by then.
+    """
+    outcomes = collect_local_ranks(target, num_ranks, args, timeout_s=timeout_s, on_event=on_event)
+    failed = [outcome for outcome in outcomes if not outcome.succeeded]
+    if failed:
+        # A rank that raised says more than one that was ended because of it.
+        first = next((outcome for outcome in failed if outcome.error), failed[0])
+        raise LocalRankError(
+            f"rank {first.rank} failed with {first.error}" if first.error else f"rank {first.rank} failed",
+            rank=first.rank,
+            why=first.trace or first.message,
+        )
+    return [outcome.result for outcome in outcomes]
+
+
+def collect_local_ranks(
+    target: Callable[..., Any],
+    num_ranks: int,
+    args: Sequence[Any] = (),
+    *,
+    timeout_s: float,
+    on_event: Callable[[int, Any], None] | None = None,
+    on_start: Callable[[list[int]], None] | None = None,
+    grace_s: float = _GRACE_S,
+) -> list[Outcome]:
+    """As `run_local_ranks`, but return how every rank ended instead of raising.
+
+    Args:
+        target: as in `run_local_ranks`.
+        num_ranks: as in `run_local_ranks`.
+        args: as in `run_local_ranks`.
+        timeout_s: as in `run_local_ranks`.
+        on_event: as in `run_local_ranks`.
+        on_start: called once with the process ids, in rank order.
+        grace_s: how long the others may go on once a rank has failed.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outcomes = [Outcome(rank) for rank in range(num_ranks)]
+    processes: list[RankProcess] = []
+    pipes: dict[Connection, int] = {}
+    try:
+        for rank in range(num_ranks):
+            process, ours = start_rank(_child, (target, args, rank, num_ranks, store.port), f"rank {rank}")
+            processes.append(process)
+            pipes[ours] = rank
+        if on_start is not None:
+            on_start([process.pid or 0 for process in processes])
+        deadline = time.monotonic() + timeout_s
+        cut_short = False
+        while pipes:
+            ready = wait(list(pipes), timeout=max(deadline - time.monotonic(), 0))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pipes[pipe]  # type: ignore[index]
+                if not _take(pipe, outcomes[rank], rank, on_event):  # type: ignore[arg-type]
+                    pipe.close()  # type: ignore[union-attr]
+                    del pipes[pipe]  # type: ignore[arg-type]
+                    if not outcomes[rank].reported or outcomes[rank].error:
+                        if not cut_short:
+                            deadline = min(deadline, time.monotonic() + grace_s)
+                        cut_short = True
+        for pipe, rank in pipes.items():
+            if cut_short:
+                outcomes[rank].message = "ended because another rank failed"
+            else:
+                outcomes[rank].message = f"did not end within {timeout_s:g} s; its stacks are on stderr"
+                _dump_stacks(processes[rank].pid)
+            pipe.close()
+        if pipes and not cut_short:
+            time.sleep(_DUMP_S)
+        for rank, process in enumerate(processes):
+            if rank not in pipes.values():
+                process.join(_JOIN_S)
+            if process.is_alive():
+                process.kill()
+                process.join(_JOIN_S)
+                outcomes[rank].message = outcomes[rank].message or f"reported, but did not exit within {_JOIN_S:g} s"
+                continue
+            outcomes[rank].exit_code = process.exitcode
+            if not outcomes[rank].reported:
+                outcomes[rank].message = outcomes[rank].message or f"exited with {process.exitcode} without a word"
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        for process in processes:
+            process.join(_JOIN_S)
+            process.close()
+    return outcomes
+
+
+def _take(pipe: Connection, outcome: Outcome, rank: int, on_event: Callable[[int, Any], None] | None) -> bool:
+    """Take one message; return False at the end of the pipe."""
+    try:
+        kind, *content = pipe.recv()
+    except (EOFError, OSError):
+        return False
+    if kind == "event":
+        if on_event is not None:
+            on_event(rank, content[0])
+    elif kind == "result":
+        outcome.result, outcome.reported = content[0], True
+    else:
+        outcome.error, outcome.message, outcome.trace = content
+        outcome.reported = True
+    return True
+
+
+def _dump_stacks(pid: int | None) -> None:
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+
+
+def _child(
+    target: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int, pipe: Connection
+) -> None:
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    try:
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=datetime.timedelta(seconds=_START_S),
+        )
+        environment = RankEnvironment(rank, world_size, rank, world_size, store, pipe, limit_visible_gpus(rank))
+        pipe.send(("result", target(environment, *args)))
+    except BaseException as error:  # noqa: BLE001 - whatever it was, the parent has to hear of it
+        pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.close()

@@ -1,0 +1,1 @@
+"""What has to move: arrays in, arrays out, no torch."""

@@ -1,0 +1,1 @@
+"""Runs a schedule so that no failure loses a slot."""

@@ -1,0 +1,485 @@
+"""From two placements to moved weights: runs a schedule, step by step, over any communicator.
+
+A step's bytes land in a window. They are committed to the slots once every rank has received its own, by one record
+that no two ranks can read differently (`eplb_core.control.commit_record`). So after any failure every slot of every
+surviving rank holds what `error.placement` says, and that is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.commit_record import Ledger
+from eplb_core.control.plane import ControlPlane
+from eplb_core.errors import (
+    BackendUnavailableError,
+    HandshakeError,
+    InputError,
+    IntegrityError,
+    TransferError,
+)
+from eplb_core.planning.generations import remap_placement, reverse_mapping
+from eplb_core.planning.placement import IntArray
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.rearrange.agree_on_plan import agree_on_plan
+from eplb_core.rearrange.job import RearrangeJob
+from eplb_core.rearrange.job_receiver import Receiver
+from eplb_core.rearrange.job_state import JobState
+from eplb_core.rearrange.lost_experts import Loader, load_lost
+from eplb_core.rearrange.pace import parse_pace
+from eplb_core.rearrange.reporter import Narrator
+from eplb_core.rearrange.result import RearrangeResult
+from eplb_core.rearrange.run import Run, question
+from eplb_core.rearrange.shared_schedule import share_cuts
+from eplb_core.rearrange.step_runner import Account, StepRunner, cut_window
+from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
+from eplb_core.rearrange.weights import ExpertWeights
+from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
+
+STEPS_UNDER_WAY = 1
+"""Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
+where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step costs a round of messages."""
+
+InPlace = Literal["never", "auto", "always"]
+_STEP_COSTS = {"cpu": 24 << 20, "cuda": 1 << 30}
+"""Bytes that are staged and copied in the time that an additional step takes, by the kind of device."""
+
+LAYERS_IN_FLIGHT = 2
+"""How many layers a background job holds received and not yet committed, unless it is told otherwise."""
+
+
+class Rearranger:
+    """Moves the experts of one model between the ranks of a communicator's group. Keep it: its window is reused.
+
+    Args:
+        communicator: made by `create_eplb_communicator`; stays the caller's to close.
+        weights: `weights[layer][tensor]`, first dimension = local slots. Layers may differ in shapes and dtypes.
+        window_bytes: staging memory of this rank; None takes what the communicator's configuration allows.
+        node_of_rank: node number of each rank, so that sources on the same node are preferred.
+        relay: whether an expert that several ranks of one node need crosses to that node once, and is passed on
+            there; None means yes where `node_of_rank` is given.
+        steps_under_way: into how many parts the window is cut, so that one step is received while another is
+            committed. More parts are smaller ones, and every step costs a round of messages.
+        atomic: whether ranks commit a step only when all have received it. Without, each goes ahead as soon as it has
+            its own bytes: a little faster, and after a failure the ranks' placements may differ.
+        in_place: whether `run` gives up slots whose expert has another copy, and receives into them directly, which
+            saves the copy out of the window and takes more steps. `auto`: where that is faster, if the communicator
+            promises that nothing lands late (`may_land_late`) and the ranks commit together. After a failure more slots
+            may be empty then; no expert is ever without a copy.
+
+    Raises:
+        InputError: the weights, or the window, cannot be used.
+    """
+
+    def __init__(
+        self,
+        communicator: EplbCommunicator,
+        weights: Sequence[Sequence[torch.Tensor]],
+        *,
+        window_bytes: int | None = None,
+        node_of_rank: Sequence[int] | None = None,
+        relay: bool | None = None,
+        steps_under_way: int = STEPS_UNDER_WAY,
+        atomic: bool = True,
+        in_place: InPlace = "auto",
+    ) -> None:
+        binding = communicator.binding
+        context = binding.context
+        self._communicator = communicator
+        self._weights = ExpertWeights(weights)
+        if self._weights.device != context.device:
+            raise InputError(
+                f"the weights lie on {self._weights.device}, the communicator moves tensors on {context.device}"
+            )
+        if steps_under_way < 1:
+            raise InputError(f"steps_under_way has to be at least 1, not {steps_under_way}")
+        self._steps_under_way = steps_under_way
+        self._atomic = atomic
+        self._in_place_from = self._weigh_in_place(in_place)
+        self._rank = context.rank
+        self._world_size = context.world_size
+        self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
+        self._relay = relay
+        self._timeout_s = binding.timeout_s
+        self._control: ControlPlane = context.control.scoped(binding.next_scope("rearranger"))
+        self._runner = StepRunner(communicator, self._weights, self._rank)
+        self._runs = 0
+        self._stream: torch.cuda.Stream | None = None
+        self._job: RearrangeJob | None = None
+        self._placement: IntArray | None = None
+        self._finished: Ledger | None = None
+        self._finished_steps = 0
+        self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
+        communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
+        communicator.register([self._window], landing=True)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the window that received experts land in: what is allowed, or less if the weights are less."""
+        return self._window.numel()
+
+    @property
+    def placement(self) -> IntArray | None:
+        """What the slots hold after the last rearrangement, however it ended; None before the first."""
+        if self._job is not None:
+            return self._job.placement
+        return None if self._placement is None else self._placement.copy()
+
+    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+        """Run transfers and copies on `stream`; None means the current stream."""
+        self._refuse_beside_a_job()
+        self._communicator.set_stream(stream)
+        self._stream = stream
+
+    def run(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        ranks_before: Mapping[int, int] | None = None,
+        ranks_after: Mapping[int, int] | None = None,
+        keep_slots: bool = False,
+        loader: Loader | None = None,
+        verify: Thoroughness = "off",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> RearrangeResult:
+        """Move the weights from placement `old` to placement `new`. Every rank calls it with the same two.
+
+        On a GPU the last copies may still be under way on the stream when it returns.
+
+        Args:
+            old: int64 `[layers, slots]`, what every slot holds now; -1 for empty ones.
+            new: int64 `[layers, slots]`, what every slot shall hold.
+            ranks_before: rank of the group that `old` speaks of -> its rank in this group, for each rank that is in
+                both. None if that is this group. Slots of ranks that joined are empty, those of ranks that left gone.
+            ranks_after: rank of this group -> its rank in the group that `new` speaks of, for those that stay. The
+                slots of ranks that leave end up empty; `result.placement` speaks of this group.
+            keep_slots: let an expert that stays on a rank keep its slot, wherever `new` has it on that rank. Then
+                `result.placement` is where the experts are.
+            loader: brings the experts that no slot of `old` holds: called with `(layer, expert)` on each rank that
+                needs one, returns its tensors. Without it they are an error.
+            verify: compare checksums of all experts before and after: not at all, of samples, of all bytes.
+            progress: called after every step with the bytes that this rank has received and those that it will.
+
+        Raises:
+            PlacementError: a placement is not valid on any rank, or the window is too small for one expert.
+            LostExpertsError: `new` needs experts that no slot of `old` holds, and there is no loader, or it failed.
+            InputError: the placements do not fit the weights, on any rank.
+            HandshakeError: the ranks were given different placements or weights, or one did not call. Nothing was
+                moved.
+            TransferError: a step failed. `error.placement` is what the slots hold, the same on every rank that
+                survives; `DecisionUnknownError` if the store died with its host.
+            IntegrityError: with `verify`, experts differ from what they were; `error.placement` has -1 there.
+        """
+        began = time.perf_counter()
+        self._refuse_beside_a_job()
+        if verify not in THOROUGHNESS:
+            raise InputError(f"verify has to be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
+        plan = self._agreed_plan(
+            old,
+            new,
+            ranks_before=ranks_before,
+            ranks_after=ranks_after,
+            keep_slots=keep_slots,
+            loads=loader is not None,
+            settings={"verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)},
+        )
+        parts = cut_window(
+            self._window,
+            int(self._weights.expert_bytes.max()),
+            min(self._communicator.max_in_flight, self._steps_under_way),
+        )
+        steps = self._schedule(plan, len(parts[0]), in_place_from=self._in_place_from)
+        ledger = Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s)
+        run = Run(
+            steps,
+            parts,
+            plan.old.copy(),
+            ledger if self._atomic else None,
+            self._communicator,
+            self._runner,
+            Narrator(self._communicator, self._runner, steps, plan.num_layers),
+            self._stream,
+        )
+        run.account.add("plan", time.perf_counter() - began)
+        self._job = None
+        run.narrator.started()
+        try:
+            expected = self._checksums_before(plan, verify, run)
+            run.perform(progress)
+            if len(plan.lost) and loader is not None:
+                self._load(plan, run, loader, ledger)
+            if expected is not None:
+                self._check_after(run, expected, verify)
+        except BaseException as error:
+            self._placement = run.placement
+            if isinstance(error, TransferError) and error.placement is None:
+                error.placement = run.placement.copy()
+            run.narrator.failed(error, run.decided)
+            raise
+        self._placement = run.placement
+        self._finished, self._finished_steps = ledger, len(steps)
+        result = self._result(plan, run, time.perf_counter() - began)
+        run.narrator.finished(result)
+        return result
+
+    def start(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        ranks_before: Mapping[int, int] | None = None,
+        ranks_after: Mapping[int, int] | None = None,
+        keep_slots: bool = False,
+        pace: str | float | None = None,
+        max_inflight_layers: int = LAYERS_IN_FLIGHT,
+        commit_timeout_s: float = 600.0,
+    ) -> RearrangeJob:
+        """Begin to move the weights beside inference, and return the job. Every rank calls it with the same values.
+
+        A thread of its own receives into the window, on a stream of its own. Live weights change in
+        `RearrangeJob.commit` and `RearrangeJob.wait` alone, which the engine calls when it likes. Until the job has
+        ended, neither this rearranger nor its communicator can be used otherwise.
+
+        Args:
+            old: as in `run`.
+            new: as in `run`.
+            ranks_before: as in `run`.
+            ranks_after: as in `run`.
+            keep_slots: as in `run`.
+            pace: the most bytes that a rank receives a second: a number, or text such as `20GB/s`. None for no limit.
+            max_inflight_layers: how many layers (or parts of layers that are larger than the window) may be received
+                and not yet committed; the window is shared among them.
+            commit_timeout_s: the longest that any rank may take to commit what is ready, in seconds; then the job
+                fails on all.
+
+        Raises:
+            BackendUnavailableError: the backend cannot run beside inference.
+            InputError: the pace, or the number of layers, cannot be used; or as `run`.
+            PlacementError, LostExpertsError, HandshakeError: as `run`.
+        """
+        self._refuse_beside_a_job()
+        binding = self._communicator.binding
+        if not binding.background:
+            name = binding.config.partition("?")[0]
+            raise BackendUnavailableError(
+                f"backend {name!r} cannot run beside inference",
+                name=name,
+                why="it declares no background capability; NCCL's kernels, for one, take turns with those of the "
+                "engine's own collectives on the same GPU, and two such groups on different streams can deadlock",
+                remedy="use run() between batches, or a backend that can: 'eplb backends' lists what each can do",
+            )
+        if max_inflight_layers < 1:
+            raise InputError(f"max_inflight_layers has to be at least 1, not {max_inflight_layers}")
+        bytes_per_s = None if pace is None else parse_pace(pace)
+        plan = self._agreed_plan(
+            old,
+            new,
+            ranks_before=ranks_before,
+            ranks_after=ranks_after,
+            keep_slots=keep_slots,
+            loads=False,
+            settings={"pace": str(bytes_per_s), "max_inflight_layers": str(max_inflight_layers), "background": "yes"},
+        )
+        parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
+        steps = self._schedule(plan, len(parts[0]), max_layers_per_step=1)
+        control = self._control.scoped(f"run {self._runs}")
+        state = JobState(steps, parts, plan.old.copy())
+        receiver = Receiver(
+            state,
+            self._runner,
+            self._communicator,
+            control,
+            timeout_s=self._timeout_s,
+            commit_timeout_s=commit_timeout_s,
+            bytes_per_s=bytes_per_s,
+            device=self._weights.device,
+        )
+        self._job = RearrangeJob(
+            plan,
+            state,
+            receiver,
+            self._runner,
+            self._communicator,
+            Ledger(control.with_own_connection(), self._timeout_s),
+            timeout_s=self._timeout_s,
+            device=self._weights.device,
+            engine_stream=self._stream,
+            summarize=lambda account, seconds: self._summary(plan, steps, account, seconds),
+        )
+        self._job.begin()
+        return self._job
+
+    # --- the steps --------------------------------------------------------------------------------------------------
+
+    def _schedule(
+        self,
+        plan: RearrangementPlan,
+        window: int,
+        *,
+        max_layers_per_step: int | None = None,
+        in_place_from: int | None = None,
+    ) -> list[Step]:
+        limit = self._communicator.transfer_limit_bytes
+        try:
+            return schedule_steps(
+                plan,
+                self._weights.expert_bytes,
+                window_bytes=window,
+                send_limit_bytes=limit,
+                recv_limit_bytes=limit,
+                max_layers_per_step=max_layers_per_step,
+                in_place_from=in_place_from,
+                share=lambda cut, groups: share_cuts(self._control, cut, groups, self._timeout_s),
+            )
+        except HandshakeError as error:
+            error.placement = plan.old.copy()
+            raise
+
+    # --- before and after -------------------------------------------------------------------------------------------
+
+    def _checksums_before(
+        self, plan: RearrangementPlan, verify: Thoroughness, run: Run
+    ) -> dict[tuple[int, int], int] | None:
+        if verify == "off":
+            return None
+        return expected_checksums(plan.old, self._checksums(run, verify))
+
+    def _check_after(self, run: Run, expected: dict[tuple[int, int], int], verify: Thoroughness) -> None:
+        try:
+            check_end(run.placement, self._checksums(run, verify), expected, self._weights.num_slots)
+        except IntegrityError as error:
+            if error.placement is not None:
+                run.placement = error.placement.copy()
+            raise
+
+    def _checksums(self, run: Run, verify: Thoroughness) -> IntArray:
+        began = time.perf_counter()
+        sums = slot_checksums(
+            self._weights,
+            self._control,
+            sample=verify == "sample",
+            stream=self._stream,
+            timeout_s=2 * self._timeout_s,
+        )
+        run.account.add("verify", time.perf_counter() - began)
+        return sums
+
+    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader, ledger: Ledger) -> None:
+        began = time.perf_counter()
+        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, ledger, self._stream)
+        run.account.add("load", time.perf_counter() - began)
+
+    def _result(self, plan: RearrangementPlan, run: Run, seconds: float) -> RearrangeResult:
+        result = self._summary(plan, run.steps, run.account, seconds)
+        return result.at(run.placement)
+
+    def _summary(
+        self, plan: RearrangementPlan, steps: Sequence[Step], account: Account, seconds: float
+    ) -> RearrangeResult:
+        sizes = self._weights.payload_bytes
+        return RearrangeResult(
+            placement=plan.new,
+            moved=plan.num_transfers,
+            moved_locally=plan.num_local_moves,
+            bytes_moved=int(plan.traffic(sizes).sum()),
+            bytes_moved_locally=int(sizes[plan.move_layer[plan.move_source >= 0]].sum()),
+            seconds=seconds,
+            steps=len(steps),
+            staging_bytes=self.window_bytes + self._communicator.staging_bytes,
+            phases=account.phases,
+            paths=account.paths,
+        )
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _weigh_in_place(self, in_place: InPlace) -> int | None:
+        """Return the bytes of staging that an additional step is worth; None to stage everything."""
+        if in_place not in ("never", "auto", "always"):
+            raise InputError(f"in_place has to be never, auto or always, not {in_place!r}")
+        possible = self._atomic and not self._communicator.may_land_late
+        if in_place == "always" and not possible:
+            raise InputError(
+                "experts cannot be received in place",
+                why="the communicator makes no promise that nothing lands late" if self._atomic else "atomic is off",
+                remedy="use in_place='auto'",
+            )
+        if in_place == "never" or not possible:
+            return None
+        return 1 if in_place == "always" else _STEP_COSTS.get(self._weights.device.type, _STEP_COSTS["cuda"])
+
+    def _allocate(self, allowed: int) -> torch.Tensor:
+        one_each = -(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT
+        everything = int(one_each.sum()) * self._weights.num_slots
+        return torch.empty(min(allowed, everything), dtype=torch.uint8, device=self._weights.device)
+
+    def _refuse_beside_a_job(self) -> None:
+        if self._job is not None and not self._job.ended:
+            raise InputError(
+                "a background job of this rearranger has not ended",
+                remedy="call its wait(), or cancel() and then wait(), first",
+            )
+
+    def _agreed_plan(
+        self,
+        old: npt.ArrayLike,
+        new: npt.ArrayLike,
+        *,
+        ranks_before: Mapping[int, int] | None,
+        ranks_after: Mapping[int, int] | None,
+        keep_slots: bool,
+        loads: bool,
+        settings: Mapping[str, str],
+    ) -> RearrangementPlan:
+        """Return the plan, once all ranks have the same one."""
+        self._runs += 1
+
+        def make_plan() -> RearrangementPlan:
+            plan = plan_rearrangement(
+                self._carried(old, ranks_before),
+                self._carried(new, None if ranks_after is None else reverse_mapping(ranks_after)),
+                self._world_size,
+                self._node_of_rank,
+                relay=self._relay,
+                keep_slots=keep_slots,
+                missing="leave_empty" if loads else "raise",
+            )
+            self._check_shape(plan)
+            return plan
+
+        asked = {
+            "weights": self._weights.describe(),
+            "window": f"{self.window_bytes} bytes",
+            "nodes": str(self._node_of_rank),
+            "relay": str(self._relay),
+            "loader": "yes" if loads else "no",
+            **settings,
+        }
+        plan = agree_on_plan(self._control, make_plan, asked, self._timeout_s)
+        if self._finished is not None and self._finished_steps and self._rank == 0:
+            self._finished.forget(question(self._finished_steps - 1))  # every rank has come here since
+        self._finished = None
+        return plan
+
+    def _carried(self, placement: npt.ArrayLike, here: Mapping[int, int] | None) -> npt.ArrayLike:
+        """Return a placement in the ranks of this group."""
+        if here is None:
+            return placement
+        slots = np.asarray(placement).shape[-1] if np.ndim(placement) == 2 else 0
+        return remap_placement(placement, slots // max(self._weights.num_slots, 1), here, self._world_size)
+
+    def _check_shape(self, plan: RearrangementPlan) -> None:
+        here = (len(self._weights.layers), self._weights.num_slots)
+        there = (plan.num_layers, plan.slots_per_rank)
+        if here != there:
+            raise InputError(
+                f"the placements have {there[0]} layers of {there[1]} slots a rank, "
+                f"the weights {here[0]} layers of {here[1]} slots"
+            )

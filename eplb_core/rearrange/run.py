@@ -1,0 +1,210 @@
+"""The steps of one synchronous rearrangement: received, decided with the other ranks, committed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.control.commit_record import Ledger, error_of, who_is_to_blame
+from eplb_core.errors import ControlPlaneError, DecisionUnknownError, IntegrityError
+from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.rearrange.reporter import Narrator
+from eplb_core.rearrange.step_runner import Account, PreparedStep, StepRunner
+from eplb_core.scheduling.schedule import Step
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _UnderWay:
+    """A step that was started."""
+
+    prepared: PreparedStep
+    pending: PendingTransfer
+    began: float
+
+
+class Run:
+    """A rearrangement that is being made.
+
+    Args:
+        steps: what is to do.
+        parts: the parts of the window; so many steps may be under way.
+        placement: what the slots hold at first.
+        ledger: where the ranks decide, or None if each commits what it has for itself.
+        communicator: what moves the bytes.
+        runner: this rank's part in each step.
+        narrator: who is told.
+        stream: where copies go; None for the current stream.
+
+    Attributes:
+        placement: what the slots hold now.
+        decided: how many steps are committed.
+        account: times and paths.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        parts: Sequence[torch.Tensor],
+        placement: IntArray,
+        ledger: Ledger | None,
+        communicator: EplbCommunicator,
+        runner: StepRunner,
+        narrator: Narrator,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
+        context = communicator.binding.context
+        self.steps = list(steps)
+        self.placement = placement
+        self.decided = 0
+        self.account = Account()
+        self.narrator = narrator
+        self._ledger = ledger
+        self._parts = list(parts)
+        self._communicator = communicator
+        self._runner = runner
+        self._stream = stream
+        self._rank, self._world_size = context.rank, context.world_size
+        self._under_way: deque[_UnderWay] = deque()
+        self._started = 0
+        self._next: PreparedStep | None = None
+
+    def perform(self, progress: Callable[[int, int], None] | None) -> None:
+        """Run all steps, and tell the others if this rank cannot go on."""
+        total = sum(map(self._runner.incoming_bytes, self.steps))
+        done = 0
+        with self._trusting(), self._giving_up():
+            for number, step in enumerate(self.steps):
+                while len(self._under_way) == len(self._parts) or any(
+                    self._runner.depends(step, other.prepared.step) for other in self._under_way
+                ):
+                    done += self._complete_oldest()
+                    if progress is not None:
+                        progress(done, total)
+                began = time.perf_counter()
+                prepared = self._next_step(number)
+                self._next = None
+                with self._naming(step):
+                    pending = self._runner.transfer(prepared, self.account)
+                self._started = number + 1
+                self._under_way.append(_UnderWay(prepared, pending, began))
+            while self._under_way:
+                done += self._complete_oldest()
+                if progress is not None:
+                    progress(done, total)
+
+    def _complete_oldest(self) -> int:
+        """Wait for the oldest step that is under way, decide it, commit it; return the bytes that it has brought."""
+        oldest = self._under_way[0]
+        self._receive(oldest)
+        if self._ledger is not None:
+            began = time.perf_counter()
+            verdict = self._ledger.vote(question(self.decided))
+            self.account.add("decide", time.perf_counter() - began)
+            if verdict.aborted:
+                raise error_of(verdict, self._rank, usable=verdict.usable and len(self._under_way) == 1)
+        self._commit_oldest()
+        return self._runner.incoming_bytes(oldest.prepared.step)
+
+    def _commit_oldest(self) -> None:
+        oldest = self._under_way[0]
+        began = time.perf_counter()
+        self._runner.commit(oldest.prepared, self._stream)
+        self.account.add("commit", time.perf_counter() - began)
+        self.placement = oldest.prepared.step.apply(self.placement)
+        self._under_way.popleft()
+        self.decided += 1
+        if self._ledger is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
+            # Every rank has read the verdict before, or this one would not stand.
+            self._ledger.forget(question(self.decided - 2))
+        self.narrator.committed(self.decided - 1, oldest.prepared.step, time.perf_counter() - oldest.began)
+
+    def _receive(self, under_way: _UnderWay) -> None:
+        began = time.perf_counter()
+        under_way.pending.use_idle_time(self._look_ahead(under_way))
+        with self._naming(under_way.prepared.step):
+            stats = under_way.pending.wait()
+        if stats is None:
+            self.account.add("execute", time.perf_counter() - began)
+            return
+        self.account.paths.update(stats.paths)
+        for phase, seconds in stats.phases.items():
+            self.account.add(phase, seconds)
+
+    def _look_ahead(self, under_way: _UnderWay) -> Iterator[object]:
+        """Look up what the commit of a step copies, and then what the next step moves."""
+        yield from under_way.prepared.look_up()
+        if self._started < len(self.steps):
+            yield from self._next_step(self._started).look_up()
+
+    def _next_step(self, number: int) -> PreparedStep:
+        """Return the next step to start, as far as it is prepared."""
+        if self._next is None:
+            self._next = self._runner.prepare(self.steps[number], self._parts[number % len(self._parts)])
+        return self._next
+
+    @contextlib.contextmanager
+    def _naming(self, step: Step) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError as error:
+            self._runner.name_experts(error, step)
+            raise
+
+    @contextlib.contextmanager
+    def _trusting(self) -> Iterator[None]:
+        self._communicator.trust_matching(True)
+        try:
+            yield
+        finally:
+            self._communicator.trust_matching(False)
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """On any error, settle with the other ranks which steps are committed, and commit those here too."""
+        try:
+            yield
+        except BaseException as error:
+            if self._ledger is None or self.decided == len(self.steps):
+                raise
+            try:
+                explained = self._settle(self._ledger, error)
+            except ControlPlaneError as gone:
+                raise self._undecided(gone) from error
+            if explained is not error:
+                raise explained from error
+            raise
+
+    def _settle(self, ledger: Ledger, error: BaseException) -> BaseException:
+        """Return what to raise: `error`, or one that names who is really to blame."""
+        while self.decided < len(self.steps):
+            verdict = ledger.abort(question(self.decided), error)
+            if verdict.aborted:
+                return who_is_to_blame(error, verdict, self._rank)
+            # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
+            self._commit_oldest()
+        return error
+
+    def _undecided(self, gone: ControlPlaneError) -> DecisionUnknownError:
+        error = DecisionUnknownError(
+            f"nobody can tell whether {question(self.decided)} is committed",
+            phase="commit",
+            why=gone.what,
+            remedy="load the experts with -1 in error.placement anew; let torchrun, or another process that outlives "
+            "the ranks, host the store",
+        )
+        step = self.steps[self.decided]
+        self.placement = self.placement.copy()
+        self.placement[step.changes[:, 0], step.changes[:, 1]] = EMPTY
+        error.placement = self.placement.copy()
+        return error
+
+
+def question(step: int) -> str:
+    """Return what the ranks vote on for a step."""
+    return f"step {step}"

@@ -1,0 +1,167 @@
+"""The expert weights of one rank, seen as bytes: which rows belong to an expert, and how it lies in a window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from eplb_core.errors import InputError
+from eplb_core.planning.placement import IntArray
+from eplb_core.transport.queue import Payload
+
+_ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
+WORD = 8
+"""Bytes that copies on a device move at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """One layer.
+
+    Attributes:
+        rows: its tensors as uint8 `[slots, bytes of a row]`.
+        offsets: each one's offset in a staged expert, in bytes.
+        payloads: for each slot its row of every tensor; made once, since making views costs more than using them.
+        words: the same for copies, as int64 where a row's bytes and places allow that; a GPU copies words faster.
+        form: a number; layers whose experts look alike in a window have the same.
+    """
+
+    rows: tuple[torch.Tensor, ...]
+    offsets: tuple[int, ...]
+    payloads: tuple[tuple[Payload, ...], ...]
+    words: tuple[tuple[torch.Tensor, ...], ...]
+    form: int
+
+
+class ExpertWeights:
+    """The local slots of every layer.
+
+    Args:
+        weights: `weights[layer][tensor]`, first dimension = local slots; any further shape, any dtype, layers may
+            differ. A row, one slot of one tensor, has to be contiguous; the tensor need not be.
+
+    Raises:
+        InputError: no layers, no tensors, different slot counts or devices, or rows that are not contiguous; it
+            names the layer and the tensor.
+    """
+
+    def __init__(self, weights: Sequence[Sequence[torch.Tensor]]) -> None:
+        if not weights or not all(len(layer) for layer in weights):
+            raise InputError("weights have to hold at least one layer, and every layer at least one tensor")
+        first = weights[0][0]
+        self._by_layer = [list(layer) for layer in weights]
+        self.tensors = [tensor for layer in weights for tensor in layer]
+        self.device = first.device
+        self.num_slots = first.shape[0] if first.dim() else 0
+        self._forms: dict[tuple[tuple[int, torch.dtype], ...], int] = {}
+        self.layers = [self._layout(number, layer) for number, layer in enumerate(weights)]
+        self.expert_bytes: IntArray = np.array(
+            [sum(_aligned(row.shape[1]) for row in layer.rows) for layer in self.layers], np.int64
+        )
+        """Bytes that one expert of each layer takes in a window, int64 `[layers]`."""
+        self.payload_bytes: IntArray = np.array(
+            [sum(row.shape[1] for row in layer.rows) for layer in self.layers], np.int64
+        )
+        """Bytes of one expert of each layer, int64 `[layers]`."""
+
+    def slot(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """Return the tensors of one slot, each as uint8 `[bytes]`, as views."""
+        return tuple(payload.tensor for payload in self.payloads(layer, slot))
+
+    def write(self, layer: int, slot: int, tensors: Sequence[torch.Tensor], what: str) -> None:
+        """Copy the tensors of one expert into a slot, on the current stream.
+
+        Args:
+            layer: which layer.
+            slot: which local slot.
+            tensors: one for each of the layer's tensors, of a row's shape and dtype, on any device.
+            what: what they are, for messages.
+
+        Raises:
+            InputError: their number, a shape or a dtype is wrong. Nothing was written then.
+        """
+        targets = [tensor[slot].detach() for tensor in self._by_layer[layer]]
+        where = f"{what} of layer {layer}"
+        if len(tensors) != len(targets):
+            raise InputError(f"{len(tensors)} tensors instead of {len(targets)}", where=where)
+        for number, (tensor, target) in enumerate(zip(tensors, targets, strict=True)):
+            if tensor.shape != target.shape or tensor.dtype != target.dtype:
+                raise InputError(
+                    f"tensor {number} is {tuple(tensor.shape)} of {tensor.dtype}, "
+                    f"a slot's is {tuple(target.shape)} of {target.dtype}",
+                    where=where,
+                )
+        for tensor, target in zip(tensors, targets, strict=True):
+            target.copy_(tensor.detach())
+
+    def payloads(self, layer: int, slot: int) -> tuple[Payload, ...]:
+        """Return the tensors of one slot as they are sent and received, each as uint8 `[bytes]`."""
+        return self.layers[layer].payloads[slot]
+
+    def slot_words(self, layer: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """Return the tensors of one slot for copies, as views: int64 `[words]` where that is possible, else uint8."""
+        return self.layers[layer].words[slot]
+
+    def describe(self) -> str:
+        """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
+        tensors = iter(self.tensors)
+        layers = [
+            # The rows come first: zip then takes no tensor too many.
+            " + ".join(f"{row.shape[1]} B {tensor.dtype}" for row, tensor in zip(layer.rows, tensors, strict=False))
+            for layer in self.layers
+        ]
+        return f"{self.num_slots} slots, " + "; ".join(layers)
+
+    def _layout(self, number: int, layer: Sequence[torch.Tensor]) -> LayerLayout:
+        rows = []
+        for index, tensor in enumerate(layer):
+            where = f"layer {number}, tensor {index}, shape {tuple(tensor.shape)}"
+            if tensor.dim() == 0 or tensor.shape[0] != self.num_slots:
+                raise InputError(
+                    "the first dimension has to be the local slots", where=where, why=f"the first has {self.num_slots}"
+                )
+            if tensor.device != self.device:
+                raise InputError("all weights have to lie on one device", where=where, why=f"{tensor.device}")
+            if self.num_slots and not tensor[0].is_contiguous():
+                raise InputError(
+                    "a slot's row is not contiguous",
+                    where=where,
+                    why=f"strides {tuple(tensor.stride())}",
+                    remedy="give weights whose rows are contiguous, such as .contiguous() or a view per slot",
+                )
+            if self.num_slots > 1 and tensor.numel() and abs(tensor.stride(0)) < tensor[0].numel():
+                raise InputError(
+                    "slots lie on top of one another",
+                    where=where,
+                    why=f"strides {tuple(tensor.stride())}",
+                    remedy="give every slot memory of its own; an expanded tensor has one for all",
+                )
+            rows.append(_rows_as_bytes(tensor))
+        starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
+        slots = zip(*(row.unbind(0) for row in rows), strict=True)
+        payloads = tuple(tuple(map(Payload, tensors)) for tensors in slots)
+        words = tuple(zip(*(_as_words(row).unbind(0) for row in rows), strict=True))
+        form = tuple((row.shape[1], word.dtype) for row, word in zip(rows, words[0] if words else rows, strict=True))
+        number = self._forms.setdefault(form, len(self._forms))
+        return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), payloads, words, number)
+
+
+def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view of `tensor`, `[slots, ...]`, as uint8 `[slots, bytes of a row]`."""
+    slots = tensor.shape[0]
+    width = tensor[0].numel() if slots else 0
+    flat = tensor.as_strided((slots, width), (tensor.stride(0), 1))
+    return flat.view(torch.uint8)
+
+
+def _as_words(rows: torch.Tensor) -> torch.Tensor:
+    """Return uint8 `[slots, bytes of a row]` as int64 `[slots, words of a row]`, or as it is where that cannot be."""
+    places = (rows.data_ptr(), rows.storage_offset(), rows.stride(0), rows.shape[1])
+    return rows if not rows.numel() or any(place % WORD for place in places) else rows.view(torch.int64)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -1,0 +1,1 @@
+"""From a config string to an installed backend."""

@@ -1,0 +1,181 @@
+"""Finds what installed distributions register in an entry-point group, without importing any of it.
+
+Every rank finds the same in the same order, whatever order the file system lists folders in.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import importlib_metadata
+
+from eplb_core.registry.config import fold_distribution
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """One entry point of one installed distribution.
+
+    Attributes:
+        name: as the distribution wrote it.
+        value: `module:attribute`.
+        distribution: its name, folded as pip folds it.
+        version: the distribution's version.
+        location: the folder that holds the distribution's metadata.
+        problem: why it cannot be loaded although it is there, or None.
+        notes: what else is worth knowing, such as copies that are ignored.
+    """
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    location: str
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+    _entry_point: importlib_metadata.EntryPoint | None = field(default=None, compare=False, repr=False)
+
+    def load(self) -> Any:
+        """Import the module and return the attribute. Whatever the import raises is passed on."""
+        if self._entry_point is None:
+            raise ImportError(f"{self.value} was not found by a search")
+        return self._entry_point.load()
+
+
+def discover(group: str) -> list[Registration]:
+    """Return what is registered in `group`, without duplicates, sorted by name, distribution and value.
+
+    Of a distribution that is on the path several times the first copy counts, as for `import`. Metadata that cannot
+    be read is logged and skipped.
+    """
+    path = metadata_search_path()
+    holders: dict[str, list[importlib_metadata.Distribution]] = {}
+    for distribution in _distributions(path=path):
+        points = _entry_points(distribution, group)
+        name = _name(distribution) if points else None
+        if name is not None:
+            holders.setdefault(fold_distribution(name), []).append(distribution)
+    found = {
+        registration
+        for name, distributions in holders.items()
+        for registration in _registrations(name, distributions, group, path)
+    }
+    return sorted(found, key=lambda each: (each.name, each.distribution, each.value))
+
+
+def metadata_search_path() -> list[str]:
+    """Return the folders of `sys.path` in which installed distributions are looked for.
+
+    The current directory is among them only if `PYTHONPATH` names it, or if it stands behind the standard library,
+    where `.pth` files put it. Before the standard library it stands because Python was started there: an `*.egg-info`
+    in a source tree that one happens to stand in is not an installed distribution.
+    """
+    here = _real(os.curdir)
+    named = {_real(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    if sys.flags.ignore_environment:
+        named = set()
+    library = _real(os.path.dirname(os.__file__))
+    behind_library = False
+    path: dict[str, str] = {}
+    for entry in sys.path:
+        real = _real(entry) if entry else here
+        behind_library = behind_library or real == library
+        if real == here and not behind_library and here not in named:
+            continue
+        if entry:
+            path.setdefault(real, entry)
+    return list(path.values())
+
+
+def _registrations(
+    name: str, holders: Sequence[importlib_metadata.Distribution], group: str, path: Sequence[str]
+) -> Iterator[Registration]:
+    """Yield what the copy that counts registers; `holders` are the copies that register something."""
+    copies = _in_order(_distributions(name=name, path=list(path)), path) or list(holders)
+    first = copies[0]
+    notes = [f"another copy, {_place(copy)}, is ignored" for copy in copies[1:]]
+    problem = None
+    points = _entry_points(first, group)
+    if not points:
+        problem = f"{_place(first)} comes earlier on the path and does not register it"
+        holder = _in_order(holders, path)[0]
+        points = _entry_points(holder, group)
+        notes = []
+        first = holder
+    for point in points:
+        yield Registration(
+            name=point.name,
+            value=point.value or "",
+            distribution=name,
+            version=_version(first),
+            location=_location(first),
+            problem=problem,
+            notes=tuple(notes),
+            _entry_point=point,
+        )
+
+
+def _distributions(**context: Any) -> list[importlib_metadata.Distribution]:
+    # Finders of others may yield what only looks like a Distribution; that is all that is needed here.
+    return list(importlib_metadata.distributions(**context))  # type: ignore[arg-type]
+
+
+def _in_order(
+    copies: Iterable[importlib_metadata.Distribution], path: Sequence[str]
+) -> list[importlib_metadata.Distribution]:
+    """Sort copies of one distribution by their place on the path, the newest first within one folder."""
+    place = {_real(entry): index for index, entry in enumerate(path)}
+    by_version = sorted(copies, key=lambda copy: _version_key(_version(copy)), reverse=True)
+    return sorted(by_version, key=lambda copy: place.get(_real(_location(copy)), len(place)))
+
+
+def _entry_points(distribution: importlib_metadata.Distribution, group: str) -> list[importlib_metadata.EntryPoint]:
+    try:
+        return [point for point in distribution.entry_points if point.group == group]
+    except Exception as error:  # noqa: BLE001 - metadata of strangers, broken in ways that nobody lists
+        _log.warning("skipped the metadata of a distribution in %s: %s", _location(distribution), error)
+        return []
+
+
+def _name(distribution: importlib_metadata.Distribution) -> str | None:
+    try:
+        name = distribution.name
+    except Exception as error:  # noqa: BLE001 - as above
+        _log.warning("skipped a distribution without a name in %s: %s", _location(distribution), error)
+        return None
+    return name or None
+
+
+def _version(distribution: importlib_metadata.Distribution) -> str:
+    try:
+        return distribution.version or "?"
+    except Exception:  # noqa: BLE001 - as above; a distribution without a version can still be loaded
+        return "?"
+
+
+def _version_key(version: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts 1.10 behind 1.9; good enough to choose between two copies in one folder."""
+    return [(1, int(part)) if part.isdigit() else (0, part) for part in re.findall(r"\d+|[a-z]+", version)]
+
+
+def _location(distribution: importlib_metadata.Distribution) -> str:
+    return str(distribution.locate_file(""))
+
+
+def _place(distribution: importlib_metadata.Distribution) -> str:
+    return f"{_version(distribution)} in {_location(distribution)}"
+
+
+def _real(entry: str) -> str:
+    try:
+        return os.path.realpath(entry)
+    except OSError:
+        return entry  # the current directory was deleted

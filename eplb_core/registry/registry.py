@@ -1,0 +1,257 @@
+"""Which backends are installed, which of them can be used, and what to do about the others.
+
+Listing imports the module of each spec and nothing else. What a backend needs is looked for, not imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from eplb_core.contract.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION, BackendFactory, BackendProbe, BackendSpec
+from eplb_core.contract.options import did_you_mean, option_types
+from eplb_core.errors import (
+    BackendBrokenError,
+    BackendConflictError,
+    BackendError,
+    BackendNotInstalledError,
+    ConfigError,
+    UnknownBackendError,
+)
+from eplb_core.registry.config import AUTO, BackendConfig, fold_name
+from eplb_core.registry.discovery import Registration, discover
+from eplb_core.registry.entry import (
+    BackendEntry,
+    BackendState,
+    fault_place,
+    read_entry,
+    repair_command,
+    selection_error,
+    word_list,
+)
+from eplb_core.registry.known import KNOWN_BACKENDS
+
+__all__ = [
+    "BackendEntry",
+    "BackendState",
+    "Registry",
+    "default_registry",
+    "import_dotted",
+    "load_factory",
+    "load_options_class",
+    "load_probe",
+]
+
+
+class Registry:
+    """The backends of one entry-point group. Nothing is searched before the first question; answers are kept.
+
+    Args:
+        group: the entry-point group.
+        api_version: the plugin API that backends have to be written for; that of this eplb.
+    """
+
+    def __init__(self, group: str = ENTRY_POINT_GROUP, *, api_version: tuple[int, int] = PLUGIN_API_VERSION) -> None:
+        self._group = group
+        self._api_version = api_version
+        self._found: dict[str, list[Registration]] | None = None
+        self._entries: dict[Registration, BackendEntry] = {}
+
+    def entries(self) -> list[BackendEntry]:
+        """Return every installed backend, sorted by name and distribution, the same on every rank."""
+        entries = []
+        for name, registrations in sorted(self._registrations().items()):
+            distinct = _without_same_value(registrations)
+            for registration in distinct:
+                entry = self._entry(name, registration)
+                if len(distinct) > 1 and entry.state is BackendState.READY:
+                    entry = dataclasses.replace(
+                        entry,
+                        state=BackendState.CONFLICT,
+                        why=f"{word_list([each.distribution for each in distinct], 'and')} register this name",
+                        remedy=f"write {entry.choice}",
+                    )
+                entries.append(entry)
+        return entries
+
+    def names(self) -> list[str]:
+        """Return the names of all installed backends, usable or not, sorted. Imports nothing."""
+        return sorted(self._registrations())
+
+    def select(self, config: BackendConfig) -> BackendEntry:
+        """Return the entry that a config string names. Only the specs that bear its name are imported.
+
+        Raises:
+            UnknownBackendError: nothing registers the name, or the distribution that was named does not.
+            BackendNotInstalledError: the backend, or a package that it needs, is not installed.
+            BackendConflictError: several distributions register the name and the string names none of them.
+            BackendBrokenError: its spec cannot be imported, or is not one.
+            BackendVersionError: it was written for a plugin API that this eplb does not speak.
+        """
+        registrations = self._registrations().get(config.name, [])
+        if not registrations:
+            raise self._not_found(config.name)
+        distinct = _without_same_value(registrations)
+        if config.distribution is not None:
+            chosen = [each for each in registrations if each.distribution == config.distribution]
+            if not chosen:
+                raise UnknownBackendError(
+                    f"distribution {config.distribution!r} registers no backend {config.name!r}",
+                    name=config.name,
+                    remedy="write " + _choices(config.name, registrations),
+                )
+        elif len(distinct) > 1:
+            raise BackendConflictError(
+                f"{len(distinct)} distributions register a backend {config.name!r}",
+                name=config.name,
+                where=", ".join(f"{each.distribution} {each.version}" for each in distinct),
+                remedy="write " + _choices(config.name, distinct),
+            )
+        else:
+            chosen = distinct
+        entry = self._entry(config.name, chosen[0])
+        if entry.state is not BackendState.READY:
+            raise selection_error(entry) from entry.cause
+        return entry
+
+    def _not_found(self, name: str) -> BackendError:
+        if name in KNOWN_BACKENDS:
+            return BackendNotInstalledError(
+                f"backend {name!r} is not installed", name=name, remedy=KNOWN_BACKENDS[name]
+            )
+        installed = self.names()
+        near = did_you_mean(name, sorted({*installed, *KNOWN_BACKENDS, AUTO}))
+        return UnknownBackendError(
+            f"there is no backend {name!r}{near}",
+            name=name,
+            remedy=f"choose one that is installed: {', '.join(installed) or 'none is'}; `eplb backends` says more",
+        )
+
+    def _registrations(self) -> dict[str, list[Registration]]:
+        if self._found is None:
+            found: dict[str, list[Registration]] = {}
+            for registration in discover(self._group):
+                found.setdefault(_folded(registration.name), []).append(registration)
+            self._found = {name: _one_each(name, registrations) for name, registrations in found.items()}
+        return self._found
+
+    def _entry(self, name: str, registration: Registration) -> BackendEntry:
+        if registration not in self._entries:
+            self._entries[registration] = read_entry(name, registration, self._api_version)
+        return self._entries[registration]
+
+
+@functools.cache
+def default_registry() -> Registry:
+    """Return the registry of this process."""
+    return Registry()
+
+
+def load_factory(entry: BackendEntry) -> BackendFactory:
+    """Import the function that builds the backend's communicators.
+
+    Raises:
+        BackendBrokenError: the import fails, or what it names cannot be called.
+    """
+    factory: BackendFactory = _load_callable(entry, "factory", _spec(entry).factory)
+    return factory
+
+
+def load_options_class(entry: BackendEntry) -> type:
+    """Import the backend's options dataclass.
+
+    Raises:
+        BackendBrokenError: the import fails, or it is not a dataclass whose fields have a text form.
+    """
+    dotted = _spec(entry).options
+    options_class = _load(entry, "options class", dotted)
+    try:
+        option_types(options_class)
+    except (TypeError, NameError, AttributeError) as error:
+        raise _broken_part(entry, "options class", dotted, error) from error
+    return options_class  # type: ignore[no-any-return]
+
+
+def load_probe(entry: BackendEntry) -> BackendProbe | None:
+    """Import the backend's probe, or return None if it has none. Runs in the child process that probes.
+
+    Raises:
+        BackendBrokenError: the import fails, or what it names cannot be called.
+    """
+    dotted = _spec(entry).probe
+    if dotted is None:
+        return None
+    probe: BackendProbe = _load_callable(entry, "probe", dotted)
+    return probe
+
+
+def import_dotted(dotted: str) -> Any:
+    """Return what `module:attribute` names. Whatever the import raises is passed on."""
+    module, _, attribute = dotted.partition(":")
+    return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
+
+
+def _folded(name: str) -> str:
+    try:
+        return fold_name(name)
+    except ConfigError:
+        return name  # listed as broken under the name that it gave itself
+
+
+def _one_each(name: str, registrations: Sequence[Registration]) -> list[Registration]:
+    """Keep one registration a distribution; two of one distribution under one name are a fault of its own."""
+    kept: dict[str, Registration] = {}
+    for registration in registrations:
+        first = kept.get(registration.distribution)
+        if first is None:
+            kept[registration.distribution] = registration
+        elif first.value != registration.value:
+            problem = f"it registers {name} twice, as {first.value} and as {registration.value}"
+            kept[registration.distribution] = dataclasses.replace(first, problem=problem)
+    return list(kept.values())
+
+
+def _without_same_value(registrations: Sequence[Registration]) -> list[Registration]:
+    """Keep the first of several distributions that register the very same object: that is no conflict."""
+    distinct: dict[str, Registration] = {}
+    for registration in registrations:
+        distinct.setdefault(registration.value, registration)
+    return list(distinct.values())
+
+
+def _choices(name: str, registrations: Sequence[Registration]) -> str:
+    return word_list([f"{name}@{each.distribution}" for each in registrations], "or")
+
+
+def _load(entry: BackendEntry, part: str, dotted: str) -> Any:
+    try:
+        return import_dotted(dotted)
+    except (Exception, SystemExit) as error:
+        raise _broken_part(entry, part, dotted, error) from error
+
+
+def _load_callable(entry: BackendEntry, part: str, dotted: str) -> Any:
+    loaded = _load(entry, part, dotted)
+    if not callable(loaded):
+        error = TypeError(f"{type(loaded).__name__} cannot be called")
+        raise _broken_part(entry, part, dotted, error) from error
+    return loaded
+
+
+def _spec(entry: BackendEntry) -> BackendSpec:
+    if entry.spec is None:
+        raise selection_error(entry) from entry.cause
+    return entry.spec
+
+
+def _broken_part(entry: BackendEntry, part: str, dotted: str, cause: BaseException) -> BackendBrokenError:
+    return BackendBrokenError(
+        f"the {part} {dotted} of backend {entry.name!r} is broken",
+        name=entry.name,
+        where=f"{entry.distribution} {entry.version}, {fault_place(cause) or entry.location}",
+        why=f"{type(cause).__name__}: {cause}",
+        remedy=repair_command(entry),
+    )

@@ -1,0 +1,1 @@
+"""In which bounded steps it moves: arrays in, arrays out, no torch."""

@@ -1,0 +1,94 @@
+"""Cuts the moves of one layer into parts that each fit into a few experts' worth of window, sends and receives.
+
+A part reads every slot as it is when the part begins, and overwrites slots at its end. So a slot may be overwritten
+once another copy of its expert stays, or arrives in the same part. A rank that still needs the expert elsewhere keeps a
+copy of its own, and so does a node: cutting a layer never costs a transfer more than the plan has, in all or between
+nodes. Where experts are relayed, a rank waits for one that another rank of its node receives in this part.
+
+What is left when no slot may be overwritten are cycles: every slot waits for the expert that the next one holds.
+`eplb_core.scheduling.cycles` turns them.
+
+`cut_in_place` receives into empty slots directly, which takes no window. Then every part ends with giving up the slots
+that may be overwritten and were not: they are empty from then on, for a later part to fill. So along a chain of slots
+each is emptied by the part that brings its expert elsewhere, and filled by the next; the window is for cycles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eplb_core.errors import EplbError
+from eplb_core.scheduling.cycles import turn_cycles
+from eplb_core.scheduling.layer import Budget, LayerParts, LayerTask, Use
+from eplb_core.scheduling.layer_state import LayerState
+
+_FEW = 3
+"""So many times `cheap_bytes` are staged in one last step rather than moved in place in several."""
+
+
+def cut_layer(task: LayerTask, budget: Budget) -> LayerParts:
+    """Cut the way of one layer from `old` to `new` into parts.
+
+    After each part, every expert that `new` needs has a copy. What is empty in `new` keeps its expert to the end.
+
+    Args:
+        task: what has to happen.
+        budget: what a part may use, at least one expert of each that the layer needs.
+    """
+    state = LayerState(task, in_place=False)
+    while state.pending:
+        state.begin_part(budget, Use(task.places.num_ranks))
+        state.overwrite()
+        if turn_cycles(state):
+            state.overwrite()
+        if not state.end_part(step=len(state.parts.ends)):
+            raise _halted(budget)
+    return state.parts
+
+
+def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[LayerParts]:
+    """Cut the ways of all layers into parts that share their steps, and receive into empty slots where they can.
+
+    Args:
+        tasks: what has to happen in each layer.
+        budget: what all layers together may use in a step, at least one expert of each that they need.
+        cheap_bytes: how much may land in the window of a rank in a step though it could go into a slot later.
+
+    Returns:
+        The parts of every layer, with the steps that they share.
+    """
+    states = [LayerState(task, in_place=True) for task in tasks]
+    unfinished = [state for state in states if state.pending]
+    step = 0
+    while unfinished:
+        use = Use(tasks[0].places.num_ranks)
+        for state in unfinished:
+            state.begin_part(budget, use)
+            state.fill_empty()
+        for state in unfinished:
+            turn_cycles(state)
+        # What is left is few: better all of it now than a step for each end of a chain.
+        limit = budget.window if _most_left(unfinished) <= _FEW * cheap_bytes else min(budget.window, cheap_bytes)
+        for state in unfinished:
+            state.overwrite(limit)
+        for state in unfinished:
+            state.vacate()
+        moved = [state.end_part(step) for state in unfinished]
+        if not any(moved):
+            raise _halted(budget)
+        unfinished = [state for state in unfinished if state.pending]
+        step += 1
+    return [state.parts for state in states]
+
+
+def _most_left(states: Sequence[LayerState]) -> int:
+    """Return the most bytes that the slots of any rank still wait for."""
+    return max(map(sum, zip(*(state.left for state in states), strict=True)))
+
+
+def _halted(budget: Budget) -> EplbError:
+    return EplbError(
+        "the schedule of a layer came to a halt",
+        why=f"no slot can be overwritten within {budget}, which is an error in eplb",
+        remedy="use a larger window, and report this with both placements",
+    )
