@@ -20,13 +20,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from engine_nccl import EngineNccl, why_not
 
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+from tests.multigpu.engine_nccl import EngineNccl, why_not
 
 GPUS = torch.cuda.device_count()
 TIMEOUT_S, MARGIN_S = 5.0, 2.0

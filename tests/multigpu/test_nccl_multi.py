@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from engine_nccl import EngineNccl, why_not
 
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.groups import TorchGroups
@@ -33,6 +32,7 @@ from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.planning.generations import generation_group, remap_placement
 from eplb_core.rearrange.rearranger import Rearranger
 from eplb_core.transport.coalesce import as_bytes
+from tests.multigpu.engine_nccl import EngineNccl, why_not
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""The tests of eplb, in folders that mirror the rooms of `eplb_core`."""

@@ -1,0 +1,190 @@
+"""What the documentation shows is true: its code runs, its commands print what it says, and nothing is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+import eplb_core
+from eplb_core import errors
+from eplb_core.cli import main as eplb_command
+from eplb_core.contract.backend import CommonOptions
+from eplb_core.contract.options import option_types
+from eplb_core.registry.registry import default_registry, load_options_class
+from tests.support.fake_distributions import install, run_child, run_eplb
+from tests.support.pages import BLOCKS, DOCS, PAGES, REPOSITORY, Block, blocks_of, marked
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python_code_in_the_docs_compiles(block: Block) -> None:
+    compile(textwrap.dedent(block.code), str(block), "exec")
+
+
+@pytest.mark.parametrize("block", marked("run"), ids=str)
+def test_a_program_in_the_docs_runs(block: Block, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(block.code)
+
+    child = run_child([str(program)], cwd=tmp_path)
+
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("block", marked("two-ranks"), ids=str)
+def test_a_program_for_two_ranks_in_the_docs_runs_under_torchrun(block: Block, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(block.code)
+
+    child = run_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)], cwd=tmp_path)
+
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("block", marked("exact"), ids=str)
+def test_a_command_in_the_docs_prints_what_they_show(block: Block, tmp_path: Path) -> None:
+    for session in re.split(r"^\$ ", block.code, flags=re.MULTILINE)[1:]:
+        line, _, shown = session.partition("\n")
+        words = shlex.split(line)
+        environment = {"COLUMNS": "100"}
+        while "=" in words[0] and words[0].isascii():
+            name, _, environment[name] = words.pop(0).partition("=")
+        assert words.pop(0) == "eplb"
+
+        child = run_eplb(*words, cwd=tmp_path, environment=environment)
+
+        assert (child.stdout + child.stderr).split() == shown.split(), line
+
+
+# --- the backend of the README ----------------------------------------------------------------------------------------
+
+
+def readme_files() -> dict[str, str]:
+    """Return the files that the README shows: their first line is a comment with their path."""
+    blocks = [block.code for block in blocks_of(REPOSITORY / "README.md") if block.code.startswith("# acme_eplb/")]
+    return {code.partition("\n")[0].removeprefix("# "): code for code in blocks}
+
+
+def test_the_backend_in_twenty_lines_moves_a_checkpoint_between_two_ranks(tmp_path: Path) -> None:
+    (shown,) = [block.code for block in blocks_of(REPOSITORY / "README.md") if block.language == "toml"]
+    backends = tomllib.loads(shown)["project"]["entry-points"]["eplb.backends"]
+    installed = install(tmp_path / "site", "acme-eplb", backends=backends)
+    for path, code in readme_files().items():
+        (installed / path).parent.mkdir(exist_ok=True)
+        (installed / path).write_text(code)
+    loads = REPOSITORY / "examples/published-loads.json"
+
+    made = run_eplb("make-checkpoint", "demo", cwd=tmp_path)
+    moved = run_eplb(
+        "rebalance", str(loads), "--checkpoint=demo", "--ranks=2", "--backend=acme", path=[installed], cwd=tmp_path
+    )
+
+    assert made.returncode == 0, made.stderr
+    assert moved.returncode == 0, moved.stderr
+    assert re.search(r"verified +yes", moved.stdout), moved.stdout
+
+
+def test_its_execute_takes_about_twenty_lines() -> None:
+    code = readme_files()["acme_eplb/communicator.py"]
+    body = code[code.index("class ") :]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 25
+
+
+# --- nothing is left out ----------------------------------------------------------------------------------------------
+
+
+def _first_party_backends() -> list[str]:
+    return sorted(
+        tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"]["eplb.backends"]
+    )
+
+
+def _plugins() -> list[str]:
+    return sorted(path.parent.name for path in (REPOSITORY / "plugins").glob("*/pyproject.toml"))
+
+
+def _error_classes() -> list[str]:
+    return [
+        name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.EplbError)
+    ]
+
+
+@pytest.mark.parametrize("name", _error_classes())
+def test_every_error_has_a_section_on_the_errors_page(name: str) -> None:
+    assert re.search(rf"^### {name}$", (DOCS / "errors.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(set(eplb_core.__all__) - {"__version__"}))
+def test_every_exported_name_is_in_the_api_reference(name: str) -> None:
+    pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    in_errors = name in _error_classes() and "automodule:: eplb_core.errors" in pages
+    assert in_errors or re.search(rf":: eplb_core\.(?:\w+\.)*{name}(?:\(\))?$", pages, re.MULTILINE)
+
+
+@pytest.mark.parametrize("backend", _first_party_backends())
+def test_every_option_of_a_first_party_backend_is_documented_with_its_default(backend: str) -> None:
+    page = (DOCS / "backends.md").read_text()
+    section = page[page.index(f"## {backend}") :].partition("\n## ")[0]
+    entry = next(entry for entry in default_registry().entries() if entry.choice == f"{backend}@eplb")
+    options_class = load_options_class(entry)
+    assert issubclass(options_class, CommonOptions)
+    defaults = {field.name: field.default for field in dataclasses.fields(options_class)}
+    for key, kind in option_types(options_class).items():
+        assert re.search(rf"^\| `{key}` \|.*\| `{kind.format(defaults[key])}` \|", section, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("backend", _first_party_backends())
+def test_every_first_party_backend_is_in_the_directory_of_plugins(backend: str) -> None:
+    assert re.search(rf"^\| `{backend}` \|.*\| `pip install ", (DOCS / "plugins.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("plugin", _plugins())
+def test_every_plugin_is_in_the_directory_with_what_it_registers(plugin: str) -> None:
+    project = tomllib.loads((REPOSITORY / "plugins" / plugin / "pyproject.toml").read_text())["project"]
+    for names in project["entry-points"].values():
+        for name in names:
+            row = rf'^\| `{name}` \|.*\| `pip install "?{plugin}\b.*`plugins/{plugin}` \| (alpha|stable) \|$'
+            assert re.search(row, (DOCS / "plugins.md").read_text(), re.MULTILINE)
+
+
+def _commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from _commands(command, (*path, name))
+        elif command is not None:
+            yield (*path, name), command
+
+
+def test_every_command_and_each_of_its_options_is_documented() -> None:
+    page = (DOCS / "commands.md").read_text()
+    missing = []
+    for path, command in _commands(eplb_command):
+        heading = f"## eplb {' '.join(path)}"
+        if heading not in page:
+            missing.append(heading)
+            continue
+        section = page[page.index(heading) :].partition("\n## ")[0]
+        options = [name for each in command.params if isinstance(each, click.Option) for name in each.opts]
+        missing += [f"{heading}: {name}" for name in options if f"`{name}" not in section]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "page", [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *PAGES], ids=lambda p: p.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+def test_pages_hold_code_of_every_kind_that_is_tested() -> None:
+    assert all(marked(mark) for mark in ("run", "two-ranks", "exact", "tutorial"))

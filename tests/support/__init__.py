@@ -1,0 +1,1 @@
+"""What tests share: real ranks, fake distributions, broken transports, the pages of the documentation."""
