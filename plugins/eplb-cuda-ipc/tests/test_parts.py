@@ -25,7 +25,7 @@ from standin import ENGINE, HostMemory
 
 from eplb_core import ByteSize, Payload
 from eplb_core.errors import TransferTimeoutError
-from eplb_core.registry import Registry
+from eplb_core.registry.registry import Registry
 
 
 def numbers(*values: int) -> np.ndarray:
