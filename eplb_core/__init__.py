@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from eplb_core.contract.backend import PLUGIN_API_VERSION as PLUGIN_API_VERSION
-    from eplb_core.contract.backend import BackendContext as BackendContext
     from eplb_core.contract.backend import BackendSpec as BackendSpec
-    from eplb_core.contract.backend import ByteSize as ByteSize
     from eplb_core.contract.backend import Capabilities as Capabilities
-    from eplb_core.contract.backend import CommonOptions as CommonOptions
-    from eplb_core.contract.backend import Duration as Duration
     from eplb_core.contract.backend import ProbeResult as ProbeResult
     from eplb_core.contract.communicator import EplbCommunicator as EplbCommunicator
     from eplb_core.contract.communicator import PendingTransfer as PendingTransfer
-    from eplb_core.contract.communicator import TransferStats as TransferStats
+    from eplb_core.contract.context import BackendContext as BackendContext
+    from eplb_core.contract.option_types import ByteSize as ByteSize
+    from eplb_core.contract.option_types import CommonOptions as CommonOptions
+    from eplb_core.contract.option_types import Duration as Duration
+    from eplb_core.contract.payload import Payload as Payload
+    from eplb_core.contract.payload import Transfer as Transfer
+    from eplb_core.contract.stats import TransferStats as TransferStats
     from eplb_core.control.groups import StatelessGroup as StatelessGroup
     from eplb_core.control.groups import TorchGroups as TorchGroups
     from eplb_core.errors import EplbError as EplbError
@@ -32,26 +34,24 @@ if TYPE_CHECKING:
     from eplb_core.rearrange.rearranger import Rearranger as Rearranger
     from eplb_core.rearrange.result import RearrangeResult as RearrangeResult
     from eplb_core.transport.coalesce import as_bytes as as_bytes
-    from eplb_core.transport.queue import Payload as Payload
+    from eplb_core.transport.match import check_match as check_match
     from eplb_core.transport.queue import PayloadQueue as PayloadQueue
-    from eplb_core.transport.queue import Transfer as Transfer
     from eplb_core.transport.queue import TransferQueue as TransferQueue
-    from eplb_core.transport.queue import check_match as check_match
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "BackendContext": "contract.backend",
+    "BackendContext": "contract.context",
     "BackendSpec": "contract.backend",
-    "ByteSize": "contract.backend",
+    "ByteSize": "contract.option_types",
     "Capabilities": "contract.backend",
-    "CommonOptions": "contract.backend",
-    "Duration": "contract.backend",
+    "CommonOptions": "contract.option_types",
+    "Duration": "contract.option_types",
     "EplbCommunicator": "contract.communicator",
     "EplbError": "errors",
     "HandshakeError": "errors",
     "PLUGIN_API_VERSION": "contract.backend",
-    "Payload": "transport.queue",
+    "Payload": "contract.payload",
     "PayloadQueue": "transport.queue",
     "PendingTransfer": "contract.communicator",
     "ProbeResult": "contract.backend",
@@ -60,12 +60,12 @@ _HOME = {
     "Rearranger": "rearrange.rearranger",
     "StatelessGroup": "control.groups",
     "TorchGroups": "control.groups",
-    "Transfer": "transport.queue",
+    "Transfer": "contract.payload",
     "TransferError": "errors",
     "TransferQueue": "transport.queue",
-    "TransferStats": "contract.communicator",
+    "TransferStats": "contract.stats",
     "as_bytes": "transport.coalesce",
-    "check_match": "transport.queue",
+    "check_match": "transport.match",
     "create_eplb_communicator": "factory.create",
     "plan_rearrangement": "planning.plan",
 }

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.errors import BackendNotInstalledError, EplbError
-from eplb_core.planning.placement import IntArray
 from eplb_core.transport.streams import ordinal_of
 
 _PACKAGES = ("nixl", "nixl_rocm", "rixl")  # the CUDA build, the ROCm build, and the ROCm build's older name

@@ -23,15 +23,16 @@ from eplb_backends.nixl.memory import (
     joined,
     left_for_staging,
 )
-from eplb_backends.nixl.naming import ranks_text
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.prepared import Places, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
-from eplb_core.contract.backend import BackendContext
-from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.payload import Payloads
+from eplb_core.contract.stats import TransferStats
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     ControlPlaneError,
@@ -43,8 +44,10 @@ from eplb_core.errors import (
 )
 from eplb_core.transport.checksums import checksums
 from eplb_core.transport.coalesce import as_bytes
-from eplb_core.transport.queue import PayloadQueue, Payloads, check_match
+from eplb_core.transport.match import check_match
+from eplb_core.transport.queue import PayloadQueue
 from eplb_core.transport.streams import mark, on_stream
+from eplb_core.words import ranks_text
 
 _SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
 _MAX_IN_FLIGHT = 8

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from eplb_backends.nixl.agent import NixlError
 from eplb_backends.nixl.messages import Kind, Message
-from eplb_backends.nixl.naming import ranks_text
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.round import Round
 from eplb_core.errors import EplbError, PeerLostError, TransferError, TransferTimeoutError
+from eplb_core.words import ranks_text
 
 _POLLS = 4  # in a row that bring nothing, before other work is done meanwhile
 _SPINS = 20  # polls in a row before the first nap

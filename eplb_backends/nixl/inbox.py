@@ -17,11 +17,11 @@ from eplb_backends.nixl.naming import naming
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.pieces import ByteStream, merge
 from eplb_backends.nixl.selftest import PAGE_BYTES, check_page
+from eplb_core.arrays import IntArray
+from eplb_core.contract.payload import Payload
 from eplb_core.errors import EplbError
-from eplb_core.planning.placement import IntArray
 from eplb_core.transport.coalesce import as_bytes
 from eplb_core.transport.copies import copy_all
-from eplb_core.transport.queue import Payload
 from eplb_core.transport.streams import on_stream
 
 SCATTER_BYTES = 64 << 10

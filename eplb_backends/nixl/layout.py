@@ -11,9 +11,9 @@ from eplb_backends.nixl.inbox import SCATTER_BYTES, Incoming
 from eplb_backends.nixl.memory import Regions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.prepared import Places, Rows
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import TransferError
 from eplb_core.transport.coalesce import as_bytes
-from eplb_core.transport.queue import Payload, Payloads
 
 _NONE_IS_AS_LARGE = 1 << 63
 

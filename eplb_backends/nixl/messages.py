@@ -31,7 +31,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 _HEADER = struct.Struct("<8sIBBH")
 _READY = struct.Struct("<II16s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from eplb_backends.nixl.agent import NixlError
 from eplb_core.errors import PeerLostError, TransferError
@@ -18,9 +18,3 @@ def naming(rank: int, phase: str) -> Iterator[None]:
         kind = PeerLostError if error.disconnected else TransferError
         what = f"rank {rank} is gone" if error.disconnected else f"the transfer with rank {rank} failed"
         raise kind(what, peers=[rank], phase=phase, why=str(error)) from error
-
-
-def ranks_text(ranks: Iterable[int]) -> str:
-    """Return `rank 3` or `ranks 1, 3`."""
-    numbers = sorted(ranks)
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from eplb_core.contract.backend import ByteSize, CommonOptions
+from eplb_core.contract.option_types import ByteSize, CommonOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

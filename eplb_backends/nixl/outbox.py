@@ -11,7 +11,7 @@ import torch
 from eplb_backends.nixl.memory import Slot, SlotPool
 from eplb_backends.nixl.messages import Writer
 from eplb_backends.nixl.pieces import ByteStream
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 from eplb_core.transport.copies import copy_all
 from eplb_core.transport.streams import on_stream
 

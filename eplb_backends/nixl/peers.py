@@ -18,9 +18,9 @@ from eplb_backends.nixl.agent import Agent, NixlError, Numbered
 from eplb_backends.nixl.links import Links, Place
 from eplb_backends.nixl.messages import Kind, Message, Writer
 from eplb_backends.nixl.prepared import Block, PeerRows, Places, Rows
+from eplb_core.arrays import IntArray
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
-from eplb_core.planning.placement import IntArray
 
 _PARTING_S = 1.0  # how long a rank that closes waits for the others to do so too
 _NAP_S = 1e-3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 _NOWHERE: IntArray = np.empty(0, np.int64)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from eplb_backends.nixl.agent import Agent
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 MOST_PIECES = 1 << 14
 """How many rows, and how many places, have numbers; 100 to 200 bytes each. What comes later is read by address."""

@@ -14,7 +14,7 @@ from eplb_backends.pynccl.transport import (
     OwnTransport,
     Transport,
 )
-from eplb_core.contract.backend import BackendContext
+from eplb_core.contract.context import BackendContext
 from eplb_core.errors import BackendError, BackendNotInstalledError, BackendUnavailableError, ControlPlaneError
 
 _ENGINE = b"engine"

@@ -18,11 +18,13 @@ from eplb_backends.pynccl.dtypes import name_of, unsupported
 from eplb_backends.pynccl.exchange import CudaLane, Lane, NcclExchange
 from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.transport import Transport
-from eplb_core.contract.backend import BackendContext
-from eplb_core.contract.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.stats import TransferStats
 from eplb_core.errors import BackendUnavailableError, InvalidTransferError, TransferError
 from eplb_core.transport.coalesce import coalesce
-from eplb_core.transport.queue import TransferQueue, check_match
+from eplb_core.transport.match import check_match
+from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import on_stream
 
 _REINTERPRET = "pynccl?reinterpret=bytes moves their bytes as they are"

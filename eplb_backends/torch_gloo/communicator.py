@@ -9,12 +9,15 @@ import torch
 import torch.distributed as dist
 
 from eplb_backends.torch_gloo.options import GlooOptions
-from eplb_core.contract.backend import BackendContext
-from eplb_core.contract.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.payload import Transfer
+from eplb_core.contract.stats import TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferOverflowError
 from eplb_core.transport.coalesce import as_bytes, coalesce
+from eplb_core.transport.match import check_match
 from eplb_core.transport.process_group import exchange
-from eplb_core.transport.queue import Transfer, TransferQueue, check_match
+from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import on_stream, synchronize
 
 

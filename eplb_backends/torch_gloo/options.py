@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from eplb_core.contract.backend import ByteSize, CommonOptions
+from eplb_core.contract.option_types import ByteSize, CommonOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

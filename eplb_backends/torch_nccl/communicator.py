@@ -10,12 +10,14 @@ import torch.distributed as dist
 
 from eplb_backends.torch_nccl.device_exchange import DeviceExchange
 from eplb_backends.torch_nccl.options import TorchNcclOptions
-from eplb_core.contract.backend import BackendContext
-from eplb_core.contract.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.stats import TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError
 from eplb_core.transport.coalesce import coalesce
+from eplb_core.transport.match import check_match
 from eplb_core.transport.process_group import exchange
-from eplb_core.transport.queue import TransferQueue, check_match
+from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import on_stream
 
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.arrays import IntArray
+from eplb_core.planning.placement import EMPTY
 
 _WORD = 8  # bytes of an int64
 _STRIDE = 0x1E3779B97F4A7C15  # odd, so that all words of a tensor differ

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from eplb_core.arrays import IntArray
 from eplb_core.errors import InputError, PlacementError
-from eplb_core.planning.placement import EMPTY, IntArray, check_pair
+from eplb_core.planning.placement import EMPTY, check_pair
 
 _LEAST_EXPERT_BYTES = 384
 _SCALE_BLOCK = 4096  # one byte of scales for so many of weights, as for float8 in 128 x 128 blocks with float32 scales

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import click
 
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, write_json
-from eplb_core.contract.backend import ByteSize
+from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_process import start_server

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from eplb_core.cli.output import STDOUT, human_console, write_json
-from eplb_core.contract.backend import CommonOptions
+from eplb_core.contract.option_types import CommonOptions
 from eplb_core.errors import InputError
 from eplb_core.registry.config import (
     AUTO,

@@ -18,9 +18,10 @@ from typing import Final
 from eplb_core import __version__
 from eplb_core.contract.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION
 from eplb_core.errors import ConfigError, InputError
-from eplb_core.registry.config import AUTO, fold_name
+from eplb_core.registry.config import AUTO
 from eplb_core.registry.discovery import discover
 from eplb_core.registry.known import KNOWN_BACKENDS
+from eplb_core.registry.names import fold_name
 
 _SUFFIX: Final = ".tmpl"  # keeps linters and build tools from taking templates for what they will be
 _PACKAGE_FOLDER: Final = "__package__"

@@ -7,15 +7,16 @@ the installed backends imports none of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
+
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.option_types import CommonOptions
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import ProcessGroup
 
     from eplb_core.contract.communicator import EplbCommunicator
-    from eplb_core.control.plane import ControlPlane
 
 PLUGIN_API_VERSION = (1, 0)
 """The plugin API that this version of eplb speaks, `(major, minor)`.
@@ -25,27 +26,6 @@ A backend works if its major number is the same and its minor number is not larg
 
 ENTRY_POINT_GROUP = "eplb.backends"
 """The entry-point group in which distributions register a `BackendSpec`."""
-
-
-class ByteSize(int):
-    """An option's type: a number of bytes, written with a unit (`256MiB`, `1GB`, `512B`)."""
-
-
-class Duration(float):
-    """An option's type: seconds, written with a unit (`30s`, `500ms`, `5min`)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommonOptions:
-    """The options of every backend. A backend's own options class may derive from it, frozen and keyword-only.
-
-    Attributes:
-        timeout: the longest that any wait for a peer may take.
-    """
-
-    timeout: Duration = field(
-        default=Duration(60.0), metadata={"help": "the longest that any wait for a peer may take"}
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +80,7 @@ class BackendSpec:
     summary: str
     api_version: tuple[int, int]
     factory: str
-    options: str = "eplb_core.contract.backend:CommonOptions"
+    options: str = "eplb_core.contract.option_types:CommonOptions"
     capabilities: Capabilities = Capabilities()
     requires: tuple[str, ...] = ()
     install: str = ""
@@ -120,29 +100,6 @@ class ProbeResult:
 
     available: bool
     reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendContext:
-    """All that a factory is given about the group that it builds a communicator for.
-
-    Attributes:
-        rank: this process's rank in the group.
-        world_size: the number of ranks in the group.
-        device: the device of the expert weights.
-        control: small typed messages between the ranks of the group, with deadlines.
-        cpu_group: a CPU process group of the same ranks, or None in a stateless group.
-        device_group: the device's process group (NCCL) of the same ranks, or None.
-        device_communicator: the engine's own device communicator, or None. It may carry `pynccl_comm`.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    control: ControlPlane
-    cpu_group: ProcessGroup | None = None
-    device_group: ProcessGroup | None = None
-    device_communicator: object | None = None
 
 
 class BackendFactory(Protocol):

@@ -7,71 +7,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from eplb_core.contract.context import Binding
+from eplb_core.contract.stats import TransferStats
 from eplb_core.errors import EplbError, InvalidTransferError
 
 if TYPE_CHECKING:
     import torch
 
-    from eplb_core.contract.backend import BackendContext
-    from eplb_core.hooks.host import PluginHost
-    from eplb_core.transport.queue import Payloads
+    from eplb_core.contract.payload import Payloads
 
 DEFAULT_STAGING_BYTES = 256 << 20
 """The staging memory that a rank uses where nothing else is configured, in bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class TransferStats:
-    """What one `execute()` did on this rank.
-
-    Attributes:
-        seconds: wall time from the call to the return.
-        bytes_sent: payload bytes that left this rank.
-        bytes_received: payload bytes that reached this rank.
-        messages: tensors sent and received.
-        phases: phase name -> seconds, in the order in which they ran.
-        paths: peer rank -> the transport that its bytes took, where the backend knows it.
-        descriptors: pieces of memory that a one-sided transport read.
-        descriptors_merged: what was left of them after neighbours were joined.
-    """
-
-    seconds: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    messages: int = 0
-    phases: dict[str, float] = field(default_factory=dict)
-    paths: dict[int, str] = field(default_factory=dict)
-    descriptors: int = 0
-    descriptors_merged: int = 0
-
-
-@dataclass(slots=True)
-class Binding:
-    """What `create_eplb_communicator` knows of a communicator that it made.
-
-    Attributes:
-        config: the canonical config string.
-        context: the group that it was made for.
-        plugins: who is told of what is done with it; None for the installed plugins.
-        timeout_s: the `timeout` option: the longest that any wait for a peer may take, in seconds.
-        background: whether the backend may run beside inference, on a thread of its own.
-    """
-
-    config: str
-    context: BackendContext
-    plugins: PluginHost | None = field(default=None, repr=False)
-    timeout_s: float = 60.0
-    background: bool = False
-    _scopes: int = field(default=0, repr=False)
-
-    def next_scope(self, name: str) -> str:
-        """Return a new name for `ControlPlane.scoped`, the same on every rank that asks in the same order."""
-        self._scopes += 1
-        return f"{name}/{self._scopes}"
 
 
 class PendingTransfer:

@@ -8,7 +8,6 @@ The field's metadata may say more: `help` (one line), `min` and `max` (both incl
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -18,7 +17,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, Union
 
-from eplb_core.contract.backend import ByteSize, Duration
+from eplb_core.contract.option_types import ByteSize, Duration
+from eplb_core.words import did_you_mean
 
 _BYTE_UNITS = {
     "B": 1,
@@ -184,12 +184,6 @@ def option_types(options_class: type) -> dict[str, OptionType]:
         for field in dataclasses.fields(options_class)
         if field.init
     }
-
-
-def did_you_mean(word: str, known: typing.Iterable[str]) -> str:
-    """Return `, did you mean 'x'?` for the nearest known words, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=2)
-    return f", did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
 
 
 def _option_type(key: str, annotation: Any, metadata: Mapping[str, Any]) -> OptionType:

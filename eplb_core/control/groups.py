@@ -154,3 +154,20 @@ def _own_connection(store: dist.Store) -> dist.Store:
     except (AttributeError, RuntimeError):  # not every kind of store can be cloned
         return store
     return copy
+
+
+def generation_group(
+    store: dist.Store, generation: int, rank: int, world_size: int, device_communicator: object | None = None
+) -> StatelessGroup:
+    """Return the group of one generation, whose messages cannot meet those of another one at the same store.
+
+    Args:
+        store: outlives every rank: hosted outside the workers, or by the one that starts them.
+        generation: a number that no other membership at this store has, the same on every rank.
+        rank: this process's rank in the generation.
+        world_size: the number of ranks in it.
+        device_communicator: the engine's device communicator of these ranks, or None.
+    """
+    return StatelessGroup(
+        rank, world_size, dist.PrefixStore(f"eplb/generation/{generation}", store), device_communicator
+    )

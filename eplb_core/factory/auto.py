@@ -8,6 +8,7 @@ import logging
 import msgspec
 import torch
 
+from eplb_core.control.agreement import exchange
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
@@ -18,7 +19,6 @@ from eplb_core.errors import (
     PeerLostError,
     TransferTimeoutError,
 )
-from eplb_core.factory.proposal import exchange
 from eplb_core.hooks.host import BackendCandidate, PluginHost
 from eplb_core.registry.config import BackendConfig, ConfigOption
 from eplb_core.registry.entry import BackendEntry, BackendState

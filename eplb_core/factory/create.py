@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from eplb_core.contract.backend import BackendContext, CommonOptions
-from eplb_core.contract.communicator import Binding, EplbCommunicator
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext, Binding
+from eplb_core.contract.option_types import CommonOptions
+from eplb_core.control.agreement import agree_on_outcome, not_all_answered
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless, open_control_plane
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
@@ -24,7 +26,7 @@ from eplb_core.errors import (
     StatelessGroupError,
 )
 from eplb_core.factory.auto import AUTO, AutomaticChoice, wanted_by_all
-from eplb_core.factory.proposal import Proposal, agree, agree_on_outcome, describe_layout, not_all_answered
+from eplb_core.factory.proposal import Proposal, agree, describe_layout
 from eplb_core.hooks.host import PluginHost
 from eplb_core.hooks.observed import default_plugins, observed
 from eplb_core.registry.config import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType
 from typing import Any, Final
 
-from eplb_core.contract.communicator import TransferStats
+from eplb_core.contract.stats import TransferStats
 
 _SCALARS: Final = (str, int, float, bool, type(None))
 _OF_THE_SYSTEM: Final = ("errno", "strerror", "filename", "filename2")  # what an OSError holds beside its arguments

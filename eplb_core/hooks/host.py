@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
-from eplb_core.contract.options import did_you_mean
 from eplb_core.hooks.delivery import EVENT_LIMIT, EventDelivery, Listener
 from eplb_core.hooks.events import (
     HOOK_OF_EVENT,
@@ -36,6 +35,7 @@ from eplb_core.hooks.events import (
     TransferStarted,
 )
 from eplb_core.registry.discovery import Registration, discover
+from eplb_core.words import did_you_mean
 
 if TYPE_CHECKING:
     import click

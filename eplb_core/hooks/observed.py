@@ -6,14 +6,16 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from eplb_core.contract.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.contract.context import Binding, EventSink
+from eplb_core.contract.stats import TransferStats
 from eplb_core.hooks.events import TransferFailed, TransferFinished, TransferStarted
 from eplb_core.hooks.host import PluginHost
 
 if TYPE_CHECKING:
     import torch
 
-    from eplb_core.transport.queue import Payloads
+    from eplb_core.contract.payload import Payloads
 
 
 @functools.cache
@@ -22,8 +24,8 @@ def default_plugins() -> PluginHost:
     return PluginHost().load()
 
 
-def plugins_of(communicator: EplbCommunicator) -> PluginHost:
-    """Return the host that a communicator was made with, or that of the installed plugins.
+def plugins_of(communicator: EplbCommunicator) -> EventSink:
+    """Return the sink that a communicator was made with, or that of the installed plugins.
 
     Raises:
         EplbError: the communicator is not bound to a group.

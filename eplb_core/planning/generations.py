@@ -18,11 +18,10 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch.distributed as dist
 
-from eplb_core.control.groups import StatelessGroup
+from eplb_core.arrays import IntArray
 from eplb_core.errors import PlacementError
-from eplb_core.planning.placement import EMPTY, IntArray, check_placement
+from eplb_core.planning.placement import EMPTY, check_placement
 
 GONE = -1
 """What a mapping may say of a rank that is not in the other generation; it may leave it out as well."""
@@ -90,23 +89,6 @@ def remap_placement(
     for old, new in stays.items():
         remapped[:, new * slots : (new + 1) * slots] = array[:, old * slots : (old + 1) * slots]
     return remapped
-
-
-def generation_group(
-    store: dist.Store, generation: int, rank: int, world_size: int, device_communicator: object | None = None
-) -> StatelessGroup:
-    """Return the group of one generation, whose messages cannot meet those of another one at the same store.
-
-    Args:
-        store: outlives every rank: hosted outside the workers, or by the one that starts them.
-        generation: a number that no other membership at this store has, the same on every rank.
-        rank: this process's rank in the generation.
-        world_size: the number of ranks in it.
-        device_communicator: the engine's device communicator of these ranks, or None.
-    """
-    return StatelessGroup(
-        rank, world_size, dist.PrefixStore(f"eplb/generation/{generation}", store), device_communicator
-    )
 
 
 def _check_mapping(new_rank_of: Mapping[int, int], num_ranks: int, new_num_ranks: int) -> None:

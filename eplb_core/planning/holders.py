@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 _ROUNDS = 64
 """In how many rounds a layer's choices are made, at most. A choice does not see those of its own round."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.errors import InputError, LostExpertsError, PlacementError
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
 
 EMPTY = -1
 """What a placement holds for a slot without an expert."""

@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from eplb_core.arrays import IntArray
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.planning.holders import SendCounts, choose_holders, choose_relays
-from eplb_core.planning.placement import EMPTY, IntArray, align_slots, check_pair, check_shapes, lost_slots
+from eplb_core.planning.placement import EMPTY, align_slots, check_pair, check_shapes, lost_slots
 
 _LARGEST_TABLE = 2**22
 """Up to this many keys are looked up in a table of all that can be, which is several times as fast as a search."""
@@ -185,24 +186,6 @@ class RearrangementPlan:
         return all(np.array_equal(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]  # arrays are compared by value, which no stable hash follows
-
-    def to_json(self) -> str:
-        """Return the plan as JSON text that `from_json` reads back to an equal plan."""
-        from eplb_core.planning.plan_json import encode_plan
-
-        return encode_plan(self)
-
-    @staticmethod
-    def from_json(text: str | bytes) -> RearrangementPlan:
-        """Read a plan that `to_json` wrote, and check that it turns its old placement into its new one.
-
-        Raises:
-            InputError: the text is not a plan.
-            PlacementError: its placements are not valid, or its transfers and moves do not fit them.
-        """
-        from eplb_core.planning.plan_json import decode_plan
-
-        return decode_plan(text)
 
     def _crosses_nodes(self) -> npt.NDArray[np.bool_]:
         crosses: npt.NDArray[np.bool_] = (

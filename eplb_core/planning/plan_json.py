@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
+from eplb_core.arrays import IntArray
 from eplb_core.errors import InputError, PlacementError
-from eplb_core.planning.placement import EMPTY, IntArray, check_pair
+from eplb_core.planning.placement import EMPTY, check_pair
 from eplb_core.planning.plan import RearrangementPlan
 
 _Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]

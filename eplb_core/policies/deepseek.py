@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.errors import PlacementError
-from eplb_core.planning.placement import FloatArray, IntArray, check_loads
+from eplb_core.planning.placement import check_loads
 
 
 @dataclass(frozen=True, slots=True)

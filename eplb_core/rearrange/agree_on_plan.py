@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from eplb_core.control.agreement import exchange
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
-from eplb_core.factory.proposal import exchange
 from eplb_core.planning.plan import RearrangementPlan
 
 

@@ -18,10 +18,11 @@ from collections.abc import Callable
 
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.commit_record import COMMIT, Ledger, Verdict
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, InputError, TransferError
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import CANCEL, JobState, Ready

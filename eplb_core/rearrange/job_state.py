@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 from eplb_core.rearrange.step_runner import Account
 from eplb_core.scheduling.schedule import Step
 

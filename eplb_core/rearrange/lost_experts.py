@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.control.commit_record import Ledger
 from eplb_core.errors import LoaderError
-from eplb_core.planning.placement import IntArray
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.transport.streams import on_stream
 

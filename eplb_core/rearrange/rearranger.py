@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.commit_record import Ledger
 from eplb_core.control.plane import ControlPlane
@@ -26,7 +27,6 @@ from eplb_core.errors import (
     TransferError,
 )
 from eplb_core.planning.generations import remap_placement, reverse_mapping
-from eplb_core.planning.placement import IntArray
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange.agree_on_plan import agree_on_plan
 from eplb_core.rearrange.job import RearrangeJob
@@ -38,9 +38,10 @@ from eplb_core.rearrange.reporter import Narrator
 from eplb_core.rearrange.result import RearrangeResult
 from eplb_core.rearrange.run import Run, question
 from eplb_core.rearrange.shared_schedule import share_cuts
-from eplb_core.rearrange.step_runner import Account, StepRunner, cut_window
+from eplb_core.rearrange.step_runner import Account, StepRunner
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
 from eplb_core.rearrange.weights import ExpertWeights
+from eplb_core.rearrange.window import cut_window
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
 
 STEPS_UNDER_WAY = 1

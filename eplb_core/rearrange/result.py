@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)

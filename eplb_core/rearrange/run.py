@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.control.commit_record import Ledger, error_of, who_is_to_blame
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, IntegrityError
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.reporter import Narrator
 from eplb_core.rearrange.step_runner import Account, PreparedStep, StepRunner
 from eplb_core.scheduling.schedule import Step

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from eplb_core.control.agreement import exchange
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
-from eplb_core.factory.proposal import exchange
 from eplb_core.scheduling.layer import LayerParts
 
 

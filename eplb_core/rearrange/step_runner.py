@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import IntegrityError
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import StagedExperts
-from eplb_core.scheduling.schedule import ALIGNMENT, SLOT, Step
+from eplb_core.scheduling.schedule import SLOT, Step
 from eplb_core.transport.copies import copy_all
-from eplb_core.transport.queue import Payload, Payloads
 from eplb_core.transport.streams import on_stream
 
 _MOST_PARTS = 32
@@ -226,20 +226,6 @@ class StepRunner:
 
     def _bytes(self, step: Step, column: int) -> int:
         return int(self._weights.payload_bytes[step.transfers[step.transfers[:, column] == self._rank, 0]].sum())
-
-
-def cut_window(window: torch.Tensor, largest_expert: int, count: int) -> list[torch.Tensor]:
-    """Cut a window (uint8 `[bytes]`) into up to `count` equal parts, each large enough for one expert if it is itself.
-
-    Args:
-        window: the window.
-        largest_expert: bytes of the largest expert as it lies in a window.
-        count: the most parts.
-    """
-    needed = -(-largest_expert // ALIGNMENT) * ALIGNMENT
-    count = max(1, min(count, len(window) // max(needed, 1)))
-    part = len(window) // count // ALIGNMENT * ALIGNMENT if count > 1 else len(window)
-    return [window[number * part : (number + 1) * part] for number in range(count)]
 
 
 def _cut(tensors: Sequence[torch.Tensor], first: int, end: int) -> Iterator[torch.Tensor]:

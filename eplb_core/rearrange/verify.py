@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import HandshakeError, IntegrityError
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.transport.checksums import checksums
 from eplb_core.transport.streams import on_stream

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from eplb_core.arrays import IntArray
+from eplb_core.contract.payload import Payload
 from eplb_core.errors import InputError
-from eplb_core.planning.placement import IntArray
-from eplb_core.transport.queue import Payload
 
 _ALIGNMENT = 16  # bytes; every dtype's rows stay aligned inside a window
 WORD = 8

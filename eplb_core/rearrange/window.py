@@ -1,4 +1,7 @@
-"""Experts in a part of a window, as views. They are kept, since rearrangements come back to the same places."""
+"""The window that experts land in: how it is cut into parts, and the experts in a part, as views.
+
+Views are kept, since rearrangements come back to the same places.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from typing import TypeVar
 
 import torch
 
+from eplb_core.contract.payload import Payload
 from eplb_core.rearrange.weights import WORD, ExpertWeights
-from eplb_core.transport.queue import Payload
+from eplb_core.scheduling.schedule import ALIGNMENT
 
 _T = TypeVar("_T")
 
@@ -63,3 +67,17 @@ def _keep(places: dict[tuple[int, int], _T], at: tuple[int, int], views: _T) -> 
     if len(places) >= _MOST_PLACES:
         places.clear()
     places[at] = views
+
+
+def cut_window(window: torch.Tensor, largest_expert: int, count: int) -> list[torch.Tensor]:
+    """Cut a window (uint8 `[bytes]`) into up to `count` equal parts, each large enough for one expert if it is itself.
+
+    Args:
+        window: the window.
+        largest_expert: bytes of the largest expert as it lies in a window.
+        count: the most parts.
+    """
+    needed = -(-largest_expert // ALIGNMENT) * ALIGNMENT
+    count = max(1, min(count, len(window) // max(needed, 1)))
+    part = len(window) // count // ALIGNMENT * ALIGNMENT if count > 1 else len(window)
+    return [window[number * part : (number + 1) * part] for number in range(count)]

@@ -19,23 +19,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from eplb_core.contract.options import OptionType, ValueTextError, did_you_mean, option_types
+from eplb_core.contract.options import OptionType, ValueTextError, option_types
 from eplb_core.errors import ConfigError
+from eplb_core.registry.names import read_distribution, read_name
+from eplb_core.words import did_you_mean
 
 AUTO: Final = "auto"
 """The name that stands for whichever backend works on every rank. No distribution can register it."""
 
 BACKEND_VARIABLE: Final = "EPLB_BACKEND"
 """The environment variable that holds a config string."""
-
-_LETTERS = string.ascii_lowercase
-_DIGITS = string.digits
-_DISTRIBUTION = re.compile(r"[a-z0-9](?:[a-z0-9._-]*[a-z0-9])?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +123,10 @@ def parse_config(text: str) -> BackendConfig:
         raise ConfigError(f"a config string is text, not {type(text).__name__}")
     head, question, tail = text.partition("?")
     written, at, place = head.partition("@")
-    name = _fold(written, text, 1, "the name of the backend")
-    distribution = _fold_distribution(place, text, len(written) + 2) if at else None
+    name = read_name(written, text, 1, "the name of the backend")
+    distribution = read_distribution(place, text, len(written) + 2) if at else None
     options = _parse_options(tail, text, len(head) + 2) if question else []
     return BackendConfig(name, distribution, tuple(sorted(options, key=lambda option: option.key)), text)
-
-
-def fold_name(name: str) -> str:
-    """Return the name of a backend with `-` folded to `_`, as config strings do.
-
-    Raises:
-        ConfigError: it is not a legal name.
-    """
-    return _fold(name, name, 1, "the name of a backend")
-
-
-def fold_distribution(name: str) -> str:
-    """Return a distribution's name as pip folds it: lower case, runs of `-`, `_` and `.` become `-`."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def backend_from_environment(argument: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -220,44 +203,6 @@ def resolve_options(
 # --- the grammar -----------------------------------------------------------------------------------------------------
 
 
-def _fold(written: str, text: str, column: int, what: str) -> str:
-    """Return a name or a key with `-` folded; `column` is where it starts in `text`."""
-    if not written:
-        raise ConfigError(f"{what} is missing", text=text, column=column)
-    previous = ""
-    for offset, sign in enumerate(written):
-        why = None
-        if sign not in _LETTERS + _DIGITS + "-_":
-            why = f"{sign!r} is not a lower-case letter, a digit, '_' or '-'"
-        elif not previous and sign not in _LETTERS:
-            why = "it has to start with a lower-case letter"
-        elif sign in "-_" and previous in "-_":
-            why = "two of '-' and '_' in a row"
-        elif sign in "-_" and offset == len(written) - 1:
-            why = f"it ends with {sign!r}"
-        if why is not None:
-            remedy = f"write {written.lower()}" if sign.lower() in _LETTERS else None
-            raise ConfigError(f"{what} is not well formed", text=text, column=column + offset, why=why, remedy=remedy)
-        previous = sign
-    return written.replace("-", "_")
-
-
-def _fold_distribution(written: str, text: str, column: int) -> str:
-    if not written:
-        raise ConfigError("the name of the distribution is missing", text=text, column=column)
-    if not _DISTRIBUTION.fullmatch(written):
-        legal = re.compile(r"[A-Za-z0-9._-]", re.ASCII)
-        offset = next((index for index, sign in enumerate(written) if not legal.match(sign)), None)
-        if offset is not None:
-            why = f"{written[offset]!r} is not a letter, a digit, '.', '_' or '-'"
-        else:
-            offset = 0 if not written[0].isalnum() else len(written) - 1
-            why = "it has to start and end with a letter or a digit"
-        what = "the name of the distribution is not well formed"
-        raise ConfigError(what, text=text, column=column + offset, why=why)
-    return fold_distribution(written)
-
-
 def _parse_options(tail: str, text: str, column: int) -> list[ConfigOption]:
     """Parse what follows `?`; `column` is where that starts in `text`."""
     if not tail:
@@ -267,7 +212,7 @@ def _parse_options(tail: str, text: str, column: int) -> list[ConfigOption]:
         if not part:
             raise ConfigError("an option is missing beside '&'", text=text, column=column)
         written, equals, value = part.partition("=")
-        key = _fold(written, text, column, "the key of an option")
+        key = read_name(written, text, column, "the key of an option")
         if not equals:
             raise ConfigError(
                 f"option {key!r} has no value",

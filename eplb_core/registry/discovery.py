@@ -15,7 +15,7 @@ from typing import Any
 
 import importlib_metadata
 
-from eplb_core.registry.config import fold_distribution
+from eplb_core.registry.names import fold_distribution
 
 _log = logging.getLogger(__name__)
 

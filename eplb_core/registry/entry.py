@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -22,8 +21,10 @@ from eplb_core.errors import (
     BackendVersionError,
     ConfigError,
 )
-from eplb_core.registry.config import AUTO, fold_name
+from eplb_core.registry.config import AUTO
 from eplb_core.registry.discovery import Registration
+from eplb_core.registry.names import fold_name
+from eplb_core.words import word_list
 
 _REFERENCE: Final = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
 _CORE: Final = os.path.dirname(__file__)
@@ -230,8 +231,3 @@ def fault_place(error: BaseException | None) -> str | None:
 
 def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
-
-
-def word_list(words: Sequence[str], last: str) -> str:
-    """Return `a, b and c`; `last` is the word before the last one."""
-    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))

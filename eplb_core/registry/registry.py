@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from eplb_core.contract.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION, BackendFactory, BackendProbe, BackendSpec
-from eplb_core.contract.options import did_you_mean, option_types
+from eplb_core.contract.options import option_types
 from eplb_core.errors import (
     BackendBrokenError,
     BackendConflictError,
@@ -21,7 +21,7 @@ from eplb_core.errors import (
     ConfigError,
     UnknownBackendError,
 )
-from eplb_core.registry.config import AUTO, BackendConfig, fold_name
+from eplb_core.registry.config import AUTO, BackendConfig
 from eplb_core.registry.discovery import Registration, discover
 from eplb_core.registry.entry import (
     BackendEntry,
@@ -30,9 +30,10 @@ from eplb_core.registry.entry import (
     read_entry,
     repair_command,
     selection_error,
-    word_list,
 )
 from eplb_core.registry.known import KNOWN_BACKENDS
+from eplb_core.registry.names import fold_name
+from eplb_core.words import did_you_mean, word_list
 
 __all__ = [
     "BackendEntry",

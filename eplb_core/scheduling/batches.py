@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.scheduling.copy_order import CopyOrder, order_copies
 from eplb_core.scheduling.layer import MOVE_COLUMNS, LayerParts

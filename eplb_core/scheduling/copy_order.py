@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from eplb_core.arrays import IntArray
 from eplb_core.errors import PlacementError
-from eplb_core.planning.placement import IntArray
 from eplb_core.planning.plan import RearrangementPlan, layer_bytes
 from eplb_core.scheduling.batches import cut_layers, whole_layers, without_moves
 from eplb_core.scheduling.layer import Budget, LayerParts, LayerTask, Places

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.arrays import IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.scheduling.batches import Parts
 from eplb_core.scheduling.copy_order import CopyOrder

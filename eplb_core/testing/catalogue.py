@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from eplb_core.contract.options import did_you_mean
 from eplb_core.errors import InputError
 from eplb_core.testing.check import Check
 from eplb_core.testing.checks import delivery, failure, installed, lifetime, refusal, sharing, streams
+from eplb_core.words import did_you_mean
 
 
 def all_checks(*, thorough: bool = True) -> tuple[Check, ...]:

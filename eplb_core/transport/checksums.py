@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from eplb_core.planning.placement import IntArray
+from eplb_core.arrays import IntArray
 
 _COLUMNS = 1024  # words in a row; a word is 8 bytes
 _BLOCK = 4096  # bytes of a sampled block

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eplb_core.transport.queue import Transfer
+from eplb_core.contract.payload import Transfer
 
 SMALL_BYTES = 64 << 10
 """Tensors below this many bytes are joined; copying one costs less than a message of its own."""

@@ -18,7 +18,8 @@ from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.probe import probe
 from eplb_backends.pynccl.transport import OwnTransport
 from eplb_backends.torch_nccl.device_exchange import DeviceExchange
-from eplb_core.contract.backend import BackendContext
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.payload import Transfer
 from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
@@ -27,7 +28,6 @@ from eplb_core.factory.profiling import reserve_profile_buffers
 from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
 from eplb_core.rearrange.rearranger import Rearranger
 from eplb_core.transport.coalesce import Message, as_bytes, coalesce
-from eplb_core.transport.queue import Transfer
 
 pytestmark = [
     pytest.mark.gpu,

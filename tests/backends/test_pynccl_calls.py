@@ -13,7 +13,8 @@ from eplb_backends.pynccl.bootstrap import open_transport
 from eplb_backends.pynccl.communicator import PyNcclCommunicator, create
 from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.transport import EngineTransport, OwnTransport, Transport
-from eplb_core.contract.backend import BackendContext, Duration
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.option_types import Duration
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     BackendUnavailableError,

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from eplb_backends.torch_gloo import communicator as gloo_communicator
-from eplb_core.contract.communicator import Binding, EplbCommunicator
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import Binding
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 from tests.support.ranks import (

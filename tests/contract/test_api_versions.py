@@ -15,8 +15,11 @@ import pytest
 import torch
 
 import eplb_core
-from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendContext, BackendSpec, Capabilities, CommonOptions
-from eplb_core.contract.communicator import EplbCommunicator, TransferStats
+from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.option_types import CommonOptions
+from eplb_core.contract.stats import TransferStats
 from eplb_core.registry.entry import speaks
 from tests.support.fake_distributions import install, install_backend, run_eplb, run_python
 

@@ -16,7 +16,7 @@ import pytest
 import eplb_core
 from eplb_core import errors
 from eplb_core.cli import main as eplb_command
-from eplb_core.contract.backend import CommonOptions
+from eplb_core.contract.option_types import CommonOptions
 from eplb_core.contract.options import option_types
 from eplb_core.registry.registry import default_registry, load_options_class
 from tests.support.fake_distributions import install, run_child, run_eplb

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 import eplb_backends.nixl.communicator as nixl
-from eplb_core.contract.backend import BackendContext, CommonOptions
 from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.option_types import CommonOptions
 from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import BackendUnavailableError
 from eplb_core.factory.create import create_eplb_communicator

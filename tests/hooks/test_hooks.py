@@ -9,7 +9,7 @@ from pathlib import Path
 import pluggy
 import pytest
 
-from eplb_core.contract.communicator import TransferStats
+from eplb_core.contract.stats import TransferStats
 from eplb_core.hooks import (
     BackendCandidate,
     PluginHost,

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from eplb_core.contract.communicator import Binding, EplbCommunicator, PendingTransfer, TransferStats
+from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
+from eplb_core.contract.context import Binding
+from eplb_core.contract.stats import TransferStats
 from eplb_core.hooks import PluginHost, hookimpl
 from eplb_core.hooks.observed import ObservedCommunicator, about_group, plugins_of
 from eplb_core.rearrange.rearranger import Rearranger

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.groups import TorchGroups
+from eplb_core.control.groups import TorchGroups, generation_group
 from eplb_core.errors import CommunicatorClosedError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.factory.profiling import reserve_profile_buffers
 from eplb_core.launch.local_ranks import RankEnvironment
-from eplb_core.planning.generations import generation_group, remap_placement
+from eplb_core.planning.generations import remap_placement
 from eplb_core.rearrange.rearranger import Rearranger
 from eplb_core.transport.coalesce import as_bytes
 from tests.multigpu.engine_nccl import EngineNccl, why_not

@@ -17,9 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb_core.control.groups import generation_group
 from eplb_core.errors import PlacementError
 from eplb_core.factory.create import create_eplb_communicator
-from eplb_core.planning.generations import generation_group, rank_mapping, remap_placement, reverse_mapping
+from eplb_core.planning.generations import rank_mapping, remap_placement, reverse_mapping
 from eplb_core.rearrange.rearranger import Rearranger
 
 LAYERS, SLOTS, LOGICAL = 2, 4, 6

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, LostExpertsError, PlacementError
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.planning.plan_json import decode_plan, encode_plan
 
 
 def transfers_of(plan: RearrangementPlan) -> list[tuple[int, ...]]:
@@ -306,9 +307,9 @@ def test_a_plan_survives_json_and_is_the_same_every_time(case, relay: bool, keep
         return plan_rearrangement(old, new, num_ranks, nodes, relay=relay, keep_slots=keep_slots, missing="leave_empty")
 
     plan = planned()
-    read = RearrangementPlan.from_json(plan.to_json())
+    read = decode_plan(encode_plan(plan))
     assert read == plan == planned()
-    assert read.to_json() == plan.to_json()
+    assert encode_plan(read) == encode_plan(plan)
     assert str(read) == str(plan)
 
 
@@ -336,12 +337,12 @@ def test_different_plans_are_not_equal() -> None:
 def tampered(**changes: object) -> str:
     """Return the text of a plan with a relay and a lost expert, with some of its fields replaced or left out."""
     plan = plan_rearrangement([[0, 1, 2, 3]], [[2, 9, 0, 0]], 4, [0, 0, 1, 1], missing="leave_empty")
-    content = json.loads(plan.to_json())
+    content = json.loads(encode_plan(plan))
     return json.dumps({key: value for key, value in (content | changes).items() if value is not None})
 
 
 def test_the_plan_that_is_tampered_with_is_right_before() -> None:
-    plan = RearrangementPlan.from_json(tampered())
+    plan = decode_plan(tampered())
     assert transfers_of(plan) == [(0, 2, 2, 0, 0), (0, 0, 0, 0, 2), (0, 0, 2, 0, 3)]
     assert plan.transfer_after.tolist() == [-1, -1, 1]
 
@@ -364,7 +365,7 @@ def test_the_plan_that_is_tampered_with_is_right_before() -> None:
 )
 def test_text_that_is_no_plan_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        RearrangementPlan.from_json(text)
+        decode_plan(text)
 
 
 @pytest.mark.parametrize(
@@ -390,4 +391,4 @@ def test_text_that_is_no_plan_is_refused(text: str | bytes, message: str) -> Non
 )
 def test_a_plan_that_does_not_do_what_it_says_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(PlacementError, match=re.escape(message)):
-        RearrangementPlan.from_json(tampered(**changes))
+        decode_plan(tampered(**changes))

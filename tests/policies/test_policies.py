@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, PlacementError, PolicyError
 from eplb_core.planning.placement import check_placement, imbalance
-from eplb_core.policies import BalancePolicy, available_policies, load_policy
+from eplb_core.policies import BalancePolicy
 from eplb_core.policies.deepseek import POLICY, replicate_experts, spread_copies_over_ranks, spread_groups_over_nodes
+from eplb_core.registry.policies import available_policies, load_policy
 
 
 def test_the_published_example_gives_the_published_placement() -> None:
@@ -198,7 +199,7 @@ def test_something_else_than_a_policy_is_refused(tmp_path: Path, monkeypatch: py
 
 def test_listing_policies_imports_none_of_them() -> None:
     code = (
-        "import sys; from eplb_core.policies import available_policies; assert available_policies(); "
+        "import sys; from eplb_core.registry.policies import available_policies; assert available_policies(); "
         "print(*[m for m in ('numpy', 'torch', 'eplb_core.policies.deepseek') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

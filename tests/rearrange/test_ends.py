@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb_core.arrays import IntArray
 from eplb_core.control.commit_record import Ledger
 from eplb_core.control.groups import StatelessGroup
 from eplb_core.errors import IntegrityError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.rearranger import Rearranger
 from eplb_core.rearrange.step_runner import PreparedStep, StepRunner
 from eplb_core.scheduling.schedule import Step

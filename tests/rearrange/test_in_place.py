@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.payload import Payloads
 from eplb_core.control.groups import StatelessGroup
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import TransferError
@@ -22,7 +23,6 @@ from eplb_core.rearrange import rearranger as rearrange_module
 from eplb_core.rearrange.rearranger import InPlace, Rearranger
 from eplb_core.rearrange.shared_schedule import share_cuts
 from eplb_core.scheduling.layer import LayerParts
-from eplb_core.transport.queue import Payloads
 from tests.rearrange.test_rearrange import EMPTY, Weights, crossings, fill, mixed_layers, random_placement, wrong_slots
 from tests.support.ranks import LAUNCH_S, Member, Report, Scenario, error_of, run_scenarios
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.planning.placement import IntArray
 from eplb_core.rearrange.rearranger import Rearranger
 from tests.rearrange.test_rearrange import SLOTS, Weights, fill, mixed_layers, random_placement, wrong_slots
 from tests.support.ranks import Member, Report, Scenario, error_of, run_scenarios

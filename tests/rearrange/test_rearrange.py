@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.arrays import IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.rearranger import Rearranger
 from tests.support.ranks import Member, Report, Scenario, bytes_of, error_of, run_scenarios
 

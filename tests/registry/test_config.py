@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_core.contract.backend import ByteSize, CommonOptions, Duration
+from eplb_core.contract.option_types import ByteSize, CommonOptions, Duration
 from eplb_core.contract.options import option_types
 from eplb_core.errors import ConfigError
 from eplb_core.registry.config import (

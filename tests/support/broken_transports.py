@@ -17,10 +17,12 @@ import torch.distributed as dist
 
 from eplb_core import BackendContext, CommonOptions, EplbCommunicator, ProbeResult, TransferStats
 from eplb_core.contract.communicator import PendingTransfer
+from eplb_core.contract.payload import Payloads, Transfer
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.transport.coalesce import as_bytes
+from eplb_core.transport.match import check_match
 from eplb_core.transport.process_group import Message, exchange
-from eplb_core.transport.queue import Payloads, Transfer, TransferQueue, check_match
+from eplb_core.transport.queue import TransferQueue
 
 KIB, MIB = 1 << 10, 1 << 20
 

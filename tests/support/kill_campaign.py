@@ -21,13 +21,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.commit_record import Ledger
 from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.errors import HandshakeError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
-from eplb_core.planning.placement import EMPTY, IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.rearranger import InPlace, Rearranger
 from eplb_core.rearrange.step_runner import StepRunner
 

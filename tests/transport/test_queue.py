@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eplb_core.contract.payload import Payload, Transfer
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     CommunicatorClosedError,
@@ -22,7 +23,8 @@ from eplb_core.errors import (
     TransferOverflowError,
     TransferTimeoutError,
 )
-from eplb_core.transport.queue import Payload, PayloadQueue, Transfer, TransferQueue, check_match
+from eplb_core.transport.match import check_match
+from eplb_core.transport.queue import PayloadQueue, TransferQueue
 
 RANKS = 3
 LONG_S, SHORT_S = 20.0, 0.2

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, write_json
-from eplb_core.contract.backend import ByteSize, ProbeResult
+from eplb_core.contract.backend import ProbeResult
+from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.doctor.checks import Finding, Severity, run_checks, worst
 from eplb_core.errors import BackendError, InputError

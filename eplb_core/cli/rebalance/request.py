@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_core.contract.backend import ByteSize
+from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
@@ -23,10 +23,10 @@ from eplb_core.inputs.placements import read_placement
 from eplb_core.inputs.slots import check_same_experts
 from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, load_per_rank
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
-from eplb_core.policies import load_policy
 from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness
 from eplb_core.registry.config import AUTO, backend_from_environment, parse_config, resolve_options
+from eplb_core.registry.policies import load_policy
 from eplb_core.registry.registry import default_registry, load_options_class
 from eplb_core.scheduling.schedule import schedule_steps
 

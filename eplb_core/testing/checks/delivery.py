@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import torch
 
+from eplb_core.contract.payload import Payload
 from eplb_core.testing.check import Check, expect, skip
 from eplb_core.testing.context import RankContext
 from eplb_core.testing.traffic import (
@@ -22,7 +23,6 @@ from eplb_core.testing.traffic import (
     ring,
     tensor_of,
 )
-from eplb_core.transport.queue import Payload
 
 # Sizes are multiples of 64 bytes wherever a check is not about sizes, so that a fault with odd ones shows only there.
 _LARGE = (64 << 20) + 3

@@ -21,7 +21,7 @@ from eplb_backends.nixl.memory import Regions, SlotPool
 from eplb_backends.nixl.messages import Message, parse
 from eplb_backends.nixl.prepared import Places, Rows
 from eplb_backends.nixl.round import Round, Shared
-from eplb_core.transport.queue import Payload, Payloads
+from eplb_core.contract.payload import Payload, Payloads
 
 CPU = torch.device("cpu")
 TOKEN = b"12345678"

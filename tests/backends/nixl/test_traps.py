@@ -51,8 +51,9 @@ from eplb_backends.nixl.messages import Kind, Writer, parse
 from eplb_backends.nixl.prepared import Places
 from eplb_backends.nixl.round import Round
 from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
+from eplb_core.contract.payload import Payload
 from eplb_core.errors import IntegrityError, TransferError
-from eplb_core.transport.queue import Payload, PayloadQueue
+from eplb_core.transport.queue import PayloadQueue
 from tests.backends.nixl.test_units import CPU, DESTINATION, SOURCE, TOKEN, MemoryAgent, MemoryPeers, round_of, tensors
 
 # --- how NIXL is loaded and asked ------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ from eplb_backends.nixl.outbox import Outbox
 from eplb_backends.nixl.prepared import PeerRows, Places, Rows, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import PAGE_BYTES
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.transport.checksums import checksums
-from eplb_core.transport.queue import Payload, Payloads
 
 CPU = torch.device("cpu")
 TOKEN = b"12345678"

@@ -1,0 +1,9 @@
+"""The types of the arrays that are handed around: placements, plans, loads."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]

@@ -1,0 +1,127 @@
+"""Compares what both sides of every pair of ranks queued, before a byte moves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from eplb_core.contract.payload import Transfer
+from eplb_core.control.plane import ControlPlane
+from eplb_core.errors import (
+    ControlPlaneError,
+    TransferError,
+    TransferMismatchError,
+    TransferTimeoutError,
+)
+
+_SUM_BYTES = 16
+
+
+_REFUSED = b"!"
+
+
+class _Queued(msgspec.Struct, array_like=True):
+    """What a rank queued, as told to its peers: peer rank -> `(bytes, dtype)` of each tensor in order."""
+
+    sends: dict[int, list[tuple[int, str]]]
+    recvs: dict[int, list[tuple[int, str]]]
+
+
+def check_match(
+    control: ControlPlane,
+    sends: Sequence[Transfer],
+    recvs: Sequence[Transfer],
+    timeout_s: float,
+    problem: TransferError | None = None,
+    note: bytes = b"",
+) -> list[bytes]:
+    """Compare what this rank queued with what every peer queued, before a byte moves.
+
+    Each send adds a hash of (source, destination, index, bytes, dtype) to its rank's sum and each receive takes the
+    hash of the send that it expects away, so the sums of all ranks add up to zero exactly if (but for a chance of
+    2^-128) everything matches. Only when they do not, the ranks tell each other what they queued.
+
+    Args:
+        control: the group's control plane.
+        sends: this rank's sends, in order.
+        recvs: this rank's receives, in order.
+        timeout_s: the longest wait for the slowest rank, in seconds.
+        problem: an error of this rank's own. It is raised here, and makes every other rank raise a
+            `TransferMismatchError` that carries its text, so that none of them waits for this one.
+        note: a few bytes of the backend's own for every other rank, carried along.
+
+    Returns:
+        The note of every rank, in rank order.
+
+    Raises:
+        TransferMismatchError: on every rank, naming the ranks, the index and the sizes.
+        TransferTimeoutError: a rank did not call `execute()` in time.
+    """
+    rank = control.rank
+    total = 0
+    if problem is None:
+        total += sum(_hashes((rank, send.peer, send) for send in sends))
+        total -= sum(_hashes((recv.peer, rank, recv) for recv in recvs))
+    try:
+        said = _REFUSED if problem else (total % 2**128).to_bytes(_SUM_BYTES, "big") + note
+        sums = control.all_gather("what each rank queued", said, timeout_s)
+        refused = [r for r, value in enumerate(sums) if value == _REFUSED]
+        if not refused and sum(int.from_bytes(value[:_SUM_BYTES], "big") for value in sums) % 2**128 == 0:
+            return [value[_SUM_BYTES:] for value in sums]
+        detail = str(problem).encode() if problem else msgspec.msgpack.encode(_Queued(_by_peer(sends), _by_peer(recvs)))
+        details = control.all_gather("the details of transfers that do not match", detail, timeout_s)
+    except ControlPlaneError as error:
+        raise TransferTimeoutError(
+            error.what, peers=error.missing, phase="agree", usable=False, why=error.why, remedy=error.remedy
+        ) from error
+    if problem is not None:
+        raise problem
+    if refused:
+        raise TransferMismatchError(
+            f"rank {refused[0]} refused its transfers: {details[refused[0]].decode(errors='replace')}",
+            peers=refused,
+            phase="agree",
+            usable=True,
+        )
+    queued = [msgspec.msgpack.decode(value, type=_Queued) for value in details]
+    raise _first_difference(queued)
+
+
+def _hashes(transfers: Iterable[tuple[int, int, Transfer]]) -> Iterable[int]:
+    index: dict[tuple[int, int], int] = {}
+    for source, destination, transfer in transfers:
+        pair = (source, destination)
+        index[pair] = index.get(pair, -1) + 1
+        text = f"{source} {destination} {index[pair]} {transfer.nbytes} {transfer.tensor.dtype}"
+        yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
+
+
+def _by_peer(transfers: Sequence[Transfer]) -> dict[int, list[tuple[int, str]]]:
+    peers: dict[int, list[tuple[int, str]]] = {}
+    for transfer in transfers:
+        peers.setdefault(transfer.peer, []).append((transfer.nbytes, str(transfer.tensor.dtype)))
+    return peers
+
+
+def _first_difference(queued: Sequence[_Queued]) -> TransferMismatchError:
+    for source in range(len(queued)):
+        for destination in range(len(queued)):
+            sent = queued[source].sends.get(destination, [])
+            expected = queued[destination].recvs.get(source, [])
+            if sent == expected:
+                continue
+            pair = f"rank {source} to rank {destination}"
+            what = f"{pair}: {len(sent)} tensors are sent, {len(expected)} are expected"
+            if len(sent) == len(expected):
+                at = next(i for i, (ours, theirs) in enumerate(zip(sent, expected, strict=True)) if ours != theirs)
+                what = f"{pair}, transfer {at}: {_describe(sent[at])} is sent, {_describe(expected[at])} is expected"
+            return TransferMismatchError(
+                what, peers=(source, destination), phase="agree", usable=True, why="no byte was moved"
+            )
+    return TransferMismatchError("the ranks queued transfers that do not match", phase="agree", usable=True)
+
+
+def _describe(entry: tuple[int, str]) -> str:
+    return f"{entry[0]} bytes of {entry[1]}"

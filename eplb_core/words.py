@@ -1,0 +1,23 @@
+"""Phrases that errors and reports share."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `, did you mean 'x'?` for the nearest known words, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=2)
+    return f", did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
+
+
+def word_list(words: Sequence[str], last: str) -> str:
+    """Return `a, b and c`; `last` is the word before the last one."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return `rank 3` or `ranks 1, 3`."""
+    numbers = sorted(ranks)
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
