@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """Phrases that errors and reports share."""
 
 from __future__ import annotations
@@ -21,3 +22,18 @@ def ranks_text(ranks: Iterable[int]) -> str:
     """Return `rank 3` or `ranks 1, 3`."""
     numbers = sorted(ranks)
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
+=======
+"""How messages name things."""
+
+from __future__ import annotations
+
+import signal
+
+
+def signal_name(number: int) -> str:
+    """Return the name of a signal, such as SIGSEGV."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+>>>>>>> c776a41 (NIXL: processes end with 0 beside rdma-core; signals are named)

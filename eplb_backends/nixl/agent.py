@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from eplb_backends.nixl.netlink import REMEDY, keep_apart
 from eplb_core.arrays import IntArray
 from eplb_core.errors import BackendNotInstalledError, EplbError
 from eplb_core.transport.streams import ordinal_of
@@ -375,6 +376,8 @@ def mapped(what: str) -> Iterator[None]:
 def _load(device: torch.device) -> Any:
     for name, value in (ENVIRONMENT | (CUDA_ENVIRONMENT if device.type == "cuda" else {})).items():
         os.environ.setdefault(name, value)
+    if crash := keep_apart():
+        logger.warning("%s; %s", crash, REMEDY)
     for package in _PACKAGES:
         try:
             return importlib.import_module(f"{package}._api")

@@ -84,7 +84,8 @@ def _table(entries: Sequence[BackendEntry], results: Mapping[str, ProbeResult]) 
         table.add_column(column, overflow="fold", no_wrap=column in ("backend", "state"))
     for entry in entries:
         result = results.get(entry.choice)
-        why = [entry.why or (result.reason if result else ""), entry.file, entry.remedy, *entry.notes]
+        tried = (result.reason, result.warning) if result else ()
+        why = [entry.why or "; ".join(filter(None, tried)), entry.file, entry.remedy, *entry.notes]
         table.add_row(
             Text(entry.name),
             Text(entry.distribution),
@@ -126,5 +127,5 @@ def _entry_document(entry: BackendEntry, result: ProbeResult | None) -> dict[str
         "devices": list(spec.capabilities.device_types) if spec else [],
         "stateless_groups": spec.capabilities.stateless_groups if spec else None,
         "background": spec.capabilities.background if spec else None,
-        "probe": None if result is None else {"available": result.available, "reason": result.reason},
+        "probe": None if result is None else dataclasses.asdict(result),
     }

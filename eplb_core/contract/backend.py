@@ -96,10 +96,12 @@ class ProbeResult:
     Attributes:
         available: whether it does.
         reason: one line, of what was tried if it works and of what failed if it does not.
+        warning: one line, of what should be otherwise although it works; empty where nothing should.
     """
 
     available: bool
     reason: str
+    warning: str = ""
 
 
 class BackendFactory(Protocol):

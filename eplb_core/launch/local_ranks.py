@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import logging
 import os
 import signal
 import time
@@ -24,11 +25,14 @@ import torch.distributed as dist
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_devices import limit_visible_gpus
 from eplb_core.launch.rank_process import RankProcess, start_rank
+from eplb_core.words import signal_name
 
 _GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
 _JOIN_S = 30.0  # a rank that reported has this long to exit
 _DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
 _START_S = 120.0  # for all ranks to meet
+
+logger = logging.getLogger(__name__)
 
 
 class LocalRankError(EplbError, RuntimeError):
@@ -117,8 +121,11 @@ class Outcome:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the target returned and the process exited with 0."""
-        return self.reported and self.error is None and self.exit_code == 0
+        """Whether the target returned and the process ended by itself.
+
+        A library that crashes while the process exits takes nothing back: the result was handed in before.
+        """
+        return self.reported and self.error is None and self.exit_code is not None and self.exit_code <= 0
 
 
 def run_local_ranks(
@@ -219,8 +226,7 @@ def collect_local_ranks(
                 outcomes[rank].message = outcomes[rank].message or f"reported, but did not exit within {_JOIN_S:g} s"
                 continue
             outcomes[rank].exit_code = process.exitcode
-            if not outcomes[rank].reported:
-                outcomes[rank].message = outcomes[rank].message or f"exited with {process.exitcode} without a word"
+            outcomes[rank].message = outcomes[rank].message or _how_it_ended(outcomes[rank], process.exitcode or 0)
     finally:
         for process in processes:
             if process.is_alive():
@@ -229,6 +235,23 @@ def collect_local_ranks(
             process.join(_JOIN_S)
             process.close()
     return outcomes
+
+
+def _how_it_ended(outcome: Outcome, exit_code: int) -> str:
+    """Return what is worth saying of a process's end, and log what is no failure of its rank."""
+    if exit_code >= 0 and not outcome.reported:
+        return f"its process exited with {exit_code} and reported nothing"
+    if exit_code >= 0:
+        return f"its process exited with {exit_code} after it had handed in its result" if exit_code else ""
+    what = f"its process was ended by {signal_name(-exit_code)} (signal {-exit_code})"
+    if outcome.reported:
+        what += " after it had handed in its result"
+        if outcome.error is None:
+            logger.warning("rank %d: %s", outcome.rank, what)
+        return what
+    if -exit_code == signal.SIGKILL:
+        what += "; the kernel does that when memory runs out"
+    return what
 
 
 def _take(pipe: Connection, outcome: Outcome, rank: int, on_event: Callable[[int, Any], None] | None) -> bool:

@@ -7,6 +7,7 @@ standard error. The child leads a process group of its own, and all of that grou
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import select
@@ -18,6 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 from eplb_core.contract.backend import ProbeResult
 from eplb_core.registry.registry import BackendEntry, import_dotted
+from eplb_core.words import signal_name
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,13 @@ def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: flo
         ended = _wait_and_kill_group(child, timeout_s)
         if not ended:
             return ProbeResult(False, f"the probe did not end within {timeout_s:g} s")
-        return _read_answer(answer) or ProbeResult(False, _how_it_died(child.returncode, printed))
+        result = _read_answer(answer)
+        if result is None:
+            return ProbeResult(False, _how_it_died(child.returncode, printed))
+        if child.returncode < 0 and not result.warning:
+            crash = f"a process that used it was ended by {signal_name(-child.returncode)} at its exit"
+            result = dataclasses.replace(result, warning=crash)
+        return result
 
 
 def _child_environment() -> dict[str, str]:
@@ -94,15 +102,14 @@ def _read_answer(answer: IO[bytes]) -> ProbeResult | None:
     answer.seek(0)
     try:
         document = json.loads(answer.read(_TAIL_BYTES))
-        return ProbeResult(bool(document["available"]), str(document["reason"]))
+        return ProbeResult(bool(document["available"]), str(document["reason"]), str(document["warning"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _how_it_died(code: int, printed: IO[bytes]) -> str:
     if code < 0:
-        named = {each.value: each.name for each in signal.Signals}
-        return f"the probe was killed by {named.get(-code, f'signal {-code}')}"
+        return f"the probe was killed by {signal_name(-code)}"
     printed.seek(max(0, printed.seek(0, os.SEEK_END) - _TAIL_BYTES))
     lines = printed.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
@@ -130,8 +137,8 @@ def _child(arguments: list[str]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answer:
         os.dup2(2, 1)
         result = _probe_here(dotted, device_type, number)
-        reason = " ".join(result.reason.split())[:1000]
-        json.dump({"available": result.available, "reason": reason}, answer)
+        reason, warning = (" ".join(text.split())[:1000] for text in (result.reason, result.warning))
+        json.dump({"available": result.available, "reason": reason, "warning": warning}, answer)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import signal
 import sys
@@ -62,6 +64,19 @@ def each_ends_in_its_own_way(environment: RankEnvironment) -> Any:
         case 4:
             return threading.Lock()  # cannot be sent
     return None
+
+
+def dies_after_its_result(environment: RankEnvironment) -> str:
+    """As a library whose destructor crashes: the interpreter has ended, the process has not."""
+    if environment.rank:
+        atexit.register(os.kill, os.getpid(), signal.SIGSEGV if environment.rank == 1 else signal.SIGRTMIN)
+    return "well"
+
+
+def exits_with_3_after_its_result(environment: RankEnvironment) -> str:
+    if environment.rank == 1:
+        atexit.register(os._exit, 3)
+    return "well"
 
 
 def is_killed(environment: RankEnvironment) -> str:
@@ -147,11 +162,28 @@ def test_a_rank_that_ends_well_is_told_from_those_that_do_not(ended: list[Outcom
 
 def test_a_rank_that_was_killed_tells_the_signal(ended: list[Outcome]) -> None:
     assert (ended[1].exit_code, ended[1].reported) == (-signal.SIGKILL, False)
+    assert "was ended by SIGKILL (signal 9)" in ended[1].message
+    assert "memory" in ended[1].message
 
 
 def test_a_rank_that_exits_without_a_word_has_failed(ended: list[Outcome]) -> None:
     assert (ended[2].exit_code, ended[2].reported) == (0, False)
-    assert "without a word" in ended[2].message
+    assert ended[2].message == "its process exited with 0 and reported nothing"
+
+
+def test_a_signal_after_the_result_is_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:
+    assert run_local_ranks(dies_after_its_result, 3, timeout_s=TIMEOUT_S) == ["well"] * 3
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 2
+    assert "rank 1: its process was ended by SIGSEGV (signal 11) after it had handed in its result" in warned
+    assert f"(signal {int(signal.SIGRTMIN)})" in " ".join(warned)
+
+
+def test_an_exit_code_after_the_result_is_an_error_that_tells_it() -> None:
+    well, failed = collect_local_ranks(exits_with_3_after_its_result, 2, timeout_s=TIMEOUT_S)
+    assert well.succeeded
+    assert not failed.succeeded
+    assert failed.message == "its process exited with 3 after it had handed in its result"
 
 
 def test_a_rank_that_calls_exit_has_failed(ended: list[Outcome]) -> None:

@@ -468,7 +468,7 @@ def probed(
         from eplb_core.registry.probe import run_probe
         from eplb_core.registry.registry import Registry
         result = run_probe(Registry().select(parse_config("rail")), {device!r}, timeout_s={timeout_s})
-        answer = [result.available, result.reason]
+        answer = [result.available, result.reason, *filter(None, [result.warning])]
         """,
         [tmp_path],
         environment={"RANK": "3", "MASTER_ADDR": "nowhere"},
@@ -515,6 +515,22 @@ def test_a_probe_does_not_see_the_job_that_it_is_run_in(tmp_path: Path):
 )
 def test_a_probe_that_fails_or_dies_makes_the_backend_unavailable_and_says_how(tmp_path: Path, body: str, reason: str):
     assert probed(tmp_path, body) == [False, reason]
+
+
+def test_a_crash_at_the_exit_of_a_probe_that_works_is_a_warning(tmp_path: Path):
+    """As a library whose destructor crashes: whoever uses the backend ends likewise."""
+    crash = "import atexit; atexit.register(os.kill, os.getpid(), signal.SIGSEGV)"
+    body = f"{crash}\nreturn ProbeResult(True, 'bytes are right')"
+    assert probed(tmp_path, body) == [
+        True,
+        "bytes are right",
+        "a process that used it was ended by SIGSEGV at its exit",
+    ]
+
+
+def test_what_a_probe_warns_of_is_kept(tmp_path: Path):
+    body = "return ProbeResult(True, 'bytes are right', warning='over\\ntcp')"
+    assert probed(tmp_path, body) == [True, "bytes are right", "over tcp"]
 
 
 def test_a_probe_that_hangs_is_ended_with_all_its_children(tmp_path: Path):

@@ -87,6 +87,7 @@ def doctor(
 
     probed = _probe(console, entries, device) if group.is_first else {}
     findings += _of_entries(entries)
+    findings += [Finding(name, Severity.WARNING, probe.warning) for name, probe in probed.items() if probe.warning]
     tables.print_backends(console, entries, probed)
 
     usable = [entry.name for entry in entries if entry.choice in probed and probed[entry.choice].available]
@@ -219,4 +220,5 @@ def _backend_document(entry: BackendEntry, probe: ProbeResult | None) -> dict[st
         "remedy": entry.remedy,
         "usable": probe is not None and probe.available,
         "probe": probe.reason if probe is not None else "",
+        "warning": probe.warning if probe is not None else "",
     }
