@@ -1,9 +1,9 @@
-<<<<<<< HEAD
 """Phrases that errors and reports share."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable, Sequence
 
 
@@ -22,12 +22,6 @@ def ranks_text(ranks: Iterable[int]) -> str:
     """Return `rank 3` or `ranks 1, 3`."""
     numbers = sorted(ranks)
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
-=======
-"""How messages name things."""
-
-from __future__ import annotations
-
-import signal
 
 
 def signal_name(number: int) -> str:
@@ -36,4 +30,3 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
->>>>>>> c776a41 (NIXL: processes end with 0 beside rdma-core; signals are named)

@@ -7,6 +7,7 @@ torch.distributed groups, `StatelessGroup` out of a store alone.
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.rendezvous import meet
+from eplb_core.control.store_connection import connect
 from eplb_core.errors import InputError
 
 
@@ -142,18 +144,12 @@ def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: floa
             "the group has neither a store nor a CPU process group that torch.distributed knows",
             remedy="give a group coordinator with cpu_group, or a StatelessGroup with a store",
         )
-    connection = _own_connection(store)
-    name = meet(connection, place, group.rank_in_group, group.world_size, timeout_s)
-    return ControlPlane(dist.PrefixStore(f"eplb/{name}", connection), group.rank_in_group, group.world_size)
-
-
-def _own_connection(store: dist.Store) -> dist.Store:
-    """Return a second connection to the same store: waiting on a shared one blocks whoever else uses it."""
-    try:
-        copy: dist.Store = store.clone()  # type: ignore[attr-defined]  # there, but not in its stub
-    except (AttributeError, RuntimeError):  # not every kind of store can be cloned
-        return store
-    return copy
+    rank, world_size = group.rank_in_group, group.world_size
+    began = time.monotonic()
+    connection = connect(store, timeout_s)
+    name = meet(connection, place, rank, world_size, max(timeout_s - (time.monotonic() - began), 0.001))
+    store = dist.PrefixStore(f"eplb/{name}", connection.store)
+    return ControlPlane(store, rank, world_size, connection=connection)
 
 
 def generation_group(

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 
 from torch.distributed import DistError, PrefixStore, Store
 
+from eplb_core.control.store_connection import StoreConnection, connect
 from eplb_core.errors import ControlPlaneError
 
 _CHECK_S = 1.0  # the most that asking the store who is missing may take
@@ -26,12 +27,14 @@ class ControlPlane:
         store: a store that only the ranks of this group, and only this control plane, write to: give each a prefix.
         rank: this process's rank in the group.
         world_size: the number of ranks.
+        connection: over which `store` is reached; without one, a store that does not answer is waited for.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, *, connection: StoreConnection | None = None) -> None:
         self.rank = rank
         self.world_size = world_size
         self._store = store
+        self._connection = connection or StoreConnection(store)
         self._round = 0
 
     def all_gather(self, what: str, payload: bytes, timeout_s: float) -> list[bytes]:
@@ -50,12 +53,15 @@ class ControlPlane:
         keys = [f"{this}/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + timeout_s
         try:
-            self._store.set(keys[self.rank], payload)  # type: ignore[arg-type]  # its stub says str
-            self._store.wait(keys, _timedelta(deadline))
-            gathered = self._store.multi_get(keys)
+            with self._connection.patient():
+                self._store.set(keys[self.rank], payload)  # type: ignore[arg-type]  # its stub says str
+            with self._connection.patient(waits=True):
+                self._store.wait(keys, _timedelta(deadline))
+                gathered = self._store.multi_get(keys)
             if this:
                 # Who is here has read all of the round before: a store never holds more than two rounds.
-                self._store.delete_key(f"{this - 1}/{self.rank}")
+                with self._connection.patient():
+                    self._store.delete_key(f"{this - 1}/{self.rank}")
         except DistError as error:
             missing = self._without_answer(dict(enumerate(keys)))
             raise _lost(what, timeout_s, missing, error) from error
@@ -72,7 +78,8 @@ class ControlPlane:
             ControlPlaneError: the store is gone.
         """
         try:
-            self._store.set(f"{name}@{self.rank}", value)  # type: ignore[arg-type]  # its stub says str
+            with self._connection.patient():
+                self._store.set(f"{name}@{self.rank}", value)  # type: ignore[arg-type]  # its stub says str
         except DistError as error:
             raise _lost(f"{name} of rank {self.rank}", 0.0, [], error) from error
 
@@ -84,8 +91,9 @@ class ControlPlane:
         """
         key = f"{name}@{rank}"
         try:
-            self._store.wait([key], datetime.timedelta(seconds=timeout_s))
-            return bytes(self._store.get(key))
+            with self._connection.patient(waits=True):
+                self._store.wait([key], datetime.timedelta(seconds=timeout_s))
+                return bytes(self._store.get(key))
         except DistError as error:
             raise _lost(f"{name} of rank {rank}", timeout_s, self._without_answer({rank: key}), error) from error
 
@@ -98,8 +106,9 @@ class ControlPlane:
             ControlPlaneError: the store is gone. Whether the value was settled is not known then.
         """
         try:
-            # The stub says str for all three.
-            return bytes(self._store.compare_set(name, "", value))  # type: ignore[arg-type]
+            with self._connection.patient():
+                # The stub says str for all three.
+                return bytes(self._store.compare_set(name, "", value))  # type: ignore[arg-type]
         except DistError as error:
             raise _lost(name, 0.0, [], error) from error
 
@@ -113,7 +122,8 @@ class ControlPlane:
             ControlPlaneError: the store is gone.
         """
         try:
-            return bytes(self._store.get(name)) if self._store.check([name]) else None
+            with self._connection.patient():
+                return bytes(self._store.get(name)) if self._store.check([name]) else None
         except DistError as error:
             raise _lost(name, 0.0, [], error) from error
 
@@ -124,26 +134,27 @@ class ControlPlane:
             ControlPlaneError: the store is gone.
         """
         try:
-            return int(self._store.add(name, amount))
+            with self._connection.patient():
+                return int(self._store.add(name, amount))
         except DistError as error:
             raise _lost(name, 0.0, [], error) from error
 
     def forget(self, names: Iterable[str]) -> None:
         """Let the store forget settled values and counts that no rank will ask for again."""
-        with contextlib.suppress(DistError, NotImplementedError):  # a store of files cannot
+        with contextlib.suppress(DistError, NotImplementedError), self._connection.patient():  # a store of files cannot
             for name in names:
                 self._store.delete_key(name)
 
-    def with_own_connection(self) -> ControlPlane:
+    def with_own_connection(self, timeout_s: float) -> ControlPlane:
         """Return the same control plane for another thread, whose waiting does not keep this one from the store.
 
         Only what is settled, counted, published and fetched is the same; gathering stays with the original.
+
+        Raises:
+            ControlPlaneError: the store is gone, or does not answer in time.
         """
-        try:
-            connection: Store = self._store.clone()  # type: ignore[attr-defined]  # there, but not in its stub
-        except (AttributeError, RuntimeError):  # not every kind of store can be cloned
-            connection = self._store
-        return ControlPlane(connection, self.rank, self.world_size)
+        connection = connect(self._store, timeout_s)
+        return ControlPlane(connection.store, self.rank, self.world_size, connection=connection)
 
     def scoped(self, name: str) -> ControlPlane:
         """Return a control plane of the same ranks whose messages cannot meet this one's.
@@ -151,12 +162,13 @@ class ControlPlane:
         Args:
             name: a name that has not been used with this control plane before, the same on every rank.
         """
-        return ControlPlane(PrefixStore(name, self._store), self.rank, self.world_size)
+        store = PrefixStore(name, self._store)
+        return ControlPlane(store, self.rank, self.world_size, connection=self._connection)
 
     def _without_answer(self, keys: Mapping[int, str]) -> list[int]:
         missing = []
         deadline = time.monotonic() + _CHECK_S
-        with contextlib.suppress(DistError):
+        with contextlib.suppress(DistError), self._connection.patient(waits=True):
             for rank, key in keys.items():
                 if time.monotonic() > deadline:
                     break

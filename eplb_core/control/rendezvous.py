@@ -14,8 +14,9 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from torch.distributed import DistError, Store
+from torch.distributed import DistError
 
+from eplb_core.control.store_connection import StoreConnection
 from eplb_core.errors import ControlPlaneError
 
 _NAP_S = 1e-3
@@ -23,13 +24,13 @@ _LONGEST_NAP_S = 10e-3
 _CHECK_S = 1.0  # the most that asking the store who is missing may take
 
 
-def meet(store: Store, place: str, rank: int, world_size: int, timeout_s: float) -> str:
+def meet(connection: StoreConnection, place: str, rank: int, world_size: int, timeout_s: float) -> str:
     """Return a name that is new, and the same on every rank, once every rank is here.
 
     Each rank leaves one entry of under 100 bytes at the store, which its next attempt overwrites.
 
     Args:
-        store: a store that all ranks reach.
+        connection: to a store that all ranks reach.
         place: where at the store these ranks meet; no others do.
         rank: this process's rank.
         world_size: the number of ranks.
@@ -44,15 +45,20 @@ def meet(store: Store, place: str, rank: int, world_size: int, timeout_s: float)
     seen = b""
     deadline = time.monotonic() + timeout_s
     nap_s = _NAP_S
+    store = connection.store
     try:
-        store.set(keys[rank], me + b" ")  # type: ignore[arg-type]  # its stub says str
-        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+        with connection.patient():
+            store.set(keys[rank], me + b" ")  # type: ignore[arg-type]  # its stub says str
+        with connection.patient(waits=True):
+            store.wait(keys, datetime.timedelta(seconds=timeout_s))
         while True:
-            entries = [bytes(entry) for entry in store.multi_get(keys)]
+            with connection.patient():
+                entries = [bytes(entry) for entry in store.multi_get(keys)]
             present = hashlib.sha256(b" ".join(entry.split(b" ")[0] for entry in entries)).hexdigest()[:32].encode()
             if present != seen:
                 seen = present
-                store.set(keys[rank], me + b" " + seen)  # type: ignore[arg-type]
+                with connection.patient():
+                    store.set(keys[rank], me + b" " + seen)  # type: ignore[arg-type]
                 entries[rank] = me + b" " + seen
             if all(entry.endswith(b" " + seen) for entry in entries):
                 return seen.decode()
@@ -61,7 +67,7 @@ def meet(store: Store, place: str, rank: int, world_size: int, timeout_s: float)
             time.sleep(nap_s)
             nap_s = min(2 * nap_s, _LONGEST_NAP_S)
     except DistError as error:
-        missing = _absent(store, keys)
+        missing = _absent(connection, keys)
         if not missing:
             raise ControlPlaneError(
                 "the store that the ranks meet at is gone or does not answer",
@@ -78,13 +84,13 @@ def meet(store: Store, place: str, rank: int, world_size: int, timeout_s: float)
     )
 
 
-def _absent(store: Store, keys: Sequence[str]) -> list[int]:
+def _absent(connection: StoreConnection, keys: Sequence[str]) -> list[int]:
     absent = []
     deadline = time.monotonic() + _CHECK_S
-    with contextlib.suppress(DistError):
+    with contextlib.suppress(DistError), connection.patient(waits=True):
         for rank, key in enumerate(keys):
             if time.monotonic() > deadline:
                 break
-            if not store.check([key]):
+            if not connection.store.check([key]):
                 absent.append(rank)
     return absent

@@ -21,11 +21,13 @@ from eplb_core.control.commit_record import Ledger
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     BackendUnavailableError,
+    ControlPlaneError,
     HandshakeError,
     InputError,
     IntegrityError,
     TransferError,
 )
+from eplb_core.factory.proposal import not_all_answered
 from eplb_core.planning.generations import remap_placement, reverse_mapping
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange.agree_on_plan import agree_on_plan
@@ -111,6 +113,7 @@ class Rearranger:
         self._timeout_s = binding.timeout_s
         self._control: ControlPlane = context.control.scoped(binding.next_scope("rearranger"))
         self._runner = StepRunner(communicator, self._weights, self._rank)
+        self._beside: ControlPlane | None = None
         self._runs = 0
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
@@ -280,6 +283,7 @@ class Rearranger:
         if max_inflight_layers < 1:
             raise InputError(f"max_inflight_layers has to be at least 1, not {max_inflight_layers}")
         bytes_per_s = None if pace is None else parse_pace(pace)
+        beside = self._control_beside_a_thread()
         plan = self._agreed_plan(
             old,
             new,
@@ -309,7 +313,7 @@ class Rearranger:
             receiver,
             self._runner,
             self._communicator,
-            Ledger(control.with_own_connection(), self._timeout_s),
+            Ledger(beside.scoped(f"run {self._runs}"), self._timeout_s),
             timeout_s=self._timeout_s,
             device=self._weights.device,
             engine_stream=self._stream,
@@ -317,6 +321,15 @@ class Rearranger:
         )
         self._job.begin()
         return self._job
+
+    def _control_beside_a_thread(self) -> ControlPlane:
+        """Return the control plane over a connection for this thread, while the job's thread has the other one."""
+        if self._beside is None:
+            try:
+                self._beside = self._control.with_own_connection(self._timeout_s)
+            except ControlPlaneError as error:
+                raise not_all_answered(error, self._world_size) from error
+        return self._beside
 
     # --- the steps --------------------------------------------------------------------------------------------------
 

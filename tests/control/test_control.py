@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.rendezvous import meet
+from eplb_core.control.store_connection import StoreConnection
 from eplb_core.errors import ControlPlaneError
 
 RANKS = 4
@@ -117,7 +118,7 @@ def test_what_nobody_publishes_names_the_rank_that_should_have(store: dist.Store
 def test_ranks_that_meet_get_one_name_and_another_each_time(store: dist.Store, threads: ThreadPoolExecutor) -> None:
     names = set()
     for _ in range(5):
-        agreed = on_every_rank(threads, lambda rank: meet(store, "here", rank, RANKS, LONG_S))
+        agreed = on_every_rank(threads, lambda rank: meet(StoreConnection(store), "here", rank, RANKS, LONG_S))
         assert len(set(agreed)) == 1
         names.add(agreed[0])
     assert len(names) == 5
@@ -130,13 +131,13 @@ def test_a_rank_that_does_not_come_is_named_by_all(
     store: dist.Store, threads: ThreadPoolExecutor, missing: int, earlier: int
 ) -> None:
     for _ in range(earlier):
-        on_every_rank(threads, lambda rank: meet(store, "here", rank, RANKS, LONG_S))
+        on_every_rank(threads, lambda rank: meet(StoreConnection(store), "here", rank, RANKS, LONG_S))
 
     def come(rank: int) -> tuple[int, ...]:
         if rank == missing:
             return (missing,)
         with pytest.raises(ControlPlaneError, match=f"rank {missing} did not come within 0.3 s") as error:
-            meet(store, "here", rank, RANKS, SHORT_S)
+            meet(StoreConnection(store), "here", rank, RANKS, SHORT_S)
         return error.value.missing
 
     assert on_every_rank(threads, come) == [(missing,)] * RANKS
@@ -146,13 +147,13 @@ def test_ranks_meet_after_some_have_tried_alone_however_often(store: dist.Store,
     for rank, tries in ((0, 3), (2, 1)):
         for _ in range(tries):
             with pytest.raises(ControlPlaneError):
-                meet(store, "here", rank, RANKS, 0.05)
-    assert len(set(on_every_rank(threads, lambda rank: meet(store, "here", rank, RANKS, LONG_S)))) == 1
+                meet(StoreConnection(store), "here", rank, RANKS, 0.05)
+    assert len(set(on_every_rank(threads, lambda rank: meet(StoreConnection(store), "here", rank, RANKS, LONG_S)))) == 1
 
 
 def test_a_rank_that_begins_again_meets_those_that_still_wait(store: dist.Store, threads: ThreadPoolExecutor) -> None:
-    waiting = [threads.submit(meet, store, "here", rank, RANKS, LONG_S) for rank in (1, 2)]
+    waiting = [threads.submit(meet, StoreConnection(store), "here", rank, RANKS, LONG_S) for rank in (1, 2)]
     with pytest.raises(ControlPlaneError):
-        meet(store, "here", 0, RANKS, 0.05)
-    again = [threads.submit(meet, store, "here", rank, RANKS, LONG_S) for rank in (0, 3)]
+        meet(StoreConnection(store), "here", 0, RANKS, 0.05)
+    again = [threads.submit(meet, StoreConnection(store), "here", rank, RANKS, LONG_S) for rank in (0, 3)]
     assert len({each.result(LONG_S) for each in (*waiting, *again)}) == 1
