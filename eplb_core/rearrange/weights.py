@@ -44,8 +44,8 @@ class ExpertWeights:
             differ. A row, one slot of one tensor, has to be contiguous; the tensor need not be.
 
     Raises:
-        InputError: no layers, no tensors, different slot counts or devices, or rows that are not contiguous; it
-            names the layer and the tensor.
+        InputError: no layers, no tensors, different slot counts or devices, rows that are not contiguous, or rows that
+            share memory with others; it names the layer and the tensor.
     """
 
     def __init__(self, weights: Sequence[Sequence[torch.Tensor]]) -> None:
@@ -58,6 +58,7 @@ class ExpertWeights:
         self.num_slots = first.shape[0] if first.dim() else 0
         self._forms: dict[tuple[tuple[int, torch.dtype], ...], int] = {}
         self.layers = [self._layout(number, layer) for number, layer in enumerate(weights)]
+        self._refuse_shared_memory()
         self.expert_bytes: IntArray = np.array(
             [sum(_aligned(row.shape[1]) for row in layer.rows) for layer in self.layers], np.int64
         )
@@ -115,6 +116,29 @@ class ExpertWeights:
         ]
         return f"{self.num_slots} slots, " + "; ".join(layers)
 
+    def _refuse_shared_memory(self) -> None:
+        """Raise if any two rows have a byte in common: what is received for one would end up in the other."""
+        rows = [rows for layer in self.layers for rows in layer.rows]
+        widths = np.array([row.shape[1] for row in rows], np.int64)
+        begins = [np.arange(self.num_slots) * row.stride(0) + row.data_ptr() for row in rows]
+        begin, tensor = np.concatenate(begins), np.repeat(np.arange(len(rows)), self.num_slots)
+        kept = widths[tensor] > 0
+        begin, tensor = begin[kept], tensor[kept]
+        order = np.argsort(begin, kind="stable")
+        begin, tensor = begin[order], tensor[order]
+        shared = np.flatnonzero(begin[:-1] + widths[tensor[:-1]] > begin[1:])
+        if len(shared):
+            alone = shared[tensor[shared] == tensor[shared + 1]]
+            found = int((alone if len(alone) else shared)[0])
+            names = [f"layer {n}, tensor {i}" for n, layer in enumerate(self.layers) for i in range(len(layer.rows))]
+            one, other = sorted(tensor[[found, found + 1]].tolist())
+            raise InputError(
+                "slots lie on top of one another" if one == other else "two tensors share memory",
+                where=names[one] if one == other else f"{names[one]} and {names[other]}",
+                why="what is received for one would overwrite the other",
+                remedy="give every slot of every tensor memory of its own; tied tensors need to be given once",
+            )
+
     def _layout(self, number: int, layer: Sequence[torch.Tensor]) -> LayerLayout:
         rows = []
         for index, tensor in enumerate(layer):
@@ -131,13 +155,6 @@ class ExpertWeights:
                     where=where,
                     why=f"strides {tuple(tensor.stride())}",
                     remedy="give weights whose rows are contiguous, such as .contiguous() or a view per slot",
-                )
-            if self.num_slots > 1 and tensor.numel() and abs(tensor.stride(0)) < tensor[0].numel():
-                raise InputError(
-                    "slots lie on top of one another",
-                    where=where,
-                    why=f"strides {tuple(tensor.stride())}",
-                    remedy="give every slot memory of its own; an expanded tensor has one for all",
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
