@@ -17,6 +17,7 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.control.agreement import not_all_answered
 from eplb_core.control.commit_record import Ledger
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
@@ -27,7 +28,6 @@ from eplb_core.errors import (
     IntegrityError,
     TransferError,
 )
-from eplb_core.factory.proposal import not_all_answered
 from eplb_core.planning.generations import remap_placement, reverse_mapping
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange.agree_on_plan import agree_on_plan
