@@ -117,7 +117,7 @@ class Findings:
                 row.part,
                 row.workload,
                 Text(row.what),
-                "" if row.seconds is None else f"{1e3 * row.seconds:,.1f} ms",
+                "" if row.seconds is None else f"{1e3 * row.seconds:,.{2 if row.seconds < 10e-3 else 1}f} ms",
                 "" if row.gb_per_s is None else f"{row.gb_per_s:,.2f}",
                 "" if row.link_share is None else f"{row.link_share:.0%}",
                 "" if row.slowdown is None else f"{row.slowdown:+.1%}",

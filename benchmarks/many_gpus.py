@@ -9,7 +9,8 @@ runs unattended and ends within --limit seconds. Its parts, which --only selects
     tests      tests/multigpu: under torchrun, and with a rank that is killed
     contract   the conformance kit of every backend, each also where a rank sees its own GPU alone, and where it sees
                it first; ranks that share GPUs in part; what `auto` takes; `eplb rebalance` with weights on the GPUs
-    backends   every backend for GPUs, on three workloads, every byte compared in the end
+    backends   every backend for GPUs, on six workloads, every byte compared in the end: three in which all slots are
+               drawn anew, and 58 layers of small experts in which nothing moves, or 1 or 20 pairs of experts
     peers      vLLM's own transfer code on the same workloads (--vllm, a folder that compare.py makes)
     inference  matrix products on every GPU, with and without a rearrangement in the background
 
@@ -59,7 +60,7 @@ from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
 from eplb_core.registry.config import parse_config
 from eplb_core.registry.registry import default_registry
 
-PARTS = {"link": 1.0, "tests": 5.0, "contract": 10.0, "backends": 7.0, "peers": 3.0, "inference": 4.0}
+PARTS = {"link": 1.0, "tests": 5.0, "contract": 10.0, "backends": 12.0, "peers": 6.0, "inference": 4.0}
 """What is run, and its share of the time."""
 
 BACKENDS = {
@@ -213,7 +214,11 @@ class Campaign:
 
     def run_inference(self, _: float) -> None:
         """Run every backend that may run in the background beside matrix products."""
-        size = self.sizes[0]
+        size = next((size for size in self.sizes if size.swaps != 0), None)
+        if size is None:
+            reason = "nothing moves in the workloads that were chosen"
+            self.add(Row(part="inference", what="all backends", state="skipped", reason=reason))
+            return
         work = size.workload(self.ranks)
         for backend in self.backends:
             self.row(backend, size.name, partial(self.beside, backend, size, work))
@@ -256,7 +261,7 @@ class Campaign:
 
     def moved(self, what: str, size: Size, found: dict[str, Any], remark: str) -> Row:
         """Return the row of a rearrangement that came to its end."""
-        rate = float(found["gb_per_s"]) / self.ranks
+        rate = float(found["gb_per_s"]) / self.ranks if found["bytes_moved"] else None
         return Row(
             part=self.part,
             what=what,
@@ -332,9 +337,9 @@ class Campaign:
             return Row(part=self.part, what=what, workload=workload, state="skipped", reason=one_line(error))
         return None
 
-    def link_share(self, gb_per_s: float) -> float | None:
+    def link_share(self, gb_per_s: float | None) -> float | None:
         """Return what a rate of one GPU is of the rate at which each copies from the next."""
-        if not self.links:
+        if not self.links or gb_per_s is None:
             return None
         return gb_per_s / statistics.median(link.together_gb_per_s for link in self.links)
 

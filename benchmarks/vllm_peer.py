@@ -155,7 +155,6 @@ def run(rank: int, args: argparse.Namespace, port: int) -> None:
             torch.from_numpy(old), torch.from_numpy(new), weights, buffer, group, communicator
         )
         sync()
-        dist.barrier()
         seconds.append(time.perf_counter() - start)
         moved += sum(len(set(n[mine]) - set(o[mine])) for o, n in zip(old, new, strict=True)) * sum(sizes)
     wrong = sum(
@@ -164,6 +163,9 @@ def run(rank: int, args: argparse.Namespace, port: int) -> None:
         for t in range(len(sizes))
         for slot, expert in enumerate(placements[-1][layer][mine])
     )
+    slowest = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)  # a step ends with its last rank
+    seconds = slowest.tolist()
     counts = torch.tensor([moved, wrong])
     dist.all_reduce(counts)
     if rank == 0:

@@ -22,6 +22,7 @@ class Size:
         redundant: slots of a layer, of all ranks, that hold a further copy.
         expert_bytes: about the bytes of an expert; 0 for those of DeepSeek-V3.
         steps: rearrangements.
+        swaps: how many times a step lets two ranks exchange an expert, over all layers; None for all slots anew.
         scale: by what DeepSeek-V3's numbers are divided.
     """
 
@@ -31,6 +32,7 @@ class Size:
     redundant: int = 0
     expert_bytes: int = 0
     steps: int = 6
+    swaps: int | None = None
     scale: int = 1
 
     def workload(self, ranks: int) -> Workload:
@@ -41,7 +43,7 @@ class Size:
             slots = -(-(experts + _REDUNDANT // self.scale) // ranks)
             redundant, tensors = slots * ranks - experts, deepseek_tensors(self.scale)
         arrays = make_workload.make(
-            ranks, self.layers, slots, redundant, self.expert_bytes or 384, self.steps, churn=1.0, seed=0
+            ranks, self.layers, slots, redundant, self.expert_bytes or 384, self.steps, 1.0, 0, self.swaps
         )
         return Workload(arrays["placements"], tensors or tuple(map(int, arrays["tensor_bytes"])), ranks)
 
@@ -53,16 +55,27 @@ def deepseek_tensors(scale: int) -> tuple[int, ...]:
     return (rows * columns,) * 3 + (scales,) * 3
 
 
+_SWAPS = {"nothing": 0, "1 swap": 1, "20 swaps": 20}
+"""What a balancer that keeps most of a placement asks for, over all layers of a model."""
+
 SIZES = {
     "cuda": (
         Size("44 MB", layers=8, slots=16, redundant=8, expert_bytes=44_040_192),
         Size("4.7 MB", layers=16, slots=32, redundant=16, expert_bytes=4_718_592),
         # Four of its 58 layers: all of them, on 2 GPUs, would be 368 GB on each.
         Size("DeepSeek-V3", layers=4, steps=4),
+        *(
+            Size(name, layers=58, slots=32, redundant=16, expert_bytes=4_718_592, steps=41, swaps=swaps)
+            for name, swaps in _SWAPS.items()
+        ),
     ),
     "cpu": (
         Size("44 MB", layers=3, slots=4, redundant=2, expert_bytes=1_376_256, steps=3),
         Size("4.7 MB", layers=4, slots=8, redundant=4, expert_bytes=147_456, steps=3),
         Size("DeepSeek-V3", layers=2, steps=3, scale=16),
+        *(
+            Size(name, layers=58, slots=8, redundant=4, expert_bytes=147_456, steps=21, swaps=swaps)
+            for name, swaps in _SWAPS.items()
+        ),
     ),
 }

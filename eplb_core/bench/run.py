@@ -79,14 +79,17 @@ def run_bench(job: BenchJob, on_event: Callable[[int, Advance], None] | None = N
 def make_document(job: BenchJob, ranks: Sequence[RankMeasurement]) -> dict[str, Any]:
     """Put together what the ranks found, as plain lists, numbers and texts.
 
-    The first step is left out of the median and of the phases: connections and buffers are made in it. A phase's
+    A step takes as long as on the slowest rank. The first one is left out of the median and of the phases: connections
+    and buffers are made in it. A phase's
     seconds are those of the rank that spent most time in it, so that phases overlap and do not add up to the total.
 
     Args:
         job: what was run.
         ranks: one measurement a rank, in their order.
     """
-    work, seconds = job.workload, ranks[0].seconds
+    work = job.workload
+    # A barrier behind a step that takes less than a millisecond would be a good part of what is measured.
+    seconds = [max(step) for step in zip(*(rank.seconds for rank in ranks), strict=True)]
     median, moved = statistics.median(seconds[1:] or seconds), work.arriving_bytes()
     wrong = sum(rank.wrong_tensors for rank in ranks)
     phases = _phases(ranks)

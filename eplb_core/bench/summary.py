@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _WORST_NAMED = 5  # of wrong tensors
+_FEW_S = 10e-3
 
 
 def summarize(backends: Sequence[str], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -59,7 +60,7 @@ def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
             continue
         table.add_row(
             Text(row["backend"]),
-            *(f"{1e3 * row[key]:,.1f} ms" for key in ("seconds_median", "seconds_min", "seconds_first")),
+            *(f"{_milliseconds(row[key])} ms" for key in ("seconds_median", "seconds_min", "seconds_first")),
             f"{row['gb_per_s']:,.2f}",
             f"{row['staging_bytes_max'] / 2**20:,.1f} MiB",
             correct,
@@ -73,8 +74,13 @@ def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
             medians = {
                 name: statistics.median(run["phases_in_detail"].get(name, 0.0) for run in done) for name in names
             }
-            text = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in medians.items())
+            text = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in medians.items())
             console.print(f"{row['backend']}: milliseconds in {text}", markup=False)
     for run in runs:
         for problem in [run["error"]] if "error" in run else run["examples"][:_WORST_NAMED]:
             console.print(f"{run['backend']}: {problem}", markup=False, style="red")
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return milliseconds, with a second decimal where one would hide what differs."""
+    return f"{1e3 * seconds:,.2f}" if seconds < _FEW_S else f"{1e3 * seconds:,.1f}"

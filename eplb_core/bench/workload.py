@@ -89,6 +89,7 @@ def make_workload(
     expert_bytes: int = 3 << 20,
     steps: int = 6,
     churn: float = 1.0,
+    swaps: int | None = None,
     seed: int = 0,
 ) -> Workload:
     """Return random placements that hold every expert at least once.
@@ -103,10 +104,12 @@ def make_workload(
         expert_bytes: about the bytes of one expert: two matrices, rounded, and their scales.
         steps: how many rearrangements.
         churn: the share of the slots that a step redraws; 1 is all.
+        swaps: instead of `churn`, how many times a step lets two ranks exchange an expert, over all layers. 0 moves
+            nothing.
         seed: of the random numbers.
 
     Raises:
-        InputError: a number is out of its range.
+        InputError: a number is out of its range, or the slots leave no room for so many swaps.
     """
     for name, value in (("ranks", ranks), ("layers", layers), ("slots", slots), ("steps", steps)):
         if value < 1:
@@ -122,6 +125,10 @@ def make_workload(
         raise InputError(f"--expert-bytes is {expert_bytes}", why=f"it has to be {_LEAST_EXPERT_BYTES} or more")
     if not 0 < churn <= 1:
         raise InputError(f"--churn is {churn:g}", why="it has to be above 0, and 1 at most")
+    if swaps is not None and swaps < 0:
+        raise InputError(f"--swaps is {swaps}", why="it has to be 0 or more")
+    if swaps is not None and churn != 1:
+        raise InputError("--swaps and --churn were given", why="both say how much moves", remedy="give one of them")
     if seed < 0:
         raise InputError(f"--seed is {seed}", why="it has to be 0 or more")
     rng = np.random.default_rng(seed)
@@ -130,14 +137,42 @@ def make_workload(
     rows = [np.stack(first)]
     for _ in range(steps):
         following = rows[-1].copy()
-        for layer in following:
-            chosen = rng.choice(total, max(2, round(churn * total)), replace=False)
-            layer[chosen] = layer[rng.permutation(chosen)]
+        if swaps is None:
+            for layer in following:
+                chosen = rng.choice(total, max(2, round(churn * total)), replace=False)
+                layer[chosen] = layer[rng.permutation(chosen)]
+        else:
+            order = rng.permutation(layers)
+            for number in range(swaps):
+                _swap(following[order[number % layers]], rows[-1][order[number % layers]], slots, rng)
         rows.append(following)
     third = expert_bytes // 3 // 128 * 128
     matrices = (2 * third, third)
     scales = tuple(max(size // _SCALE_BLOCK, 1) for size in matrices)
     return Workload(np.stack(rows).astype(np.int64), (*matrices, *scales), ranks)
+
+
+def _swap(layer: IntArray, before: IntArray, slots: int, rng: np.random.Generator) -> None:
+    """Let two ranks exchange an expert that the other one lacks, in slots that have not changed since `before`.
+
+    Raises:
+        InputError: there are no two such slots.
+    """
+    some = rng.permutation(np.flatnonzero(layer == before))
+    held = {
+        rank: {*layer[rank * slots :][:slots].tolist(), *before[rank * slots :][:slots].tolist()}
+        for rank in some // slots
+    }
+    for number, one in enumerate(some.tolist()):
+        for other in some[number + 1 :].tolist():
+            if layer[one] not in held[other // slots] and layer[other] not in held[one // slots]:
+                layer[[one, other]] = layer[[other, one]]
+                return
+    raise InputError(
+        "--swaps is more than the slots leave room for",
+        why="a swap takes two slots of different ranks, each with an expert that the other rank lacks",
+        remedy="give fewer --swaps or --redundant, or more --slots, --layers or --ranks",
+    )
 
 
 def read_workload(path: Path) -> Workload:

@@ -44,6 +44,11 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
 @click.option("--expert-bytes", callback=_parse_size, help="Without --workload: size of an expert.  [default: 3MiB]")
 @click.option("--steps", type=int, help="Without --workload: rearrangements.  [default: 6]")
 @click.option("--churn", type=float, help="Without --workload: share of the slots that a step redraws.  [default: 1]")
+@click.option(
+    "--swaps",
+    type=int,
+    help="Without --workload, instead of --churn: pairs of experts that change places in a step; 0 moves nothing.",
+)
 @click.option("--seed", type=int, help="Without --workload: of the random placements.  [default: 0]")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each backend, in turn.")
 @click.option(

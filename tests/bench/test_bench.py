@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,8 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from eplb_core.bench.pattern import Pattern, fill, find_wrong
+from eplb_core.bench.rank import BenchJob, RankMeasurement
+from eplb_core.bench.run import make_document
 from eplb_core.bench.summary import summarize
 from eplb_core.bench.workload import Workload, make_workload, read_workload
 from eplb_core.cli import main
@@ -70,6 +73,9 @@ def bench(*arguments: object) -> Result:
         {"ranks": 3, "slots": 5, "redundant": 0, "churn": 0.2, "steps": 9, "expert_bytes": 1_000_001},
         {"ranks": 1, "layers": 1, "slots": 2, "redundant": 1, "churn": 0.01, "expert_bytes": 384},
         {"ranks": 4, "layers": 8, "slots": 16, "redundant": 8, "expert_bytes": 44_040_192},
+        {"swaps": 0},
+        {"ranks": 3, "layers": 7, "swaps": 3, "seed": 5},
+        {"ranks": 2, "layers": 2, "slots": 8, "redundant": 3, "swaps": 7},
     ],
 )
 def test_the_script_and_the_command_make_the_same_workload_bit_for_bit(options: dict[str, Any]) -> None:
@@ -85,6 +91,27 @@ def test_every_placement_holds_every_expert() -> None:
     work = make_workload(ranks=3, slots=4, redundant=5, churn=0.5, steps=5)
     for row in work.placements.reshape(-1, 12):
         assert set(row.tolist()) == set(range(7))
+
+
+def test_no_swaps_move_nothing() -> None:
+    work = make_workload(swaps=0, steps=3)
+    assert (work.placements == work.placements[0]).all()
+    assert work.arriving_bytes() == 0
+
+
+@pytest.mark.parametrize(("swaps", "layers"), [(1, 5), (4, 5), (5, 5), (12, 5)])
+def test_a_swap_brings_two_ranks_an_expert_each_and_layers_share_them_evenly(swaps: int, layers: int) -> None:
+    ranks, slots = 3, 8
+    work = make_workload(ranks=ranks, layers=layers, slots=slots, redundant=3, swaps=swaps, steps=4)
+    assert work.arriving_bytes() == 2 * swaps * work.expert_bytes
+    for old, new in itertools.pairwise(work.placements):
+        changed = (old != new).sum(axis=1)
+        assert changed.sum() == 2 * swaps
+        assert changed.max() - changed.min() <= 2
+        # The same experts as often as before, so every one is still there.
+        np.testing.assert_array_equal(np.sort(old, axis=1), np.sort(new, axis=1))
+    # They are not the same slots in every step.
+    assert len({tuple(map(tuple, np.argwhere(a != b))) for a, b in itertools.pairwise(work.placements)}) == 4
 
 
 def test_only_experts_that_a_rank_did_not_hold_count_as_moved() -> None:
@@ -217,6 +244,38 @@ def test_one_backend_writes_the_documented_fields(tmp_path: Path) -> None:
     assert {rank: set(peers) for rank, peers in found["paths"].items()} == {"0": {"1"}, "1": {"0"}}
 
 
+@pytest.mark.parametrize("swaps", [0, 3])
+def test_steps_that_swap_a_few_experts_end_where_they_should(swaps: int, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    sizes = ["--layers", 5, "--slots", 4, "--redundant", 1, "--expert-bytes", "12kB", "--steps", 4, "--swaps", swaps]
+    result = bench(*sizes, "--backend", "torch_gloo", "--json", out)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["correct"] is True
+    assert found["bytes_moved"] == 2 * swaps * found["expert_bytes"]
+    assert (found["gb_per_s"] > 0) == (swaps > 0)
+
+
+def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
+    def rank(seconds: list[float]) -> RankMeasurement:
+        return RankMeasurement(
+            seconds=seconds,
+            phases=[{}] * len(seconds),
+            paths={},
+            staging_bytes=0,
+            wrong_tensors=0,
+            placements_reached=True,
+            config="",
+            device="cpu",
+            device_name="cpu",
+        )
+
+    job = BenchJob(workload=make_workload(**SMALL), backend="torch_gloo")
+    document = make_document(job, [rank([9.0, 1.0, 4.0]), rank([8.0, 3.0, 2.0])])
+    assert document["seconds"] == [9.0, 3.0, 4.0]
+    assert document["seconds_median"] == 3.5
+
+
 @pytest.mark.parametrize("config", ["nixl", "nixl?mode=packed"])
 def test_nixl_moves_every_byte_right_in_a_small_window(config: str, tmp_path: Path) -> None:
     pytest.importorskip("nixl", reason="the nixl extra is not installed")
@@ -290,6 +349,11 @@ def test_wrong_bytes_and_a_failing_backend_are_reported_and_the_others_still_run
         (["--churn", 0], "--churn is 0"),
         (["--churn", "nan"], "--churn is nan"),
         (["--seed", -1], "--seed is -1"),
+        (["--swaps", -1], "--swaps is -1"),
+        (["--swaps", 1, "--churn", 0.5], "--swaps and --churn"),
+        (["--swaps", 65], "more than the slots leave room for"),
+        (["--ranks", 1, "--swaps", 1], "more than the slots leave room for"),
+        (["--workload", "missing.npz", "--swaps", 0], "--workload and --swaps"),
         (["--expert-bytes", 100], "--expert-bytes is 100"),
         (["--expert-bytes", "3XB"], "no unit 'XB'"),
         (["--window", "1KiB"], "smaller than one expert"),

@@ -47,13 +47,23 @@ def campaign(scripts: ModuleType, tmp_path: Path) -> Any:
 
 def test_a_rehearsal_on_the_cpu_measures_every_part_and_writes_it_down(tmp_path: Path) -> None:
     pytest.importorskip("nixl", reason="the nixl extra is not installed")
-    parts = ["--only", "link", "backends", "peers", "inference", "--workloads", "DeepSeek-V3"]
+    parts = ["--only", "link", "backends", "peers", "inference", "--workloads", "DeepSeek-V3", "nothing", "1 swap"]
     backends = ["--backends", "torch_gloo", "nixl?mode=direct", "--vllm", str(tmp_path / "nothing")]
     code, document, printed = rehearse(tmp_path / "out.json", *parts, *backends)
     assert code == 0, printed
     assert document["finished"]
     assert document["good"]
-    rows = {(row["part"], row["what"]): row for row in document["rows"]}
+    few = {}
+    for row in document["rows"]:
+        if row["workload"] in ("nothing", "1 swap"):
+            few[row["workload"], row["what"]] = row
+    rows = {(row["part"], row["what"]): row for row in document["rows"] if row not in few.values()}
+    assert len(few) == 4
+    for (workload, _), row in few.items():
+        assert row["state"] == "ok"
+        assert row["details"]["bytes_moved"] == (workload == "1 swap") * 2 * row["details"]["expert_bytes"]
+        # What moves nothing has a time, and no rate.
+        assert (row["gb_per_s"] is None, row["link_share"] is None) == ((workload == "nothing",) * 2)
     moved = [f"{backend}{paced}" for backend in ("torch_gloo", "nixl?mode=direct") for paced in ("", " paced")]
     assert list(rows) == [
         ("link", "one copies"),
@@ -151,6 +161,20 @@ def test_a_failure_on_any_rank_fails_the_file_of_tests(scripts: ModuleType) -> N
     row = importlib.import_module("gpu_tests").judge("test_x.py", ended, told)
     assert (row.state, row.reason) == ("failed", "test_x.py::test_y - assert 1 == 2")
     assert row.remark == "30 passed, 0 skipped"
+
+
+def test_beside_inference_runs_what_moves_something_or_says_that_nothing_does(
+    scripts: ModuleType, campaign: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = []
+    monkeypatch.setattr(campaign, "row", lambda what, workload, work: ran.append(workload))
+    nothing, swap = (size for size in campaign.sizes if size.name in ("nothing", "1 swap"))
+    campaign.sizes = [nothing, swap]
+    campaign.run_inference(1.0)
+    assert set(ran) == {"1 swap"}
+    campaign.sizes = [nothing]
+    campaign.run_inference(1.0)
+    assert campaign.findings.rows[-1].state == "skipped"
 
 
 def test_a_deepseek_expert_has_the_bytes_of_its_three_matrices_and_their_scales(scripts: ModuleType) -> None:
