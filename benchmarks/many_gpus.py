@@ -11,7 +11,8 @@ runs unattended and ends within --limit seconds. Its parts, which --only selects
                it first; ranks that share GPUs in part; what `auto` takes; `eplb rebalance` with weights on the GPUs
     backends   every backend for GPUs, on six workloads, every byte compared in the end: three in which all slots are
                drawn anew, and 58 layers of small experts in which nothing moves, or 1 or 20 pairs of experts
-    peers      vLLM's own transfer code on the same workloads (--vllm, a folder that compare.py makes)
+    peers      vLLM's own transfer code on the same workloads (--vllm, a folder that compare.py makes), but for those
+               in which next to nothing moves
     inference  matrix products on every GPU, with and without a rearrangement in the background
 
 Each part has a share of the time, and what it leaves goes to those after it. What fails or hangs becomes a row that
@@ -49,7 +50,7 @@ from gpu_contract import SEES, Kit, run_auto, run_kit, run_rebalance
 from gpu_tests import FILES, TestFile, run_tests
 from link_rate import Copies, Link, measure_link
 from rich.console import Console
-from workload_sizes import SIZES, Size
+from workload_sizes import MOST_SWAPS, SIZES, Size
 
 from eplb_core.bench.rank import BenchJob
 from eplb_core.bench.run import check_job, run_bench
@@ -60,7 +61,7 @@ from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
 from eplb_core.registry.config import parse_config
 from eplb_core.registry.registry import default_registry
 
-PARTS = {"link": 1.0, "tests": 5.0, "contract": 10.0, "backends": 12.0, "peers": 6.0, "inference": 4.0}
+PARTS = {"link": 1.0, "tests": 8.0, "contract": 10.0, "backends": 10.0, "peers": 5.0, "inference": 4.0}
 """What is run, and its share of the time."""
 
 BACKENDS = {
@@ -199,13 +200,13 @@ class Campaign:
                 self.row(backend, size.name, partial(self.backend, backend, size, work))
 
     def run_peers(self, _: float) -> None:
-        """Run vLLM's transfer code on every workload."""
+        """Run vLLM's transfer code on every workload but the smallest: it goes through all layers in any case."""
         if not (self.vllm / "vllm/distributed/eplb/rebalance_execute.py").is_file():
             reason = f"{self.vllm} holds no vLLM: benchmarks/compare.py makes that folder; copy it here, or give --vllm"
             self.add(Row(part="peers", what=f"vLLM {VLLM}", state="skipped", reason=reason))
             return
         with tempfile.TemporaryDirectory() as folder:
-            for number, size in enumerate(self.sizes):
+            for number, size in enumerate(size for size in self.sizes if size.swaps in (None, MOST_SWAPS)):
                 work, path = size.workload(self.ranks), Path(folder) / f"{number}.npz"
                 np.savez(path, placements=work.placements, tensor_bytes=work.tensor_bytes, ranks=self.ranks)
                 for name in PEERS[self.device]:

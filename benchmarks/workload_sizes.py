@@ -55,7 +55,8 @@ def deepseek_tensors(scale: int) -> tuple[int, ...]:
     return (rows * columns,) * 3 + (scales,) * 3
 
 
-_SWAPS = {"nothing": 0, "1 swap": 1, "20 swaps": 20}
+MOST_SWAPS = 20
+_SWAPS = {"nothing": 0, "1 swap": 1, "20 swaps": MOST_SWAPS}
 """What a balancer that keeps most of a placement asks for, over all layers of a model."""
 
 SIZES = {
@@ -65,7 +66,7 @@ SIZES = {
         # Four of its 58 layers: all of them, on 2 GPUs, would be 368 GB on each.
         Size("DeepSeek-V3", layers=4, steps=4),
         *(
-            Size(name, layers=58, slots=32, redundant=16, expert_bytes=4_718_592, steps=41, swaps=swaps)
+            Size(name, layers=58, slots=32, redundant=16, expert_bytes=4_718_592, steps=21, swaps=swaps)
             for name, swaps in _SWAPS.items()
         ),
     ),

@@ -118,6 +118,9 @@ class RankContext:
             device_group = dist.new_group(members, backend="nccl", timeout=timeout, device_id=self.device)
         if self.rank not in members:
             return self.groups
+        if device_group is not None:  # NCCL connects on first use, which can take longer than a check's deadlines
+            dist.all_reduce(torch.zeros(1, device=self.device), group=device_group)
+            torch.cuda.synchronize(self.device)
         self._to_destroy += [group for group in (cpu_group, device_group) if group is not None]
         return TorchGroups(cpu_group, device_group)
 
