@@ -1,1 +1,1 @@
-"""What a backend promises and what it is given."""
+"""What a backend promises, and what it is given."""

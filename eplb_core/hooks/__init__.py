@@ -1,4 +1,4 @@
-"""Who listens and what is told: the names that a plugin's author imports, and the machinery behind them."""
+"""Who listens and what is told: what plugins import, and how events reach them."""
 
 from eplb_core.hooks.events import RearrangeEvent as RearrangeEvent
 from eplb_core.hooks.events import RearrangeFailed as RearrangeFailed

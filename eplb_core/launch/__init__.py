@@ -1,1 +1,1 @@
-"""Ranks on this machine: local processes with a deadline."""
+"""Ranks on this machine: local processes with a deadline, and the GPU of each."""

@@ -1,1 +1,1 @@
-"""What has to move: arrays in, arrays out, no torch."""
+"""What must move: arrays in, arrays out, no torch."""
