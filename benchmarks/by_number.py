@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eplb_backends.nixl.prepared import Places
+from eplb_backends.nixl.prepared import LandingPieces
 from eplb_core.control.groups import StatelessGroup
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
@@ -41,7 +41,7 @@ def _transfers(
 ) -> tuple[float, float]:
     drawn = np.random.default_rng(0)
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    prepared = Places.prepared
+    prepared = LandingPieces.prepared
     with create_eplb_communicator(group, "nixl?mode=direct") as communicator:
         weights = [torch.ones(SLOTS, nbytes, dtype=torch.uint8) for _ in range(tensors)]
         # With gaps, or else neighbours could be joined.
@@ -51,7 +51,7 @@ def _transfers(
         communicator.trust_matching(True)
         for number in range(times):
             by_number = number % 2 == 0
-            Places.prepared = prepared if by_number else _nothing  # type: ignore[method-assign]
+            LandingPieces.prepared = prepared if by_number else _nothing  # type: ignore[method-assign]
             for slot in drawn.permutation(SLOTS * tensors)[:rows].tolist():
                 communicator.add_send(weights[slot // SLOTS][slot % SLOTS], peer)
             for place in landing:
@@ -60,12 +60,12 @@ def _transfers(
             communicator.execute()
             if number >= WARM_UP:
                 seconds[by_number].append(time.perf_counter() - began)
-    Places.prepared = prepared  # type: ignore[method-assign]
+    LandingPieces.prepared = prepared  # type: ignore[method-assign]
     return statistics.median(seconds[True]) * 1e6, statistics.median(seconds[False]) * 1e6
 
 
 def _nothing(*_: Any) -> None:
-    """Stand in for `Places.prepared`: there is no list."""
+    """Stand in for `LandingPieces.prepared`: there is no list."""
 
 
 def main() -> None:

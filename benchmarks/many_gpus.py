@@ -52,7 +52,7 @@ from link_rate import Copies, Link, measure_link
 from rich.console import Console
 from workload_sizes import MOST_SWAPS, SIZES, Size
 
-from eplb_core.bench.rank import BenchJob
+from eplb_core.bench.rank import BenchRun
 from eplb_core.bench.run import check_job, run_bench
 from eplb_core.bench.workload import Workload
 from eplb_core.cli.output import one_line
@@ -239,7 +239,7 @@ class Campaign:
         unfit = self.unfit(backend, size, work)
         if unfit is not None:
             return unfit
-        job = BenchJob(workload=work, backend=backend, device=self.device, timeout_s=limit_s)
+        job = BenchRun(workload=work, backend=backend, device=self.device, timeout_s=limit_s)
         check_job(job)
         found = run_bench(job)
         devices = set(found["devices"])

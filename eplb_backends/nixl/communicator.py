@@ -26,7 +26,7 @@ from eplb_backends.nixl.memory import (
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
-from eplb_backends.nixl.prepared import Places, block_of
+from eplb_backends.nixl.prepared import LandingPieces, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
@@ -404,7 +404,7 @@ class NixlCommunicator(EplbCommunicator):
         except EplbError as caught:
             error = caught
         self._registered, self._landing, self._mode = Regions(), Regions(), self._options.mode
-        shared.peers.places = Places()  # the window is no landing memory for anybody else
+        shared.peers.places = LandingPieces()  # the window is no landing memory for anybody else
         _agree_on_step(self._control, "self-test", error, "", self._timeout_s)
 
     def _connected(self) -> tuple[Shared, Engine]:

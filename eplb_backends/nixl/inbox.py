@@ -71,7 +71,7 @@ class Incoming:
 
 
 @dataclass(slots=True, eq=False)
-class _Job:
+class _PendingRead:
     """One READ: posted as soon as there is a slot, if it needs one."""
 
     source: int
@@ -124,8 +124,8 @@ class Inbox:
         self._send = send
         self._device = device
         self._stream = stream
-        self._waiting: deque[_Job] = deque()
-        self._reading: list[tuple[_Job, Read]] = []
+        self._waiting: deque[_PendingRead] = deque()
+        self._reading: list[tuple[_PendingRead, Read]] = []
         self._unproven: set[int] = set()
         self.unread = set(peers)
         self.descriptors = 0
@@ -168,7 +168,7 @@ class Inbox:
         through = np.flatnonzero((said != 0) & ~in_place).tolist()
         if len(direct):
             here = np.array([incoming.messages[message].place[0] for message in direct.tolist()], np.int64)
-            job = _Job(source, remote[direct], incoming.lengths[direct], here)
+            job = _PendingRead(source, remote[direct], incoming.lengths[direct], here)
             places = np.array(incoming.places, np.int64)[direct]
             if by_row[direct].all() and not through and places.min() >= 0:
                 job.numbers = ~said[direct], places
@@ -219,7 +219,7 @@ class Inbox:
             touched.add(job.source)
         return touched
 
-    def _needs_slot(self, job: _Job) -> bool:
+    def _needs_slot(self, job: _PendingRead) -> bool:
         job.slot = self._pool.acquire()
         return job.slot is not None
 
@@ -239,7 +239,7 @@ class Inbox:
         if part:
             self._waiting.append(_job(source, part, through_slot=True))
 
-    def _post(self, job: _Job) -> None:
+    def _post(self, job: _PendingRead) -> None:
         local = job.local
         if local is None:
             if job.slot is None:
@@ -256,7 +256,7 @@ class Inbox:
             read = self._others.agent.read(self._others.name(job.source), *pieces, numbered)
             self._reading.append((job, read))
 
-    def _arrived(self, job: _Job) -> None:
+    def _arrived(self, job: _PendingRead) -> None:
         self._on_read(job.source, job.nbytes, time.perf_counter() - job.posted_at)
         if job.slot is not None:
             self._unpack(job, job.slot)
@@ -269,7 +269,7 @@ class Inbox:
             self._peers[job.source].left_bytes -= job.nbytes
         self._finish_if_all_arrived(job.source)
 
-    def _unpack(self, job: _Job, slot: Slot) -> None:
+    def _unpack(self, job: _PendingRead, slot: Slot) -> None:
         sources, offset = [], 0
         for target in job.targets:
             sources.append(slot.memory[offset : offset + target.nbytes])
@@ -280,7 +280,7 @@ class Inbox:
                 slot.copied = torch.cuda.Event()
                 slot.copied.record()
 
-    def _prove(self, job: _Job) -> None:
+    def _prove(self, job: _PendingRead) -> None:
         [page] = job.targets
         with on_stream(self._device, self._stream):
             check_page(page, job.source)
@@ -296,10 +296,10 @@ class Inbox:
 
 def _job(
     source: int, pieces: Sequence[Piece], *, through_slot: bool, sequence: int | None = None, proves: bool = False
-) -> _Job:
+) -> _PendingRead:
     """Return a READ of pieces, into place or through a slot."""
     targets = [target for _, target in pieces]
-    return _Job(
+    return _PendingRead(
         source,
         np.array([address for address, _ in pieces], np.int64),
         np.array([target.nbytes for target in targets], np.int64),

@@ -10,7 +10,7 @@ import numpy as np
 from eplb_backends.nixl.inbox import SCATTER_BYTES, Incoming
 from eplb_backends.nixl.memory import Regions
 from eplb_backends.nixl.outbox import Outgoing
-from eplb_backends.nixl.prepared import Places, Rows
+from eplb_backends.nixl.prepared import LandingPieces, Rows
 from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import TransferError
 from eplb_core.transport.coalesce import as_bytes
@@ -51,7 +51,7 @@ def outgoing(sends: Payloads, registered: Regions, rows: Rows, mode: str, few_sm
     return plan
 
 
-def incoming(recvs: Payloads, landing: Regions, places: Places) -> dict[int, Incoming]:
+def incoming(recvs: Payloads, landing: Regions, places: LandingPieces) -> dict[int, Incoming]:
     """Return source -> what it sends. Only declared landing memory is read into directly."""
     plan: dict[int, Incoming] = {}
     for peer, payloads in recvs.items():

@@ -17,7 +17,7 @@ from eplb_backends.nixl import messages
 from eplb_backends.nixl.agent import Agent, NixlError, Numbered
 from eplb_backends.nixl.links import Links, Place
 from eplb_backends.nixl.messages import Kind, Message, Writer
-from eplb_backends.nixl.prepared import Block, PeerRows, Places, Rows
+from eplb_backends.nixl.prepared import Block, LandingPieces, PeerRows, Rows
 from eplb_core.arrays import IntArray
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
@@ -85,7 +85,7 @@ class Peers:
         self._page = page
         self._rows: dict[int, PeerRows] = {}
         self.own_rows = Rows()
-        self.places = Places()
+        self.places = LandingPieces()
         self.lost: set[int] = set()
         self.proven: set[int] = set()
 

@@ -113,7 +113,7 @@ class PeerRows:
             self._list = None
 
 
-class Places:
+class LandingPieces:
     """Pieces of this rank's landing memory, numbered as they are met.
 
     Attributes:

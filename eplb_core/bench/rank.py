@@ -22,7 +22,7 @@ _MOST_NAMED = 5  # of wrong tensors, in messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchJob:
+class BenchRun:
     """One run: one backend on one workload.
 
     Attributes:
@@ -82,7 +82,7 @@ class RankMeasurement:
     device_name: str
 
 
-def measure_rank(environment: RankEnvironment, job: BenchJob) -> RankMeasurement:
+def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement:
     """Do one rank's part of the run.
 
     Raises:

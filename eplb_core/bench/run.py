@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from eplb_core import __version__, errors
-from eplb_core.bench.rank import Advance, BenchJob, RankMeasurement, measure_rank
+from eplb_core.bench.rank import Advance, BenchRun, RankMeasurement, measure_rank
 from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_ranks
 from eplb_core.registry.config import AUTO, parse_config, resolve_options
@@ -22,7 +22,7 @@ from eplb_core.registry.registry import default_registry, load_options_class
 _MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
 
 
-def check_job(job: BenchJob) -> None:
+def check_job(job: BenchRun) -> None:
     """Raise if the run cannot work, before a process is started.
 
     Raises:
@@ -60,7 +60,7 @@ def check_job(job: BenchJob) -> None:
         )
 
 
-def run_bench(job: BenchJob, on_event: Callable[[int, Advance], None] | None = None) -> dict[str, Any]:
+def run_bench(job: BenchRun, on_event: Callable[[int, Advance], None] | None = None) -> dict[str, Any]:
     """Run the job on local ranks and return its document (see `make_document`).
 
     Args:
@@ -76,7 +76,7 @@ def run_bench(job: BenchJob, on_event: Callable[[int, Advance], None] | None = N
     return make_document(job, _results(outcomes))
 
 
-def make_document(job: BenchJob, ranks: Sequence[RankMeasurement]) -> dict[str, Any]:
+def make_document(job: BenchRun, ranks: Sequence[RankMeasurement]) -> dict[str, Any]:
     """Put together what the ranks found, as plain lists, numbers and texts.
 
     A step takes as long as on the slowest rank. The first one is left out of the median and of the phases: connections

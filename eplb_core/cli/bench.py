@@ -16,7 +16,7 @@ from eplb_core.launch.rank_process import start_server
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from eplb_core.bench.rank import Advance, BenchJob
+    from eplb_core.bench.rank import Advance, BenchRun
     from eplb_core.bench.workload import Workload
 
 _STAGES = {"fill": "fill slots", "move": "rearrange", "check": "compare bytes"}
@@ -93,14 +93,14 @@ def bench(
         raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
     work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
     start_server()  # it imports torch while this process does the same
-    from eplb_core.bench.rank import BenchJob
+    from eplb_core.bench.rank import BenchRun
     from eplb_core.bench.run import check_job
     from eplb_core.bench.summary import print_summary, summarize
     from eplb_core.registry.config import AUTO, backend_from_environment
 
     names = list(dict.fromkeys(backends)) or [backend_from_environment(None) or AUTO]
     jobs = [
-        BenchJob(
+        BenchRun(
             workload=work,
             backend=name,
             device=device,
@@ -149,7 +149,7 @@ def _describe(work: Workload, device: str) -> str:
     )
 
 
-def _run(job: BenchJob, title: str, console: Console, *, keep_going: bool) -> dict[str, Any]:
+def _run(job: BenchRun, title: str, console: Console, *, keep_going: bool) -> dict[str, Any]:
     """Return the document of one run; of one that failed, only what it was and why, if others are to follow."""
     from eplb_core.bench.run import run_bench
     from eplb_core.cli.progress import StageBars

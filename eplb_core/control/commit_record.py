@@ -1,4 +1,4 @@
-"""The commit record: what the ranks of a rearrangement have decided, step by step, so that none reads it otherwise.
+"""Records whether each step was committed or aborted, so that every surviving rank reads the same answer.
 
 A step is committed only if every rank has said that it has all its bytes. Who says so last writes `commit`; who finds
 that a step cannot end writes `abort`. Both go through one compare-and-set of the store, so the first one stands, and
@@ -40,8 +40,8 @@ _CLASSES = {
 }
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """How a vote ended.
+class Decision(msgspec.Struct, frozen=True):
+    """How a key was decided.
 
     Attributes:
         outcome: what the rank that settled it said, "abort" among others.
@@ -70,8 +70,8 @@ class Verdict(msgspec.Struct, frozen=True):
 ABORT, COMMIT = "abort", "commit"
 
 
-class Ledger:
-    """The records of one rearrangement. Every rank makes one, of the same control plane.
+class CommitRecord:
+    """What the ranks of one rearrangement decide. Every rank makes one, of the same control plane.
 
     Args:
         control: a control plane that only this rearrangement uses.
@@ -83,61 +83,61 @@ class Ledger:
         self._timeout_s = timeout_s
         self._words = -(-control.world_size // _RANKS_PER_WORD)
 
-    def vote(
+    def decide(
         self,
-        question: str,
+        key: str,
         outcome: Callable[[], str] | str = COMMIT,
         *,
         watch: Callable[[], TransferError | None] | None = None,
-    ) -> Verdict:
-        """Say yes to `question`, wait until every rank has or one has settled it otherwise, and return the verdict.
+    ) -> Decision:
+        """Say yes to `key`, wait until every rank has or one has settled it otherwise, and return the decision.
 
         Args:
-            question: the same text on every rank, asked once.
+            key: names what is decided; the same text on every rank, used once.
             outcome: what the last rank settles; called on that rank alone.
-            watch: asked a few times a second while others are missing, in place of the ledger's timeout; what it
-                returns settles the question as an abort.
+            watch: asked a few times a second while others are missing, in place of the record's timeout; what it
+                returns aborts.
 
         Raises:
             ControlPlaneError: the store is gone.
         """
-        if self._say_yes(question):
-            return self._conclude(question, outcome)
+        if self._say_yes(key):
+            return self._conclude(key, outcome)
         began = watched = time.monotonic()
-        while (verdict := self._peek(question)) is None:
+        while (decision := self._peek(key)) is None:
             now = time.monotonic()
             if now - watched > _WATCH_S:
                 watched = now
-                if not self.missing(question):
+                if not self.missing(key):
                     # Who was the last to say yes has died before it could settle it.
-                    return self._conclude(question, outcome)
+                    return self._conclude(key, outcome)
                 error = None if watch is None else watch()
                 if error is not None:
-                    return self.abort(question, error)
+                    return self.abort(key, error)
             if watch is None and now - began > self._timeout_s:
-                return self.abort(question, self._late(question))
+                return self.abort(key, self._late(key))
             time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, (now - began) / 10)))
-        return verdict
+        return decision
 
-    def settle(self, question: str, verdict: Verdict) -> Verdict:
-        """Settle `question` unless it is settled, and return what stands."""
-        value = self._control.settle(_verdict(question), msgspec.msgpack.encode(verdict))
+    def settle(self, key: str, decision: Decision) -> Decision:
+        """Settle `key` unless it is settled, and return what stands."""
+        value = self._control.settle(_decision(key), msgspec.msgpack.encode(decision))
         return _decode(value)
 
-    def abort(self, question: str, error: BaseException) -> Verdict:
-        """Settle `question` as an abort because of `error`, unless it is settled, and return what stands."""
+    def abort(self, key: str, error: BaseException) -> Decision:
+        """Settle `key` as an abort because of `error`, unless it is settled, and return what stands."""
         peers: tuple[int, ...] = ()
         phase, usable, text = "", False, f"{type(error).__name__}: {error}"
         if isinstance(error, TransferError):
             peers, phase, usable, text = error.peers, error.phase, error.usable, error.what
         return self.settle(
-            question,
-            Verdict(ABORT, self._control.rank, type(error).__name__, text[:_TEXT_LIMIT], peers, phase, usable),
+            key,
+            Decision(ABORT, self._control.rank, type(error).__name__, text[:_TEXT_LIMIT], peers, phase, usable),
         )
 
-    def missing(self, question: str) -> tuple[int, ...]:
-        """Return the ranks that have not said yes to `question`."""
-        said = [self._control.add(f"{question}/{word}", 0) for word in range(self._words)]
+    def missing(self, key: str) -> tuple[int, ...]:
+        """Return the ranks that have not said yes to `key`."""
+        said = [self._control.add(f"{key}/{word}", 0) for word in range(self._words)]
         ranks = range(self._control.world_size)
         return tuple(r for r in ranks if not said[r // _RANKS_PER_WORD] >> (r % _RANKS_PER_WORD) & 1)
 
@@ -157,33 +157,33 @@ class Ledger:
         """Return how often a rank has shown that it is alive."""
         return self._control.add(_beat(rank), 0)
 
-    def forget(self, question: str) -> None:
-        """Remove a question that every rank knows the verdict of."""
-        names = [_verdict(question), *(f"{question}/{word}" for word in range(self._words))]
-        self._control.forget(names if self._words == 1 else [*names, f"{question}/words"])
+    def forget(self, key: str) -> None:
+        """Remove a key whose decision every rank has read."""
+        names = [_decision(key), *(f"{key}/{word}" for word in range(self._words))]
+        self._control.forget(names if self._words == 1 else [*names, f"{key}/words"])
 
-    def _say_yes(self, question: str) -> bool:
+    def _say_yes(self, key: str) -> bool:
         """Return whether this rank was the last one."""
         word, bit = divmod(self._control.rank, _RANKS_PER_WORD)
-        said = self._control.add(f"{question}/{word}", 1 << bit)
+        said = self._control.add(f"{key}/{word}", 1 << bit)
         ranks_here = min(_RANKS_PER_WORD, self._control.world_size - word * _RANKS_PER_WORD)
         if said != (1 << ranks_here) - 1:
             return False
-        return self._words == 1 or self._control.add(f"{question}/words", 1) == self._words
+        return self._words == 1 or self._control.add(f"{key}/words", 1) == self._words
 
-    def _conclude(self, question: str, outcome: Callable[[], str] | str) -> Verdict:
+    def _conclude(self, key: str, outcome: Callable[[], str] | str) -> Decision:
         text = outcome if isinstance(outcome, str) else outcome()
-        return self.settle(question, Verdict(text, self._control.rank))
+        return self.settle(key, Decision(text, self._control.rank))
 
-    def _peek(self, question: str) -> Verdict | None:
-        value = self._control.settled(_verdict(question))
+    def _peek(self, key: str) -> Decision | None:
+        value = self._control.settled(_decision(key))
         return None if value is None else _decode(value)
 
-    def _late(self, question: str) -> TransferTimeoutError:
-        missing = self.missing(question)
+    def _late(self, key: str) -> TransferTimeoutError:
+        missing = self.missing(key)
         ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
         return TransferTimeoutError(
-            f"{ranks} did not end {question} within {self._timeout_s:g} s", peers=missing, phase="commit"
+            f"{ranks} did not end {key} within {self._timeout_s:g} s", peers=missing, phase="commit"
         )
 
 
@@ -191,40 +191,40 @@ def _beat(rank: int) -> str:
     return f"beats of {rank}"
 
 
-def _verdict(question: str) -> str:
-    return f"{question}/verdict"
+def _decision(key: str) -> str:
+    return f"{key}/decision"
 
 
-def error_of(verdict: Verdict, rank: int, *, usable: bool) -> TransferError:
+def error_of(decision: Decision, rank: int, *, usable: bool) -> TransferError:
     """Return what `rank` raises because of an abort: an error of the class that the rank that settled it met.
 
     Args:
-        verdict: the abort.
+        decision: the abort.
         rank: this rank.
         usable: whether this rank's communicator can be used again.
     """
-    kind = _CLASSES.get(verdict.error, TransferError)
-    peers = set(verdict.peers) - {rank} or {verdict.rank}
-    what = verdict.text if verdict.rank == rank else f"rank {verdict.rank} could not go on: {verdict.text}"
-    return kind(what, peers=peers, phase=verdict.phase or "commit", usable=usable)
+    kind = _CLASSES.get(decision.error, TransferError)
+    peers = set(decision.peers) - {rank} or {decision.rank}
+    what = decision.text if decision.rank == rank else f"rank {decision.rank} could not go on: {decision.text}"
+    return kind(what, peers=peers, phase=decision.phase or "commit", usable=usable)
 
 
-def who_is_to_blame(error: BaseException, verdict: Verdict, rank: int) -> BaseException:
-    """Return what `rank` should raise for its own `error`, given how the question was settled.
+def who_is_to_blame(error: BaseException, decision: Decision, rank: int) -> BaseException:
+    """Return what `rank` should raise for its own `error`, given how the ranks decided.
 
-    A rank that waited in vain for one that had given up itself blames the wrong one; the verdict says who it was.
+    A rank that waited in vain for one that had given up itself blames the wrong one; the decision says who it was.
     """
     misled = (
-        verdict.aborted
+        decision.aborted
         and isinstance(error, TransferError)
-        and verdict.rank in error.peers
-        and set(verdict.peers) - {rank, verdict.rank}
+        and decision.rank in error.peers
+        and set(decision.peers) - {rank, decision.rank}
     )
-    return error_of(verdict, rank, usable=False) if misled else error
+    return error_of(decision, rank, usable=False) if misled else error
 
 
-def _decode(value: bytes) -> Verdict:
+def _decode(value: bytes) -> Decision:
     try:
-        return msgspec.msgpack.decode(value, type=Verdict)
+        return msgspec.msgpack.decode(value, type=Decision)
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ControlPlaneError("what the ranks have decided cannot be read", why=str(error)) from error

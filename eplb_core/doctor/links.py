@@ -44,7 +44,7 @@ _VERSION_CALLS = {"libucp": ("UCX", "ucp_get_version_string")}
 
 
 @dataclass(frozen=True, slots=True)
-class LinkJob:
+class LinkTest:
     """What to measure.
 
     Attributes:
@@ -96,7 +96,7 @@ class LinkReport:
 # --- on every rank ---------------------------------------------------------------------------------------------------
 
 
-def measure_in_new_rank(environment: RankEnvironment, job: LinkJob) -> LinkReport:
+def measure_in_new_rank(environment: RankEnvironment, job: LinkTest) -> LinkReport:
     """Meet the other ranks and measure; the target of a local process."""
     torch.set_num_threads(1)
     environment.init_process_group(job.timeout_s)
@@ -110,7 +110,9 @@ def open_groups(environment: RankEnvironment, device: str, timeout_s: float) -> 
     return TorchGroups(device_group=device_group(environment, own, timeout_s))
 
 
-def measure_links(environment: RankEnvironment, groups: TorchGroups, control: ControlPlane, job: LinkJob) -> LinkReport:
+def measure_links(
+    environment: RankEnvironment, groups: TorchGroups, control: ControlPlane, job: LinkTest
+) -> LinkReport:
     """Receive from every other rank, and return how that went. Errors of this package become a part of the report.
 
     All ranks measure at once, each with another peer: what they share, they share here as well.
@@ -133,7 +135,7 @@ def measure_links(environment: RankEnvironment, groups: TorchGroups, control: Co
 
 
 def _measure(
-    communicator: EplbCommunicator, control: ControlPlane, job: LinkJob, device: torch.device, report: LinkReport
+    communicator: EplbCommunicator, control: ControlPlane, job: LinkTest, device: torch.device, report: LinkReport
 ) -> None:
     nbytes = min(job.nbytes, communicator.transfer_limit_bytes or job.nbytes) // 8 * 8
     source, landing = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))

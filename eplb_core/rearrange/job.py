@@ -1,6 +1,6 @@
 """A rearrangement beside inference: received by a thread of its own, committed by the engine when it likes.
 
-Each step of the schedule touches one layer. For each of them the ranks settle three questions, in this order:
+Each step of the schedule touches one layer. For each of them the ranks settle three keys, in this order:
 
 1. `go`: every rank has room in its window and has committed what the step reads from. A rank that is asked to cancel
    makes this the end, for all ranks at the same step.
@@ -20,15 +20,15 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.commit_record import COMMIT, Ledger, Verdict
+from eplb_core.control.commit_record import COMMIT, CommitRecord, Decision
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, InputError, TransferError
 from eplb_core.planning.placement import EMPTY
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import CANCEL, JobState, Ready
-from eplb_core.rearrange.reporter import Narrator
+from eplb_core.rearrange.reporter import Reporter
 from eplb_core.rearrange.result import RearrangeResult
-from eplb_core.rearrange.step_runner import Account, StepRunner
+from eplb_core.rearrange.step_runner import PhaseTimes, StepRunner
 from eplb_core.transport.streams import mark
 
 DROP = "drop"
@@ -55,12 +55,12 @@ class RearrangeJob:
         receiver: Receiver,
         runner: StepRunner,
         communicator: EplbCommunicator,
-        ledger: Ledger,
+        record: CommitRecord,
         *,
         timeout_s: float,
         device: torch.device,
         engine_stream: torch.cuda.Stream | None,
-        summarize: Callable[[Account, float], RearrangeResult],
+        summarize: Callable[[PhaseTimes, float], RearrangeResult],
     ) -> None:
         """Made by `Rearranger.start`, which begins it."""
         self._state = state
@@ -68,12 +68,12 @@ class RearrangeJob:
         self._runner = runner
         self._communicator = communicator
         self._rank = communicator.binding.context.rank
-        self._ledger = ledger
+        self._record = record
         self._timeout_s = timeout_s
         self._device = device
         self._engine_stream = engine_stream
         self._summarize = summarize
-        self._narrator = Narrator(communicator, runner, state.steps, plan.num_layers, background=True)
+        self._reporter = Reporter(communicator, runner, state.steps, plan.num_layers, background=True)
         self._began = time.perf_counter()
         self._total_bytes = sum(map(runner.incoming_bytes, state.steps))
         self._result: RearrangeResult | None = None
@@ -126,11 +126,11 @@ class RearrangeJob:
             TransferError: the job has failed, or was cancelled before this commit; nothing was copied.
         """
         ready = self._await_ready(layer)
-        verdict = self._settle(ready.number, COMMIT)
-        if verdict.outcome != COMMIT:
+        decision = self._settle(ready.number, COMMIT)
+        if decision.outcome != COMMIT:
             raise TransferError(
                 f"layer {layer} was given up before it could be committed",
-                peers=[] if verdict.rank == self._rank else [verdict.rank],
+                peers=[] if decision.rank == self._rank else [decision.rank],
                 phase="commit",
                 usable=True,
                 remedy="call wait(), which tells why and gives the placement",
@@ -139,7 +139,7 @@ class RearrangeJob:
 
     def cancel(self) -> None:
         """Stop receiving, on all ranks, at the next step. One rank's word is enough; `wait` tells where it ended."""
-        self._ledger.raise_flag(CANCEL)  # first: what this rank says next is taken as a word of one that has cancelled
+        self._record.raise_flag(CANCEL)  # first: what this rank says next is taken as a word of one that has cancelled
         with self._state.changed:
             self._state.cancelling = True
             self._state.changed.notify_all()
@@ -172,7 +172,7 @@ class RearrangeJob:
 
     def begin(self) -> None:
         """Start receiving."""
-        self._narrator.started()
+        self._reporter.started()
         self._receiver.begin(self._engine_stream)
 
     def _await_ready(self, layer: int) -> Ready:
@@ -222,9 +222,9 @@ class RearrangeJob:
                     raise TimeoutError(f"the rearrangement has not ended; {here} of {self._total_bytes} bytes are here")
                 self._state.changed.wait(0.05 if left is None else min(left, 0.05))
 
-    def _settle(self, number: int, outcome: str) -> Verdict:
+    def _settle(self, number: int, outcome: str) -> Decision:
         try:
-            return self._ledger.settle(_outcome(number), Verdict(outcome, self._rank))
+            return self._record.settle(_outcome(number), Decision(outcome, self._rank))
         except ControlPlaneError as gone:
             raise self._undecided(number, gone) from gone
 
@@ -241,10 +241,10 @@ class RearrangeJob:
             self._state.committed.add(ready.number)
             self._state.last_commit[ready.number % len(self._state.parts)] = done
             self._state.ready.remove(ready)
-            self._state.account.add("commit", time.perf_counter() - began)
+            self._state.times.add("commit", time.perf_counter() - began)
             self._state.changed.notify_all()
             placement: IntArray = self._state.placement[self._state.layer(ready.number)].copy()
-        self._narrator.committed(ready.number, self._state.steps[ready.number], time.perf_counter() - ready.began)
+        self._reporter.committed(ready.number, self._state.steps[ready.number], time.perf_counter() - ready.began)
         return placement
 
     def _drop(self, ready: Ready) -> None:
@@ -264,11 +264,11 @@ class RearrangeJob:
         if self._state.error is not None:
             if isinstance(self._state.error, TransferError):
                 self._state.error.placement = self._state.placement.copy()
-            self._narrator.failed(self._state.error, self._first_missing())
+            self._reporter.failed(self._state.error, self._first_missing())
             raise self._state.error
-        result = self._summarize(self._state.account, time.perf_counter() - self._began)
+        result = self._summarize(self._state.times, time.perf_counter() - self._began)
         self._result = result.at(self._state.placement, cancelled=len(self._state.committed) < len(self._state.steps))
-        self._narrator.finished(self._result)
+        self._reporter.finished(self._result)
         return self._result
 
     def _settle_rest(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.commit_record import COMMIT, Ledger, error_of, who_is_to_blame
+from eplb_core.control.commit_record import COMMIT, CommitRecord, error_of, who_is_to_blame
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, TransferError, TransferTimeoutError
 from eplb_core.rearrange.job_state import CANCEL, JobState, Ready
@@ -53,14 +53,14 @@ class Receiver:
         self._runner = runner
         self._communicator = communicator
         self._rank, self._world_size = control.rank, control.world_size
-        self._ledger = Ledger(control, timeout_s)
+        self._record = CommitRecord(control, timeout_s)
         self._timeout_s = timeout_s
         self._commit_timeout_s = commit_timeout_s
         self._pace = None if bytes_per_s is None else Pace(bytes_per_s)
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arriving: Ready | None = None
-        self._question = _go(0)  # the one that the thread is at
+        self._key = _go(0)  # the one that the thread is at
         self._bursts_between_questions = (
             1 << 30 if self._pace is None else max(1, round(_CANCEL_WITHIN_S / self._pace.burst_s))
         )
@@ -90,7 +90,7 @@ class Receiver:
             self._communicator.trust_matching(True)
             try:
                 for number, step in enumerate(self._state.steps):
-                    self._question = _go(number)
+                    self._key = _go(number)
                     if not self._may_go(number) or not self._receive(number, step):
                         break
                     self._forget(number)
@@ -111,8 +111,8 @@ class Receiver:
             """Return an error if a rank that is missing shows no sign of life."""
             now = time.monotonic()
             lost = []
-            for rank in self._ledger.missing(_go(number)):
-                beats = self._ledger.beats(rank)
+            for rank in self._record.missing(_go(number)):
+                beats = self._record.beats(rank)
                 if rank not in heard or heard[rank][0] != beats:
                     heard[rank] = beats, now
                 elif now - heard[rank][1] > self._timeout_s:
@@ -145,23 +145,23 @@ class Receiver:
                     )
                 if now - asked > _BEAT_S:
                     asked = now
-                    self._ledger.beat()
-                    if self._ledger.flag(CANCEL):
+                    self._record.beat()
+                    if self._record.flag(CANCEL):
                         return
                 self._state.changed.wait(0.02)
 
-    def _goes_on(self, question: str, watch: Callable[[], TransferError | None] | None = None) -> bool:
+    def _goes_on(self, key: str, watch: Callable[[], TransferError | None] | None = None) -> bool:
         """Ask all ranks whether to go on; return False if one of them has cancelled the job."""
         began = time.perf_counter()
-        verdict = self._ledger.vote(question, lambda: STOP if self._ledger.flag(CANCEL) else COMMIT, watch=watch)
+        decision = self._record.decide(key, lambda: STOP if self._record.flag(CANCEL) else COMMIT, watch=watch)
         with self._state.changed:
-            self._state.account.add("decide", time.perf_counter() - began)
-            if verdict.outcome == STOP:
+            self._state.times.add("decide", time.perf_counter() - began)
+            if decision.outcome == STOP:
                 self._state.stopped = True
                 self._state.changed.notify_all()
-        if verdict.aborted:
-            raise error_of(verdict, self._rank, usable=verdict.usable)
-        return verdict.outcome == COMMIT
+        if decision.aborted:
+            raise error_of(decision, self._rank, usable=decision.usable)
+        return decision.outcome == COMMIT
 
     def _has_room(self, number: int) -> bool:
         """Whether the step's part of the window is free, and what it sends from is committed here."""
@@ -183,8 +183,8 @@ class Receiver:
                 self._stream.wait_event(event)
         for index, burst in enumerate(self._bursts(step)):
             if index and index % self._bursts_between_questions == 0:
-                self._question = _going_on(number, index)
-                if not self._goes_on(self._question):
+                self._key = _going_on(number, index)
+                if not self._goes_on(self._key):
                     return False
             nbytes = self._runner.incoming_slices(step, burst)
             if self._pace is not None:
@@ -193,14 +193,14 @@ class Receiver:
             with self._state.changed:
                 self._state.received_bytes += nbytes
                 if stats is not None:
-                    self._state.account.paths.update(stats.paths)
+                    self._state.times.paths.update(stats.paths)
                     for phase, seconds in stats.phases.items():
-                        self._state.account.add(phase, seconds)
-        self._question = _have(number)
+                        self._state.times.add(phase, seconds)
+        self._key = _have(number)
         self._arriving = Ready(number, part, mark(self._device, self._stream), began)
-        verdict = self._ledger.vote(self._question)
-        if verdict.aborted:
-            raise error_of(verdict, self._rank, usable=verdict.usable)
+        decision = self._record.decide(self._key)
+        if decision.aborted:
+            raise error_of(decision, self._rank, usable=decision.usable)
         self._arrived()
         return True
 
@@ -220,11 +220,11 @@ class Receiver:
         """Remove records that no rank will read again: all ranks have gone past the step before."""
         if number and number % self._world_size == self._rank:
             bursts = range(0, len(self._bursts(self._state.steps[number - 1])), self._bursts_between_questions)
-            for question in (_go(number - 1), _have(number - 1), *(_going_on(number - 1, i) for i in bursts if i)):
-                self._ledger.forget(question)
+            for key in (_go(number - 1), _have(number - 1), *(_going_on(number - 1, i) for i in bursts if i)):
+                self._record.forget(key)
 
     def _fail(self, number: int, error: BaseException) -> None:
-        """Tell the other ranks, at the first question that they have not all answered, and keep the error."""
+        """Tell the other ranks, at the first key that is not decided, and keep the error."""
         raised = error
         try:
             raised = self._settle_failure(number, error)
@@ -241,12 +241,12 @@ class Receiver:
         """Return what to raise: `error`, or one that names who is really to blame."""
         between = range(self._bursts_between_questions, len(self._bursts(self._state.steps[number])) + 1)
         later = [_going_on(number, i) for i in between if i % self._bursts_between_questions == 0]
-        questions = [_go(number), *later, _have(number), _go(number + 1)]
-        for question in questions[questions.index(self._question) :]:
-            verdict = self._ledger.abort(question, error)
-            if verdict.aborted:
-                return who_is_to_blame(error, verdict, self._rank)
-            if question == _have(number):
+        keys = [_go(number), *later, _have(number), _go(number + 1)]
+        for key in keys[keys.index(self._key) :]:
+            decision = self._record.abort(key, error)
+            if decision.aborted:
+                return who_is_to_blame(error, decision, self._rank)
+            if key == _have(number):
                 self._arrived()  # all ranks had said so, this one too: it can be committed
         return error
 

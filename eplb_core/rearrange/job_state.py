@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from eplb_core.arrays import IntArray
-from eplb_core.rearrange.step_runner import Account
+from eplb_core.rearrange.step_runner import PhaseTimes
 from eplb_core.scheduling.schedule import Step
 
 CANCEL = "cancel"
@@ -51,7 +51,7 @@ class JobState:
         self.committed: set[int] = set()
         self.last_commit: dict[int, torch.cuda.Event | None] = {}  # part -> the copies out of it
         self.received_bytes = 0
-        self.account = Account()
+        self.times = PhaseTimes()
         self.cancelling = False  # said on this rank
         self.stopped = False  # on all ranks
         self.error: BaseException | None = None

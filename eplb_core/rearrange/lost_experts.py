@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eplb_core.arrays import IntArray
-from eplb_core.control.commit_record import Ledger
+from eplb_core.control.commit_record import CommitRecord
 from eplb_core.errors import LoaderError
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.transport.streams import on_stream
@@ -15,7 +15,7 @@ from eplb_core.transport.streams import on_stream
 Loader = Callable[[int, int], Sequence[torch.Tensor]]
 """Called with layer and expert; returns its tensors, in the order, shapes and dtypes of one slot of that layer."""
 
-QUESTION = "loading lost experts"
+KEY = "loading lost experts"
 
 
 def load_lost(
@@ -24,7 +24,7 @@ def load_lost(
     weights: ExpertWeights,
     rank: int,
     loader: Loader,
-    ledger: Ledger,
+    record: CommitRecord,
     stream: torch.cuda.Stream | None,
 ) -> IntArray:
     """Fill this rank's slots of lost experts, and return the placement once every rank has filled its own.
@@ -37,7 +37,7 @@ def load_lost(
         weights: this rank's slots.
         rank: this rank.
         loader: brings the tensors of one expert.
-        ledger: where the ranks decide.
+        record: where the ranks decide.
         stream: where the copies go.
 
     Raises:
@@ -53,13 +53,13 @@ def load_lost(
                     weights.write(layer, slot % weights.num_slots, loader(layer, expert), f"expert {expert}")
     except Exception as error:  # noqa: BLE001 - a loader may raise anything, and the other ranks have to know
         problem = error
-    verdict = ledger.vote(QUESTION) if problem is None else ledger.abort(QUESTION, problem)
-    if verdict.aborted:
+    decision = record.decide(KEY) if problem is None else record.abort(KEY, problem)
+    if decision.aborted:
         raise LoaderError(
-            f"the loader of rank {verdict.rank} failed",
+            f"the loader of rank {decision.rank} failed",
             experts=experts,
             placement=placement.copy(),
-            why=verdict.text,
+            why=decision.text,
         ) from problem
     after = placement.copy()
     after[lost[:, 0], lost[:, 1]] = lost[:, 2]

@@ -18,7 +18,7 @@ import torch
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.agreement import not_all_answered
-from eplb_core.control.commit_record import Ledger
+from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     BackendUnavailableError,
@@ -36,11 +36,11 @@ from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import JobState
 from eplb_core.rearrange.lost_experts import Loader, load_lost
 from eplb_core.rearrange.pace import parse_pace
-from eplb_core.rearrange.reporter import Narrator
+from eplb_core.rearrange.reporter import Reporter
 from eplb_core.rearrange.result import RearrangeResult
-from eplb_core.rearrange.run import Run, question
+from eplb_core.rearrange.run import Run, step_key
 from eplb_core.rearrange.shared_schedule import share_cuts
-from eplb_core.rearrange.step_runner import Account, StepRunner
+from eplb_core.rearrange.step_runner import PhaseTimes, StepRunner
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import cut_window
@@ -118,7 +118,7 @@ class Rearranger:
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
         self._placement: IntArray | None = None
-        self._finished: Ledger | None = None
+        self._finished: CommitRecord | None = None
         self._finished_steps = 0
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
         communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
@@ -201,37 +201,37 @@ class Rearranger:
             min(self._communicator.max_in_flight, self._steps_under_way),
         )
         steps = self._schedule(plan, len(parts[0]), in_place_from=self._in_place_from)
-        ledger = Ledger(self._control.scoped(f"run {self._runs}"), self._timeout_s)
+        record = CommitRecord(self._control.scoped(f"run {self._runs}"), self._timeout_s)
         run = Run(
             steps,
             parts,
             plan.old.copy(),
-            ledger if self._atomic else None,
+            record if self._atomic else None,
             self._communicator,
             self._runner,
-            Narrator(self._communicator, self._runner, steps, plan.num_layers),
+            Reporter(self._communicator, self._runner, steps, plan.num_layers),
             self._stream,
         )
-        run.account.add("plan", time.perf_counter() - began)
+        run.times.add("plan", time.perf_counter() - began)
         self._job = None
-        run.narrator.started()
+        run.reporter.started()
         try:
             expected = self._checksums_before(plan, verify, run)
             run.perform(progress)
             if len(plan.lost) and loader is not None:
-                self._load(plan, run, loader, ledger)
+                self._load(plan, run, loader, record)
             if expected is not None:
                 self._check_after(run, expected, verify)
         except BaseException as error:
             self._placement = run.placement
             if isinstance(error, TransferError) and error.placement is None:
                 error.placement = run.placement.copy()
-            run.narrator.failed(error, run.decided)
+            run.reporter.failed(error, run.decided)
             raise
         self._placement = run.placement
-        self._finished, self._finished_steps = ledger, len(steps)
+        self._finished, self._finished_steps = record, len(steps)
         result = self._result(plan, run, time.perf_counter() - began)
-        run.narrator.finished(result)
+        run.reporter.finished(result)
         return result
 
     def start(
@@ -313,11 +313,11 @@ class Rearranger:
             receiver,
             self._runner,
             self._communicator,
-            Ledger(beside.scoped(f"run {self._runs}"), self._timeout_s),
+            CommitRecord(beside.scoped(f"run {self._runs}"), self._timeout_s),
             timeout_s=self._timeout_s,
             device=self._weights.device,
             engine_stream=self._stream,
-            summarize=lambda account, seconds: self._summary(plan, steps, account, seconds),
+            summarize=lambda times, seconds: self._summary(plan, steps, times, seconds),
         )
         self._job.begin()
         return self._job
@@ -383,20 +383,20 @@ class Rearranger:
             stream=self._stream,
             timeout_s=2 * self._timeout_s,
         )
-        run.account.add("verify", time.perf_counter() - began)
+        run.times.add("verify", time.perf_counter() - began)
         return sums
 
-    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader, ledger: Ledger) -> None:
+    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader, record: CommitRecord) -> None:
         began = time.perf_counter()
-        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, ledger, self._stream)
-        run.account.add("load", time.perf_counter() - began)
+        run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, record, self._stream)
+        run.times.add("load", time.perf_counter() - began)
 
     def _result(self, plan: RearrangementPlan, run: Run, seconds: float) -> RearrangeResult:
-        result = self._summary(plan, run.steps, run.account, seconds)
+        result = self._summary(plan, run.steps, run.times, seconds)
         return result.at(run.placement)
 
     def _summary(
-        self, plan: RearrangementPlan, steps: Sequence[Step], account: Account, seconds: float
+        self, plan: RearrangementPlan, steps: Sequence[Step], times: PhaseTimes, seconds: float
     ) -> RearrangeResult:
         sizes = self._weights.payload_bytes
         return RearrangeResult(
@@ -408,8 +408,8 @@ class Rearranger:
             seconds=seconds,
             steps=len(steps),
             staging_bytes=self.window_bytes + self._communicator.staging_bytes,
-            phases=account.phases,
-            paths=account.paths,
+            phases=times.phases,
+            paths=times.paths,
         )
 
     # --- checks -----------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ class Rearranger:
         }
         plan = agree_on_plan(self._control, make_plan, asked, self._timeout_s)
         if self._finished is not None and self._finished_steps and self._rank == 0:
-            self._finished.forget(question(self._finished_steps - 1))  # every rank has come here since
+            self._finished.forget(step_key(self._finished_steps - 1))  # every rank has come here since
         self._finished = None
         return plan
 

@@ -15,7 +15,7 @@ from eplb_core.rearrange.step_runner import StepRunner
 from eplb_core.scheduling.schedule import Step
 
 
-class Narrator:
+class Reporter:
     """What one rank tells of one rearrangement.
 
     Args:

@@ -12,11 +12,11 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
-from eplb_core.control.commit_record import Ledger, error_of, who_is_to_blame
+from eplb_core.control.commit_record import CommitRecord, error_of, who_is_to_blame
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, IntegrityError
 from eplb_core.planning.placement import EMPTY
-from eplb_core.rearrange.reporter import Narrator
-from eplb_core.rearrange.step_runner import Account, PreparedStep, StepRunner
+from eplb_core.rearrange.reporter import Reporter
+from eplb_core.rearrange.step_runner import PhaseTimes, PreparedStep, StepRunner
 from eplb_core.scheduling.schedule import Step
 
 
@@ -36,16 +36,16 @@ class Run:
         steps: what is to do.
         parts: the parts of the window; so many steps may be under way.
         placement: what the slots hold at first.
-        ledger: where the ranks decide, or None if each commits what it has for itself.
+        record: where the ranks decide, or None if each commits what it has for itself.
         communicator: what moves the bytes.
         runner: this rank's part in each step.
-        narrator: who is told.
+        reporter: who is told.
         stream: where copies go; None for the current stream.
 
     Attributes:
         placement: what the slots hold now.
         decided: how many steps are committed.
-        account: times and paths.
+        times: seconds by phase, and paths.
     """
 
     def __init__(
@@ -53,19 +53,19 @@ class Run:
         steps: Sequence[Step],
         parts: Sequence[torch.Tensor],
         placement: IntArray,
-        ledger: Ledger | None,
+        record: CommitRecord | None,
         communicator: EplbCommunicator,
         runner: StepRunner,
-        narrator: Narrator,
+        reporter: Reporter,
         stream: torch.cuda.Stream | None,
     ) -> None:
         context = communicator.binding.context
         self.steps = list(steps)
         self.placement = placement
         self.decided = 0
-        self.account = Account()
-        self.narrator = narrator
-        self._ledger = ledger
+        self.times = PhaseTimes()
+        self.reporter = reporter
+        self._record = record
         self._parts = list(parts)
         self._communicator = communicator
         self._runner = runner
@@ -91,7 +91,7 @@ class Run:
                 prepared = self._next_step(number)
                 self._next = None
                 with self._naming(step):
-                    pending = self._runner.transfer(prepared, self.account)
+                    pending = self._runner.transfer(prepared, self.times)
                 self._started = number + 1
                 self._under_way.append(_UnderWay(prepared, pending, began))
             while self._under_way:
@@ -103,12 +103,12 @@ class Run:
         """Wait for the oldest step that is under way, decide it, commit it; return the bytes that it has brought."""
         oldest = self._under_way[0]
         self._receive(oldest)
-        if self._ledger is not None:
+        if self._record is not None:
             began = time.perf_counter()
-            verdict = self._ledger.vote(question(self.decided))
-            self.account.add("decide", time.perf_counter() - began)
-            if verdict.aborted:
-                raise error_of(verdict, self._rank, usable=verdict.usable and len(self._under_way) == 1)
+            decision = self._record.decide(step_key(self.decided))
+            self.times.add("decide", time.perf_counter() - began)
+            if decision.aborted:
+                raise error_of(decision, self._rank, usable=decision.usable and len(self._under_way) == 1)
         self._commit_oldest()
         return self._runner.incoming_bytes(oldest.prepared.step)
 
@@ -116,14 +116,14 @@ class Run:
         oldest = self._under_way[0]
         began = time.perf_counter()
         self._runner.commit(oldest.prepared, self._stream)
-        self.account.add("commit", time.perf_counter() - began)
+        self.times.add("commit", time.perf_counter() - began)
         self.placement = oldest.prepared.step.apply(self.placement)
         self._under_way.popleft()
         self.decided += 1
-        if self._ledger is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
-            # Every rank has read the verdict before, or this one would not stand.
-            self._ledger.forget(question(self.decided - 2))
-        self.narrator.committed(self.decided - 1, oldest.prepared.step, time.perf_counter() - oldest.began)
+        if self._record is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
+            # Every rank has read the decision before, or this one would not stand.
+            self._record.forget(step_key(self.decided - 2))
+        self.reporter.committed(self.decided - 1, oldest.prepared.step, time.perf_counter() - oldest.began)
 
     def _receive(self, under_way: _UnderWay) -> None:
         began = time.perf_counter()
@@ -131,11 +131,11 @@ class Run:
         with self._naming(under_way.prepared.step):
             stats = under_way.pending.wait()
         if stats is None:
-            self.account.add("execute", time.perf_counter() - began)
+            self.times.add("execute", time.perf_counter() - began)
             return
-        self.account.paths.update(stats.paths)
+        self.times.paths.update(stats.paths)
         for phase, seconds in stats.phases.items():
-            self.account.add(phase, seconds)
+            self.times.add(phase, seconds)
 
     def _look_ahead(self, under_way: _UnderWay) -> Iterator[object]:
         """Look up what the commit of a step copies, and then what the next step moves."""
@@ -171,29 +171,29 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if self._ledger is None or self.decided == len(self.steps):
+            if self._record is None or self.decided == len(self.steps):
                 raise
             try:
-                explained = self._settle(self._ledger, error)
+                explained = self._settle(self._record, error)
             except ControlPlaneError as gone:
                 raise self._undecided(gone) from error
             if explained is not error:
                 raise explained from error
             raise
 
-    def _settle(self, ledger: Ledger, error: BaseException) -> BaseException:
+    def _settle(self, record: CommitRecord, error: BaseException) -> BaseException:
         """Return what to raise: `error`, or one that names who is really to blame."""
         while self.decided < len(self.steps):
-            verdict = ledger.abort(question(self.decided), error)
-            if verdict.aborted:
-                return who_is_to_blame(error, verdict, self._rank)
+            decision = record.abort(step_key(self.decided), error)
+            if decision.aborted:
+                return who_is_to_blame(error, decision, self._rank)
             # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
             self._commit_oldest()
         return error
 
     def _undecided(self, gone: ControlPlaneError) -> DecisionUnknownError:
         error = DecisionUnknownError(
-            f"nobody can tell whether {question(self.decided)} is committed",
+            f"nobody can tell whether {step_key(self.decided)} is committed",
             phase="commit",
             why=gone.what,
             remedy="load the experts with -1 in error.placement anew; let torchrun, or another process that outlives "
@@ -206,6 +206,6 @@ class Run:
         return error
 
 
-def question(step: int) -> str:
-    """Return what the ranks vote on for a step."""
+def step_key(step: int) -> str:
+    """Return the key that a step is decided under."""
     return f"step {step}"

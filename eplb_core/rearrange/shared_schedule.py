@@ -9,7 +9,7 @@ import msgspec
 from eplb_core.control.agreement import exchange
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
-from eplb_core.scheduling.layer import LayerParts
+from eplb_core.scheduling.layer import LayerMoves
 
 
 class _Share(msgspec.Struct, array_like=True, frozen=True):
@@ -20,13 +20,13 @@ class _Share(msgspec.Struct, array_like=True, frozen=True):
         problem: why it has none.
     """
 
-    cuts: dict[int, list[LayerParts]] = {}
+    cuts: dict[int, list[LayerMoves]] = {}
     problem: str = ""
 
 
 def share_cuts(
-    control: ControlPlane, cut: Callable[[int], list[LayerParts]], groups: int, timeout_s: float
-) -> list[list[LayerParts]]:
+    control: ControlPlane, cut: Callable[[int], list[LayerMoves]], groups: int, timeout_s: float
+) -> list[list[LayerMoves]]:
     """Return what `cut` returns for each group of layers. Every rank calls it, for the same plan.
 
     Args:

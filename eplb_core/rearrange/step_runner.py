@@ -27,7 +27,7 @@ Slice = tuple[int, int, int]
 
 
 @dataclass(slots=True)
-class Account:
+class PhaseTimes:
     """What the steps of one rearrangement took on this rank.
 
     Attributes:
@@ -133,13 +133,13 @@ class StepRunner:
             self._parts[place] = StagedExperts(self._weights, part)
         return PreparedStep(step, self._parts[place], self._weights, self._rank)
 
-    def transfer(self, prepared: PreparedStep, account: Account) -> PendingTransfer:
+    def transfer(self, prepared: PreparedStep, times: PhaseTimes) -> PendingTransfer:
         """Begin to move all of a step's experts, into this rank's slots or its window."""
         if not len(prepared.step.transfers):
             return PendingTransfer(None)
         began = time.perf_counter()
         self._communicator.add_payloads(prepared.sends, prepared.recvs)
-        account.add("queue", time.perf_counter() - began)
+        times.add("queue", time.perf_counter() - began)
         return self._communicator.start()
 
     def transfer_slices(self, step: Step, slices: Sequence[Slice], part: torch.Tensor) -> PendingTransfer:

@@ -11,7 +11,7 @@ import numpy as np
 from eplb_core.arrays import IntArray
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.scheduling.copy_order import CopyOrder, order_copies
-from eplb_core.scheduling.layer import MOVE_COLUMNS, LayerParts
+from eplb_core.scheduling.layer import MOVE_COLUMNS, LayerMoves
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def without_moves(layers: IntArray) -> Parts:
     return Parts(layers, no_row, no_row, np.empty((0, 2), dtype=np.int64))
 
 
-def cut_layers(plan: RearrangementPlan, layers: IntArray, cuts: Sequence[LayerParts]) -> Parts:
+def cut_layers(plan: RearrangementPlan, layers: IntArray, cuts: Sequence[LayerMoves]) -> Parts:
     """Return the parts that `layers`, ascending, were cut into."""
     num_parts = [len(cut.ends) for cut in cuts]
     _, num_moves, num_vacated = np.array([end for cut in cuts for end in cut.ends], dtype=np.int64).reshape(-1, 3).T

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 MOVE_COLUMNS = 5
-"""How many numbers of `LayerParts.moves` belong to one move."""
+"""How many numbers of `LayerMoves.moves` belong to one move."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Use:
         self.receives = [0] * num_ranks
 
 
-class Places:
+class SlotMap:
     """Where the slots of a layer are, the same for all layers. Slots are numbered over all ranks.
 
     Attributes:
@@ -75,12 +75,12 @@ class LayerTask:
     new: Sequence[int]
     expert_bytes: int
     planned_source: Mapping[int, int]
-    places: Places
+    places: SlotMap
     relay: bool = False
 
 
 @dataclass(slots=True)
-class LayerParts:
+class LayerMoves:
     """The moves of one layer, part after part. Those of a part run together.
 
     There are thousands of moves in a schedule, so they are plain numbers in one list: no object for each, and one array

@@ -8,7 +8,7 @@ spare copies of each expert, the slots that hold it, and those that still need i
 from __future__ import annotations
 
 from eplb_core.planning.placement import EMPTY
-from eplb_core.scheduling.layer import MOVE_COLUMNS, Budget, LayerParts, LayerTask, Use
+from eplb_core.scheduling.layer import MOVE_COLUMNS, Budget, LayerMoves, LayerTask, Use
 
 
 class LayerState:
@@ -42,7 +42,7 @@ class LayerState:
         self.planned_source = task.planned_source
         self.relay = task.relay
         self.in_place = in_place
-        self.parts = LayerParts()
+        self.parts = LayerMoves()
         self.num_transfers = 0
         self.moved: list[int] | None = None
 

@@ -23,7 +23,7 @@ from eplb_core.arrays import IntArray
 from eplb_core.errors import PlacementError
 from eplb_core.planning.plan import RearrangementPlan, layer_bytes
 from eplb_core.scheduling.batches import cut_layers, whole_layers, without_moves
-from eplb_core.scheduling.layer import Budget, LayerParts, LayerTask, Places
+from eplb_core.scheduling.layer import Budget, LayerMoves, LayerTask, SlotMap
 from eplb_core.scheduling.split_layer import cut_in_place, cut_layer
 from eplb_core.scheduling.steps import SLOT, WINDOW, Step, make_steps
 
@@ -40,11 +40,11 @@ _WORTH_SHARING = 500
 _LEAST_ROOM = 4
 """Experts that every group of layers has room for: with fewer, cycles are turned in more steps."""
 
-Share = Callable[[Callable[[int], list[LayerParts]], int], list[list[LayerParts]]]
+Share = Callable[[Callable[[int], list[LayerMoves]], int], list[list[LayerMoves]]]
 """Returns what a function returns for each number below the second argument, in order."""
 
 
-def in_turn(cut: Callable[[int], list[LayerParts]], groups: int) -> list[list[LayerParts]]:
+def in_turn(cut: Callable[[int], list[LayerMoves]], groups: int) -> list[list[LayerMoves]]:
     """Cut all groups in this process; a `Share`."""
     return [cut(group) for group in range(groups)]
 
@@ -100,7 +100,7 @@ def schedule_steps(
     }
     if min(limits.values()) < aligned.max(initial=0):
         _check_limits(plan, aligned, limits)
-    work = _Work(plan, aligned, limits, max_layers_per_step, share)
+    work = _Scheduler(plan, aligned, limits, max_layers_per_step, share)
     if in_place_from is None or max_layers_per_step is not None:
         return work.staged()
     # Both schedules cost time to make, so neither is if what is known about it shows that the other one is cheaper.
@@ -123,7 +123,7 @@ def _cost(steps: Sequence[Step], step_bytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _Scheduler:
     """What has to be scheduled.
 
     Attributes:
@@ -175,7 +175,7 @@ class _Work:
         groups = np.array_split(layers, self._num_groups(layers))
         budget = Budget(*(limit // len(groups) for limit in self.limits.values()))
 
-        def cut(group: int) -> list[LayerParts]:
+        def cut(group: int) -> list[LayerMoves]:
             return cut_in_place(_tasks(self.plan, groups[group], self.aligned), budget, cheap_bytes // len(groups))
 
         share = self.share if len(groups) > 1 and self.plan.num_moves >= _WORTH_SHARING else in_turn
@@ -216,7 +216,7 @@ def _check_limits(plan: RearrangementPlan, aligned: IntArray, limits: dict[str, 
 
 def _tasks(plan: RearrangementPlan, layers: IntArray, aligned: IntArray) -> list[LayerTask]:
     """Return what has to happen in each of `layers`."""
-    places = Places(plan.node_of_rank.tolist(), plan.slots_per_rank)
+    places = SlotMap(plan.node_of_rank.tolist(), plan.slots_per_rank)
     bounds = np.searchsorted(plan.transfer_layer, [layers, layers + 1])
     first = int(bounds.min(initial=plan.num_transfers))
     own = slice(first, int(bounds.max(initial=first)))  # the transfers of these layers, and of those between them

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 
 from eplb_core.errors import EplbError
 from eplb_core.scheduling.cycles import turn_cycles
-from eplb_core.scheduling.layer import Budget, LayerParts, LayerTask, Use
+from eplb_core.scheduling.layer import Budget, LayerMoves, LayerTask, Use
 from eplb_core.scheduling.layer_state import LayerState
 
 _FEW = 3
 """So many times `cheap_bytes` are staged in one last step rather than moved in place in several."""
 
 
-def cut_layer(task: LayerTask, budget: Budget) -> LayerParts:
+def cut_layer(task: LayerTask, budget: Budget) -> LayerMoves:
     """Cut the way of one layer from `old` to `new` into parts.
 
     After each part, every expert that `new` needs has a copy. What is empty in `new` keeps its expert to the end.
@@ -46,7 +46,7 @@ def cut_layer(task: LayerTask, budget: Budget) -> LayerParts:
     return state.parts
 
 
-def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[LayerParts]:
+def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[LayerMoves]:
     """Cut the ways of all layers into parts that share their steps, and receive into empty slots where they can.
 
     Args:

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
 from eplb_core.bench.pattern import Pattern, fill, find_wrong
-from eplb_core.bench.rank import BenchJob, RankMeasurement
+from eplb_core.bench.rank import BenchRun, RankMeasurement
 from eplb_core.bench.run import make_document
 from eplb_core.bench.summary import summarize
 from eplb_core.bench.workload import Workload, make_workload, read_workload
@@ -270,7 +270,7 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
             device_name="cpu",
         )
 
-    job = BenchJob(workload=make_workload(**SMALL), backend="torch_gloo")
+    job = BenchRun(workload=make_workload(**SMALL), backend="torch_gloo")
     document = make_document(job, [rank([9.0, 1.0, 4.0]), rank([8.0, 3.0, 2.0])])
     assert document["seconds"] == [9.0, 3.0, 4.0]
     assert document["seconds_median"] == 3.5

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.arrays import IntArray
-from eplb_core.control.commit_record import Ledger
+from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.groups import StatelessGroup
 from eplb_core.errors import IntegrityError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
@@ -298,17 +298,17 @@ def hosts_the_store(environment: RankEnvironment) -> dict[str, Any] | None:
     fill(weights, old, environment.rank)
     communicator = create_eplb_communicator(StatelessGroup(environment.rank, 3, store), "nixl?timeout=5s", weights[0])
     rearranger = Rearranger(communicator, weights, window_bytes=3 * 4096, in_place="never")
-    votes = 0
-    vote = Ledger.vote
+    decisions = 0
+    decide = CommitRecord.decide
 
-    def die(ledger: Ledger, *arguments: Any, **more: Any) -> Any:
-        nonlocal votes
-        votes += 1
-        if votes == 3 and environment.rank == 2:
+    def die(record: CommitRecord, *arguments: Any, **more: Any) -> Any:
+        nonlocal decisions
+        decisions += 1
+        if decisions == 3 and environment.rank == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return vote(ledger, *arguments, **more)
+        return decide(record, *arguments, **more)
 
-    Ledger.vote = die  # type: ignore[method-assign]
+    CommitRecord.decide = die  # type: ignore[method-assign]
     try:
         rearranger.run(old, new)
     except TransferError as error:

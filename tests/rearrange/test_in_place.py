@@ -22,7 +22,7 @@ from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
 from eplb_core.rearrange import rearranger as rearrange_module
 from eplb_core.rearrange.rearranger import InPlace, Rearranger
 from eplb_core.rearrange.shared_schedule import share_cuts
-from eplb_core.scheduling.layer import LayerParts
+from eplb_core.scheduling.layer import LayerMoves
 from tests.rearrange.test_rearrange import EMPTY, Weights, crossings, fill, mixed_layers, random_placement, wrong_slots
 from tests.support.ranks import LAUNCH_S, Member, Report, Scenario, error_of, run_scenarios
 
@@ -80,7 +80,7 @@ def many_experts(member: Member) -> list[dict[str, Any]]:
     fill(weights, placements[0], member.rank)
     groups: list[int] = []
 
-    def watched(control: ControlPlane, cut: Any, count: int, timeout_s: float) -> list[list[LayerParts]]:
+    def watched(control: ControlPlane, cut: Any, count: int, timeout_s: float) -> list[list[LayerMoves]]:
         groups.append(count)
         return share_cuts(control, cut, count, timeout_s)
 

@@ -14,7 +14,7 @@ from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.planning.plan import plan_rearrangement
 from eplb_core.rearrange.shared_schedule import share_cuts
-from eplb_core.scheduling.layer import LayerParts
+from eplb_core.scheduling.layer import LayerMoves
 from eplb_core.scheduling.schedule import in_turn, schedule_steps
 
 TIMEOUT_S = 20.0
@@ -27,18 +27,18 @@ def threads() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def cut(group: int) -> list[LayerParts]:
+def cut(group: int) -> list[LayerMoves]:
     """Something that tells groups apart."""
-    return [LayerParts([group, layer, -1], [layer], [(layer, group, 1)]) for layer in range(group + 1)]
+    return [LayerMoves([group, layer, -1], [layer], [(layer, group, 1)]) for layer in range(group + 1)]
 
 
 def share(
-    threads: ThreadPoolExecutor, cuts: list[Callable[[int], list[LayerParts]]], groups: int
-) -> list[list[list[LayerParts]] | EplbError]:
+    threads: ThreadPoolExecutor, cuts: list[Callable[[int], list[LayerMoves]]], groups: int
+) -> list[list[list[LayerMoves]] | EplbError]:
     """Return what every rank gets, or raises."""
     store = HashStore()
 
-    def one(rank: int) -> list[list[LayerParts]] | EplbError:
+    def one(rank: int) -> list[list[LayerMoves]] | EplbError:
         try:
             return share_cuts(ControlPlane(store, rank, len(cuts)), cuts[rank], groups, TIMEOUT_S)
         except EplbError as error:
@@ -52,8 +52,8 @@ def share(
 def test_every_rank_has_all_groups_and_each_was_cut_once(threads: ThreadPoolExecutor, ranks: int, groups: int) -> None:
     asked: list[tuple[int, int]] = []
 
-    def noted(rank: int) -> Callable[[int], list[LayerParts]]:
-        def note(group: int) -> list[LayerParts]:
+    def noted(rank: int) -> Callable[[int], list[LayerMoves]]:
+        def note(group: int) -> list[LayerMoves]:
             asked.append((rank, group))
             return cut(group)
 
@@ -67,7 +67,7 @@ def test_every_rank_has_all_groups_and_each_was_cut_once(threads: ThreadPoolExec
 
 
 def test_a_group_that_cannot_be_cut_is_an_error_on_every_rank(threads: ThreadPoolExecutor) -> None:
-    def fails(group: int) -> list[LayerParts]:
+    def fails(group: int) -> list[LayerMoves]:
         raise EplbError("it came to a halt", why="of a bug")
 
     mine, *others = share(threads, [fails, cut, cut], 3)

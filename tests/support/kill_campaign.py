@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.commit_record import Ledger
+from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.errors import HandshakeError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
@@ -71,8 +71,8 @@ class Told:
 
 MOMENTS: dict[str, tuple[type, str]] = {
     "transfer": (StepRunner, "transfer"),
-    "vote": (Ledger, "vote"),
-    "settle": (Ledger, "settle"),
+    "decide": (CommitRecord, "decide"),
+    "settle": (CommitRecord, "settle"),
     "commit": (StepRunner, "commit"),
 }
 

@@ -68,7 +68,7 @@ def doctor(
     Exit code: 0 if everything works, 1 if something does not, 2 if the input cannot be used.
     """
     from eplb_core.cli.doctor import tables as tables
-    from eplb_core.doctor.links import LinkJob, judge
+    from eplb_core.doctor.links import LinkTest, judge
 
     _check_configs(configs)
     if not timeout_s > 0:
@@ -101,7 +101,7 @@ def doctor(
             findings.append(refusal)
             continue
         with console.status(f"measuring {config} with {group.world_size} ranks on {device}"):
-            measured[config] = group.measure(LinkJob(config, device, nbytes, timeout_s))
+            measured[config] = group.measure(LinkTest(config, device, nbytes, timeout_s))
         tables.print_links(console, config, measured[config])
         findings += judge(config, device, measured[config])
 

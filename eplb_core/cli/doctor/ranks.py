@@ -10,7 +10,7 @@ import msgspec
 import torch.distributed as dist
 
 from eplb_core.control.plane import ControlPlane
-from eplb_core.doctor.links import LinkJob, LinkReport, measure_in_new_rank, measure_links, open_groups
+from eplb_core.doctor.links import LinkReport, LinkTest, measure_in_new_rank, measure_links, open_groups
 from eplb_core.doctor.machine import Machine
 from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
 
@@ -36,7 +36,7 @@ class Ranks(Protocol):
         """Return one machine for each host."""
         ...
 
-    def measure(self, job: LinkJob) -> list[LinkReport]:
+    def measure(self, job: LinkTest) -> list[LinkReport]:
         """Return what each rank found, in rank order."""
         ...
 
@@ -67,7 +67,7 @@ class LocalRanks:
         """Return this machine."""
         return [here]
 
-    def measure(self, job: LinkJob) -> list[LinkReport]:
+    def measure(self, job: LinkTest) -> list[LinkReport]:
         """Return what each rank found; one that died reports that."""
         outcomes = collect_local_ranks(measure_in_new_rank, self.world_size, (job,), timeout_s=self._timeout_s)
         return [
@@ -113,7 +113,7 @@ class JoinedRanks:
         answers = [msgspec.json.decode(each, type=Machine | None) for each in gathered]
         return [answer for answer in answers if answer is not None]
 
-    def measure(self, job: LinkJob) -> list[LinkReport]:
+    def measure(self, job: LinkTest) -> list[LinkReport]:
         """Do this rank's part, and return what every rank found."""
         if not dist.is_initialized():
             self._environment.init_process_group(self._timeout_s)

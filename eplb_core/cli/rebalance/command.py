@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from eplb_core.cli.rebalance.rank import RankResult
-    from eplb_core.cli.rebalance.request import RebalanceJob, RebalanceRequest
+    from eplb_core.cli.rebalance.request import RebalanceRequest, RebalanceTask
 
 _DEFAULT_RANKS = 4
 
@@ -96,7 +96,7 @@ def rebalance(
     joined = JoinedRanks()
     request = RebalanceRequest(ranks=joined.world_size, nodes=joined.num_nodes if nodes is None else nodes, **options)
 
-    def check_and_prepare() -> RebalanceJob:
+    def check_and_prepare() -> RebalanceTask:
         if ranks not in (None, joined.world_size):
             raise InputError(
                 f"--ranks is {ranks}, but torchrun started {joined.world_size}", remedy="leave --ranks away"
@@ -151,7 +151,7 @@ class _Output:
 
 
 def _conclude(
-    request: RebalanceRequest, job: RebalanceJob, results: Sequence[RankResult], output: _Output, console: Console
+    request: RebalanceRequest, job: RebalanceTask, results: Sequence[RankResult], output: _Output, console: Console
 ) -> int:
     """Print the report, write the files, and return the exit code."""
     from eplb_core.cli.rebalance.plot import save_plot

@@ -12,7 +12,7 @@ from eplb_core import errors
 from eplb_core.cli.output import exit_code_of, one_line
 from eplb_core.cli.progress import StageBars
 from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
-from eplb_core.cli.rebalance.request import RebalanceJob
+from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, collect_local_ranks
@@ -32,7 +32,7 @@ class RefusedError(EplbError):
         super().__init__("the input was refused")
 
 
-def run_local(job: RebalanceJob, console: Console) -> list[RankResult]:
+def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
     """Start the job's ranks as processes of this machine, and return what each found.
 
     Raises:
@@ -78,7 +78,7 @@ class JoinedRanks:
         """How many machines there are, as far as can be told."""
         return max(1, self.world_size // self.environment.local_world_size)
 
-    def agree(self, prepare: Callable[[], RebalanceJob], timeout_s: float) -> RebalanceJob:
+    def agree(self, prepare: Callable[[], RebalanceTask], timeout_s: float) -> RebalanceTask:
         """Prepare the job on every rank; go on only if all of them could, and have read the same.
 
         Raises:
@@ -107,7 +107,7 @@ class JoinedRanks:
             raise RefusedError(int(code))
         return job
 
-    def run(self, job: RebalanceJob, console: Console) -> list[RankResult]:
+    def run(self, job: RebalanceTask, console: Console) -> list[RankResult]:
         """Do this rank's part, and return what every rank found.
 
         Raises:
@@ -129,7 +129,7 @@ class JoinedRanks:
         return int(self._control.all_gather("the exit code", str(code).encode(), timeout_s)[0])
 
 
-def check_memory(job: RebalanceJob, ranks_here: int) -> None:
+def check_memory(job: RebalanceTask, ranks_here: int) -> None:
     """Raise `InputError` if the weights of `ranks_here` ranks do not fit into this machine's free memory."""
     ranks, free, where = ranks_here, _free_bytes(), "memory"
     if job.device == "cuda":

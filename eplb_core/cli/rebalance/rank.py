@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_core.cli.rebalance.request import RebalanceJob, open_source
+from eplb_core.cli.rebalance.request import RebalanceTask, open_source
 from eplb_core.inputs.slots import allocate_slots, check_slots, fill_slots
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class RankResult:
 
 def run_rank(
     environment: RankEnvironment,
-    job: RebalanceJob,
+    job: RebalanceTask,
     report: Callable[[StageProgress], None] | None = None,
 ) -> RankResult:
     """Do one rank's part of the job.
@@ -132,7 +132,7 @@ def run_rank(
 
 def _run_paced(
     rearranger: Rearranger,
-    job: RebalanceJob,
+    job: RebalanceTask,
     weights: Sequence[Sequence[torch.Tensor]],
     control: ControlPlane,
     advance: Callable[[int, int], None],

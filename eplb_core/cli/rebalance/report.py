@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_core.cli.rebalance.rank import RankResult
-from eplb_core.cli.rebalance.request import RebalanceJob
+from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.planning.placement import imbalance, load_per_rank
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class RebalanceReport:
         }
 
 
-def make_report(job: RebalanceJob, results: Sequence[RankResult], *, policy: str, source: str) -> RebalanceReport:
+def make_report(job: RebalanceTask, results: Sequence[RankResult], *, policy: str, source: str) -> RebalanceReport:
     """Put together what the ranks found.
 
     Args:
@@ -289,7 +289,7 @@ def _slowest(results: Sequence[RankResult]) -> dict[str, float]:
     return phases
 
 
-def _relative_load(placement: NDArray[np.int64], job: RebalanceJob) -> NDArray[np.float64]:
+def _relative_load(placement: NDArray[np.int64], job: RebalanceTask) -> NDArray[np.float64]:
     load = load_per_rank(placement, job.loads, job.num_ranks)
     mean = load.mean(axis=1, keepdims=True)
     used = mean[:, 0] > 0

@@ -81,7 +81,7 @@ class RebalanceRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RebalanceJob:
+class RebalanceTask:
     """What the ranks do. Rows of its arrays are the layers that take part.
 
     Attributes:
@@ -159,7 +159,7 @@ def open_source(source: Path | RandomExperts) -> ExpertSource:
     return source if isinstance(source, RandomExperts) else Checkpoint.open(source)
 
 
-def prepare(request: RebalanceRequest) -> RebalanceJob:
+def prepare(request: RebalanceRequest) -> RebalanceTask:
     """Read all input, check it, and let the policy make the new placement.
 
     Raises:
@@ -189,7 +189,7 @@ def prepare(request: RebalanceRequest) -> RebalanceJob:
     )
     old, new = check_pair(old, new, request.ranks)
     ranks_per_node = request.ranks // request.nodes
-    job = RebalanceJob(
+    job = RebalanceTask(
         weights=weights,
         truth=truth,
         layers=layers,

@@ -19,7 +19,7 @@ from eplb_backends.nixl import layout
 from eplb_backends.nixl.engine import Engine
 from eplb_backends.nixl.memory import Regions, SlotPool
 from eplb_backends.nixl.messages import Message, parse
-from eplb_backends.nixl.prepared import Places, Rows
+from eplb_backends.nixl.prepared import LandingPieces, Rows
 from eplb_backends.nixl.round import Round, Shared
 from eplb_core.contract.payload import Payload, Payloads
 
@@ -130,7 +130,7 @@ class Rank:
             self.shared,
             epoch,
             layout.outgoing(by_peer(sends), registered, Rows(), "direct" if direct else "packed"),
-            layout.incoming(by_peer(recvs), Regions(), Places()),
+            layout.incoming(by_peer(recvs), Regions(), LandingPieces()),
             None,
             None,
             lambda peer: "something else",

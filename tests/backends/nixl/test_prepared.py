@@ -13,7 +13,7 @@ import torch
 
 from eplb_backends.nixl.agent import Agent, NixlError, Numbered
 from eplb_backends.nixl.inbox import SCATTER_BYTES
-from eplb_backends.nixl.prepared import MOST_PIECES, PeerRows, Places, Rows, block_of
+from eplb_backends.nixl.prepared import MOST_PIECES, LandingPieces, PeerRows, Rows, block_of
 from tests.support.ranks import Member, Report, Scenario, run_scenarios
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_adding_rows_again_changes_nothing() -> None:
 
 
 def test_there_are_no_more_numbers_than_that() -> None:
-    rows, places = Rows(), Places()
+    rows, places = Rows(), LandingPieces()
     assert rows.add((1000, 10, 10, MOST_PIECES - 1))
     assert not rows.add((10**9, 10, 10, 2))
     assert rows.add((10**9, 10, 10, 1))
@@ -108,7 +108,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.source, self.reader = (Agent(name, CPU, progress_thread=False) for name in ("source", "reader"))
-        self.places = Places()
+        self.places = LandingPieces()
         self.rows = Rows()
         self.weights = [torch.randint(0, 256, (16, ROW), dtype=torch.uint8) for _ in range(2)]
         self.landing = torch.zeros(64 * ROW, dtype=torch.uint8)

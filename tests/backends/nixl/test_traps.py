@@ -48,7 +48,7 @@ from eplb_backends.nixl.agent import Agent
 from eplb_backends.nixl.communicator import NixlCommunicator
 from eplb_backends.nixl.memory import Regions, expandable_segments
 from eplb_backends.nixl.messages import Kind, Writer, parse
-from eplb_backends.nixl.prepared import Places
+from eplb_backends.nixl.prepared import LandingPieces
 from eplb_backends.nixl.round import Round
 from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.contract.payload import Payload
@@ -201,7 +201,7 @@ class FirstContact:
         landing.add(received.data_ptr(), nbytes)
         self.round: Round = round_of(self.peers, [], [received], Regions(), landing)
         self.round.advance(True)
-        digest = layout.incoming({SOURCE: [Payload(self.sent)]}, Regions(), Places())[SOURCE].digest
+        digest = layout.incoming({SOURCE: [Payload(self.sent)]}, Regions(), LandingPieces())[SOURCE].digest
         address = np.array([self.sent.data_ptr()] if nbytes else [], np.int64)
         [raw] = Writer(TOKEN, 0).ready(1, 1, digest, address)
         message = parse(TOKEN, raw)

@@ -29,7 +29,7 @@ from eplb_backends.nixl.links import Links, Place, link_between
 from eplb_backends.nixl.memory import Regions, SlotPool, left_for_staging
 from eplb_backends.nixl.messages import Kind, Message, Writer, parse
 from eplb_backends.nixl.outbox import Outbox
-from eplb_backends.nixl.prepared import PeerRows, Places, Rows, block_of
+from eplb_backends.nixl.prepared import LandingPieces, PeerRows, Rows, block_of
 from eplb_backends.nixl.round import Round, Shared
 from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.contract.payload import Payload, Payloads
@@ -76,7 +76,7 @@ class MemoryPeers:
         self.proven: set[int] = set()
         self.pages: dict[int, int] = {}
         self.published = Rows()
-        self.places = Places()
+        self.places = LandingPieces()
         self.sent: list[tuple[int, Message]] = []
         self.arriving: list[tuple[int, Message]] = []
         self.answer: Callable[[int, Message], bytes | None] = lambda rank, message: None
@@ -138,7 +138,7 @@ def round_of(
 ) -> Round:
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
     outgoing = layout.outgoing(payloads(DESTINATION, sends), registered, Rows(), "auto")
-    incoming = layout.incoming(payloads(SOURCE, recvs), landing, Places())
+    incoming = layout.incoming(payloads(SOURCE, recvs), landing, LandingPieces())
     return Round(shared, 0, outgoing, incoming, None, None, lambda peer: "something else")
 
 
@@ -442,7 +442,7 @@ def test_what_another_rank_says_before_it_takes_part_counts_when_it_does(
     peers.arrive(DESTINATION, Writer(TOKEN, 0).done())
     assert engine._advance()
     shared = Shared(peers, pool(), pool(), CPU, lambda *measured: None)  # type: ignore[arg-type]
-    incoming = layout.incoming(payloads(4, [torch.zeros(1)]), Regions(), Places())
+    incoming = layout.incoming(payloads(4, [torch.zeros(1)]), Regions(), LandingPieces())
     later = Round(shared, 1, {}, incoming, None, None, lambda peer: "something")
     with pytest.raises(PeerLostError) as caught:
         engine.start(later)
@@ -746,7 +746,7 @@ def test_only_what_was_declared_is_read_into() -> None:
     regions = Regions()
     regions.add(landing.data_ptr(), 100)
     received = payloads(1, [landing, other, landing[50:]])
-    assert layout.incoming(received, regions, Places())[1].in_place == [True, False, True]
+    assert layout.incoming(received, regions, LandingPieces())[1].in_place == [True, False, True]
 
 
 # --- checksums -------------------------------------------------------------------------------------------------------
