@@ -39,7 +39,7 @@ python_maximum_signature_line_length = 100
 # Objects of other projects and of the standard library. Their inventories would have to be fetched from the network,
 # and building these pages needs none.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|types)\..*"),
+    ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|socket|types)\..*"),
     ("py:class", r"eplb_core\.(transport\.(deadline\.Result|queue\._Form)|testing\.context\._T)"),  # type variables
 ]
 
