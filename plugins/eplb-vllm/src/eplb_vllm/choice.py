@@ -1,0 +1,102 @@
+"""Which backend moves the experts: read from vLLM's `communicator` setting and the environment. Imports no vLLM.
+
+    eplb:nixl?window=512MiB    a config string of eplb; vLLM's own names may stand behind the prefix
+    shm, cuda_ipc?..., auto    the same without the prefix, where vLLM has no communicator of that name
+    nixl, torch_gloo, ...      vLLM's own communicator of that name
+
+`EPLB_BACKEND`, where it is set, takes the place of vLLM's own communicators, chosen or preset, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from eplb_core.config import AUTO, BACKEND_VARIABLE, BackendConfig, parse_config, resolve_options
+from eplb_core.errors import BackendUnavailableError, ConfigError
+from eplb_core.options import did_you_mean
+from eplb_core.registry import default_registry, load_options_class
+
+PREFIX: Final = "eplb:"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A backend of eplb that was asked for.
+
+    Attributes:
+        config: the config string.
+        origin: where it was written, for messages.
+        bare: whether it stands in vLLM's setting without the prefix, where vLLM's own names are meant first.
+    """
+
+    config: str
+    origin: str
+    bare: bool = False
+
+
+def choose(
+    communicator: str | None, engine_names: Collection[str], environment: Mapping[str, str] = os.environ
+) -> Choice | None:
+    """Return what was asked for, or None for vLLM's own communicator.
+
+    Args:
+        communicator: vLLM's setting; None where it chooses by itself.
+        engine_names: the names of vLLM's own communicators.
+        environment: the environment variables.
+    """
+    if communicator is not None and communicator.startswith(PREFIX):
+        return Choice(communicator.removeprefix(PREFIX), "communicator")
+    if communicator is not None and communicator not in engine_names:
+        return Choice(communicator, "communicator", bare=True)
+    config = environment.get(BACKEND_VARIABLE)
+    return Choice(config, f"environment variable {BACKEND_VARIABLE}") if config else None
+
+
+def check(choice: Choice, engine_names: Collection[str], *, beside_inference: bool) -> None:
+    """Look at all that can be known of a choice before there are ranks.
+
+    Args:
+        choice: what was asked for.
+        engine_names: the names of vLLM's own communicators.
+        beside_inference: whether vLLM moves experts on a thread of its own (`use_async`).
+
+    Raises:
+        ConfigError: the text is no config string, an option in it is wrong, or vLLM's own communicator may be meant.
+        BackendError: there is no such backend, or it cannot be used, or not beside inference.
+    """
+    config = parse_config(choice.config)
+    if choice.bare:
+        _check_bare(choice.config, config, engine_names)
+    if config.name == AUTO:
+        return
+    registry = default_registry()
+    entry = registry.select(config)
+    resolve_options(config, load_options_class(entry))
+    if beside_inference and entry.spec is not None and not entry.spec.capabilities.background:
+        able = [each.name for each in registry.entries() if each.spec and each.spec.capabilities.background]
+        raise BackendUnavailableError(
+            f"backend {config.name!r} cannot move experts beside inference",
+            name=config.name,
+            why="vLLM's use_async is on, and the backend declares no background capability",
+            remedy=f"set use_async to false, or choose one that can: {', '.join(able)}",
+        )
+
+
+def _check_bare(text: str, config: BackendConfig, engine_names: Collection[str]) -> None:
+    if config.name in engine_names:
+        raise ConfigError(
+            f"{text!r} names a communicator of vLLM, which takes no options",
+            remedy=f"write {PREFIX}{text} for the backend of eplb, or {config.name} for vLLM's own",
+        )
+    ours = default_registry().names()
+    if config.name != AUTO and config.name not in ours:
+        near = did_you_mean(config.name, sorted({*ours, *engine_names, AUTO}))
+        if near:
+            raise ConfigError(
+                f"there is no communicator {config.name!r}{near}",
+                why=f"vLLM has {', '.join(sorted(engine_names))}; eplb has {', '.join(ours)}",
+                remedy=f"write one of these; {PREFIX}NAME always means eplb's",
+            )

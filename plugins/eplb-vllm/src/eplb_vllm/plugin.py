@@ -1,0 +1,26 @@
+"""The entry point of `vllm.general_plugins`. vLLM calls it in every process; it may be called several times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from eplb_vllm import engine_config, signatures
+from eplb_vllm.after_import import when_imported
+
+
+def register() -> None:
+    """Hook this plugin into vLLM. Modules that are not loaded yet are hooked when they are."""
+    when_imported(signatures.CONFIG, engine_config.widen)
+    when_imported(signatures.COMMUNICATOR, _if_expected("install_factory"))
+    when_imported(signatures.EXECUTE, _if_expected("install_rearrangement"))
+
+
+def _if_expected(step: str) -> Callable[[ModuleType], None]:
+    def install(module: ModuleType) -> None:
+        from eplb_vllm import seams  # imports torch, which the module has done anyway
+
+        if seams.expected(module):
+            getattr(seams, step)(module)
+
+    return install
