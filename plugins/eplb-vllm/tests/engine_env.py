@@ -18,7 +18,6 @@ import sys
 from pathlib import Path
 
 VLLM = "0.32.0"
-TORCH = "2.13.0"
 VARIABLE = "EPLB_VLLM_ENGINE"
 REQUIREMENTS = Path(__file__).parent / "engine-requirements.txt"
 _LIMIT_S = 900.0
