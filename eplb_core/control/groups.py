@@ -130,10 +130,9 @@ def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: floa
         ControlPlaneError: a rank did not come in time (`missing` says which), or the store is gone.
         InputError: the group offers no store.
     """
-    store = getattr(group, "store", None)
+    store = _own_store(group)
     place = "eplb/meeting"
-    if not isinstance(store, dist.Store):
-        store = None
+    if store is None:
         if group.cpu_group is not None and not is_stateless(group):
             place += f"/{group.cpu_group.group_name}"
             with contextlib.suppress(ValueError, RuntimeError):
@@ -167,3 +166,12 @@ def generation_group(
     return StatelessGroup(
         rank, world_size, dist.PrefixStore(f"eplb/generation/{generation}", store), device_communicator
     )
+
+
+def _own_store(group: object) -> dist.Store | None:
+    """Return the store that a group carries, if it does; elastic coordinators of engines have it in a group of its own."""
+    for holder in (group, getattr(group, "tcp_store_group", None)):
+        store = getattr(holder, "store", None)
+        if isinstance(store, dist.Store):
+            return store
+    return None

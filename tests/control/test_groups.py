@@ -109,13 +109,22 @@ def auto_takes_what_works_without_a_process_group(member: Member) -> str:
 
 
 def an_engine_s_object_may_have_a_store_and_no_groups(member: Member) -> list[int]:
+    return swap_with_coordinator(member, store=dist.PrefixStore("engine", member.environment.store))
+
+
+def an_engine_s_object_may_keep_its_store_in_another(member: Member) -> list[int]:
+    store = dist.PrefixStore("elastic", member.environment.store)
+    return swap_with_coordinator(member, tcp_store_group=SimpleNamespace(store=store))
+
+
+def swap_with_coordinator(member: Member, **more: Any) -> list[int]:
     coordinator = SimpleNamespace(
         rank_in_group=member.rank,
         world_size=member.world_size,
         cpu_group=None,
         device_group=None,
         device_communicator=None,
-        store=dist.PrefixStore("engine", member.environment.store),
+        **more,
     )
     with create_eplb_communicator(coordinator, "nixl?window=1MiB") as communicator:
         return swap(coordinator, communicator, member.rank)
@@ -142,6 +151,7 @@ STATELESS = (
     a_store_serves_one_communicator_after_another,
     auto_takes_what_works_without_a_process_group,
     an_engine_s_object_may_have_a_store_and_no_groups,
+    an_engine_s_object_may_keep_its_store_in_another,
     gloo_is_refused,
     torch_groups_need_an_initialised_torch,
     nothing_to_meet_at_is_refused,
@@ -213,8 +223,11 @@ def test_auto_takes_a_backend_that_needs_no_process_group(stateless_report: Repo
     assert stateless_report.returned("auto_takes_what_works_without_a_process_group") == ["nixl"] * 3
 
 
-def test_an_object_with_a_store_and_no_groups_is_accepted(stateless_report: Report) -> None:
-    assert stateless_report.returned("an_engine_s_object_may_have_a_store_and_no_groups") == [[2], [0], [1]]
+@pytest.mark.parametrize(
+    "name", ["an_engine_s_object_may_have_a_store_and_no_groups", "an_engine_s_object_may_keep_its_store_in_another"]
+)
+def test_an_object_with_a_store_and_no_groups_is_accepted(stateless_report: Report, name: str) -> None:
+    assert stateless_report.returned(name) == [[2], [0], [1]]
 
 
 def test_a_backend_that_needs_a_process_group_is_refused_on_every_rank(stateless_report: Report) -> None:
