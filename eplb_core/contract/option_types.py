@@ -19,8 +19,13 @@ class CommonOptions:
 
     Attributes:
         timeout: the longest that any wait for a peer may take.
+        start_timeout: the longest that the ranks wait for one another to make the communicator, which they may come to
+            minutes apart, after loading weights; None for the same as `timeout`.
     """
 
     timeout: Duration = field(
         default=Duration(60.0), metadata={"help": "the longest that any wait for a peer may take"}
+    )
+    start_timeout: Duration | None = field(
+        default=None, metadata={"help": "the same for the ranks' meeting when a communicator is made; none = timeout"}
     )

@@ -88,15 +88,15 @@ def create_eplb_communicator(
     device = tensors[0].device if tensors else torch.device("cpu")
     config: BackendConfig | None = None
     problem: EplbError | None = None
-    timeout_s = float(CommonOptions().timeout)
+    timeout_s = start_timeout_s = float(CommonOptions().timeout)
     try:
         config = parse_config(backend_from_environment(backend) or DEFAULT_BACKEND)
         config = _for_group(config, group_coordinator, registry)
-        timeout_s = _handshake_timeout(config, arguments, registry)
+        timeout_s, start_timeout_s = _handshake_timeouts(config, arguments, registry)
     except EplbError as error:
         problem = error
     try:
-        control = open_control_plane(group_coordinator, timeout_s)
+        control = open_control_plane(group_coordinator, start_timeout_s)
     except ControlPlaneError as error:
         raise not_all_answered(error, group_coordinator.world_size) from error
     automatic: AutomaticChoice | None = None
@@ -160,14 +160,19 @@ def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, 
     return replace(config, name=spec.stateless_substitute, distribution=None)
 
 
-def _handshake_timeout(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> float:
-    """Return the `timeout` option, if it can be known before anything is checked, in seconds."""
+def _handshake_timeouts(
+    config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry
+) -> tuple[float, float]:
+    """Return the options `timeout` and `start_timeout`, if they can be known before anything is checked, in seconds."""
     default = float(CommonOptions().timeout)
     try:
         options_class = CommonOptions if config.name == AUTO else load_options_class(registry.select(config))
-        return float(getattr(resolve_options(config, options_class, arguments=arguments).values, "timeout", default))
+        values = resolve_options(config, options_class, arguments=arguments).values
     except EplbError:
-        return default  # the error comes again, and is told to the other ranks, once they can be reached
+        return default, default  # the error comes again, and is told to the other ranks, once they can be reached
+    timeout_s = float(getattr(values, "timeout", default))
+    start_s = getattr(values, "start_timeout", None)
+    return timeout_s, timeout_s if start_s is None else float(start_s)
 
 
 def _select(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> Selection:

@@ -143,6 +143,16 @@ def a_member_that_does_not_come(member: Member, missing: int) -> dict[str, Any]:
     return error_of(lambda: create_eplb_communicator(TorchGroups(group), "torch_gloo?timeout=1s"))
 
 
+def a_member_that_comes_late(member: Member) -> list[list[int]]:
+    """The odd rank first waits in vain, in another group, for longer than the others' `timeout` is."""
+    nobody, all_ranks = (dist.new_group(list(range(RANKS))) for _ in range(2))
+    if member.rank == ODD:
+        error_of(lambda: create_eplb_communicator(TorchGroups(nobody), "torch_gloo?timeout=2s"))
+    with create_eplb_communicator(TorchGroups(all_ranks), "torch_gloo?timeout=1s&start_timeout=1min") as communicator:
+        exchange(member, communicator, ring(RANKS, 100))
+        return [[round(communicator.binding.timeout_s)]]
+
+
 def what_was_closed(member: Member) -> dict[str, Any]:
     error = differing_registry(member, {"spec": {"factory": "tests.factory.test_handshake:fails_on_one_rank"}}, FAILING)
     return {**error, "closed": len(CLOSED)}
@@ -329,6 +339,7 @@ def report() -> Report:
         for name, (function, arguments, *_) in table.items()
     ]
     scenarios.append(Scenario("closed", what_was_closed))
+    scenarios += [Scenario("late", a_member_that_comes_late)]
     scenarios += [Scenario(f"rank {rank} missing", a_member_that_does_not_come, (rank,)) for rank in range(RANKS)]
     return run_scenarios(RANKS, scenarios)
 
@@ -364,6 +375,10 @@ def test_a_rank_that_does_not_come_is_named_within_the_timeout(report: Report, m
         assert error["type"] == "HandshakeError"
         assert error["table"] == {"answered": expected}
         assert 1.0 <= error["seconds"] < 1.0 + PATIENCE_S
+
+
+def test_ranks_may_meet_later_than_the_timeout_of_transfers(report: Report) -> None:
+    assert report.returned("late") == [[[1]]] * RANKS
 
 
 def test_what_the_other_ranks_have_built_is_closed_when_one_fails(report: Report) -> None:

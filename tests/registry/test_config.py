@@ -328,6 +328,7 @@ def test_arguments_win_over_the_string_over_the_environment_over_defaults():
         "window": "default",
         "rails": "argument",
         "ratio": "config string",
+        "start_timeout": "default",
         "pin_memory": "default",
         "mode": "environment EPLB_BACKEND__RAIL__MODE",
         "fabric": "default",
@@ -349,7 +350,7 @@ def test_an_unknown_key_in_the_string_is_refused_with_the_nearest():
         resolve("rail?rials=4")
     assert str(caught.value) == (
         "backend 'rail' has no option 'rials', did you mean 'rails'? (column 6 of 'rail?rials=4')\n  to mend it: its "
-        "options are: cap, fabric, label, mode, pin_memory, rails, ratio, timeout, window"
+        "options are: cap, fabric, label, mode, pin_memory, rails, ratio, start_timeout, timeout, window"
     )
 
 
@@ -447,8 +448,8 @@ def test_the_digest_does_not_depend_on_where_a_value_came_from_but_on_every_valu
 
 def test_the_digest_is_the_same_in_every_process_and_release():
     assert resolve_options(parse_config("x"), CommonOptions, environment={}).digest() == (
-        # sha256 of the text "timeout=1min"
-        "0b1ad7de520b3425e56ff8d95f32b1f04a35e4c472583241b7bf2598a10fc1be"
+        # sha256 of the lines "start_timeout=none" and "timeout=1min"
+        "80462647556ec5cbb5c4e9c27c4455eaaa6abf095529c76d9eadbe9d941a9c6d"
     )
 
 
