@@ -145,18 +145,23 @@ class EplbCommunicator(ABC):
         """How many transfers may be started before the first of them is waited for."""
         return 1
 
-    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+    def set_stream(self, stream: torch.Stream | None) -> None:
         """Use `stream` for packing, unpacking and stream-ordered transfers; None means the current stream.
+
+        Args:
+            stream: a `torch.cuda.Stream`, or a `torch.Stream` of a CUDA device.
 
         Raises:
             InvalidTransferError: it is a stream of another device: nothing on it would be ordered with the tensors.
         """
+        from eplb_core.streams import as_cuda_stream  # needs torch, which importing this module does not load
+
         device = None if self._binding is None else self._binding.context.device
         if stream is not None and device is not None and device.type != "cpu" and stream.device != device:
             raise InvalidTransferError(
                 f"cannot use a stream of {stream.device}", why=f"this communicator moves tensors on {device}"
             )
-        self._stream = stream
+        self._stream = None if stream is None else as_cuda_stream(stream)
 
     def trust_matching(self, trusted: bool) -> None:
         """Say that from now on both sides of every pair are queued from one plan, which all ranks have agreed on.

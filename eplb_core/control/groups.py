@@ -132,12 +132,11 @@ def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: floa
     """
     store = _own_store(group)
     place = "eplb/meeting"
-    if store is None:
-        if group.cpu_group is not None and not is_stateless(group):
-            place += f"/{group.cpu_group.group_name}"
-            with contextlib.suppress(ValueError, RuntimeError):
-                # There is no public way to the store; engines and torch's own extensions use this one.
-                store = dist.distributed_c10d._get_default_store()
+    if store is None and group.cpu_group is not None and not is_stateless(group):
+        place += f"/{group.cpu_group.group_name}"
+        with contextlib.suppress(ValueError, RuntimeError):
+            # There is no public way to the store; engines and torch's own extensions use this one.
+            store = dist.distributed_c10d._get_default_store()
     if store is None:
         raise InputError(
             "the group has neither a store nor a CPU process group that torch.distributed knows",
@@ -169,7 +168,7 @@ def generation_group(
 
 
 def _own_store(group: object) -> dist.Store | None:
-    """Return the store that a group carries, if it does; elastic coordinators of engines have it in a group of its own."""
+    """Return the store that a group carries, itself or, as elastic coordinators do, in a group of its own."""
     for holder in (group, getattr(group, "tcp_store_group", None)):
         store = getattr(holder, "store", None)
         if isinstance(store, dist.Store):

@@ -127,7 +127,7 @@ class ObservedCommunicator(EplbCommunicator):
         """As the inner one says."""
         return self.inner.max_in_flight
 
-    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
+    def set_stream(self, stream: torch.Stream | None) -> None:
         """Set the stream."""
         self.inner.set_stream(stream)
 

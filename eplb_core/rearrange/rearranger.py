@@ -45,6 +45,7 @@ from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, ex
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import cut_window
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
+from eplb_core.transport.streams import as_cuda_stream
 
 STEPS_UNDER_WAY = 1
 """Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
@@ -136,11 +137,11 @@ class Rearranger:
             return self._job.placement
         return None if self._placement is None else self._placement.copy()
 
-    def set_stream(self, stream: torch.cuda.Stream | None) -> None:
-        """Run transfers and copies on `stream`; None means the current stream."""
+    def set_stream(self, stream: torch.Stream | None) -> None:
+        """Run transfers and copies on `stream`, as `EplbCommunicator.set_stream`; None means the current stream."""
         self._refuse_beside_a_job()
         self._communicator.set_stream(stream)
-        self._stream = stream
+        self._stream = None if stream is None else as_cuda_stream(stream)
 
     def run(
         self,
