@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -9,12 +10,13 @@ import torch
 import torch.distributed as dist
 
 from eplb_backends.torch_gloo.options import GlooOptions
+from eplb_backends.torch_gloo.staging import HostBuffer, Part, cut
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.contract.context import BackendContext
 from eplb_core.contract.payload import Transfer
 from eplb_core.contract.stats import TransferStats
-from eplb_core.errors import BackendUnavailableError, TransferError, TransferOverflowError
-from eplb_core.transport.coalesce import as_bytes, coalesce
+from eplb_core.errors import BackendUnavailableError, TransferError
+from eplb_core.transport.coalesce import Message, coalesce
 from eplb_core.transport.match import check_match
 from eplb_core.transport.process_group import exchange
 from eplb_core.transport.queue import TransferQueue
@@ -44,24 +46,29 @@ class GlooCommunicator(EplbCommunicator):
         context: the group.
         options: the options of the config string.
         cpu_group: the gloo process group.
+        staged: whether tensors go through host buffers; None means exactly those on a device.
     """
 
-    def __init__(self, context: BackendContext, options: GlooOptions, cpu_group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        context: BackendContext,
+        options: GlooOptions,
+        cpu_group: dist.ProcessGroup,
+        *,
+        staged: bool | None = None,
+    ) -> None:
         self._control = context.control
         self._group = cpu_group
         self._device = context.device
+        self._staged = context.device.type != "cpu" if staged is None else staged
         self._timeout_s = float(options.timeout)
         self._queue = TransferQueue(context.rank, context.world_size, context.device)
         half = int(options.window) // 2
         pin = options.pin_memory and context.device.type == "cuda"
         self._send_buffer = HostBuffer(half, pin)
         self._receive_buffer = HostBuffer(half, pin)
+        self._part_bytes = self._send_buffer.part_bytes(context.world_size - 1)
         self._stats: TransferStats | None = None
-
-    @property
-    def transfer_limit_bytes(self) -> int | None:
-        """Half the window for device tensors; no limit for CPU tensors."""
-        return None if self._device.type == "cpu" else self._send_buffer.limit
 
     @property
     def staging_bytes(self) -> int:
@@ -82,45 +89,28 @@ class GlooCommunicator(EplbCommunicator):
         self._queue.add_recv(tensor, src_rank)
 
     def execute(self) -> None:
-        """Compare, copy device tensors to the host, send and receive, copy back."""
+        """Compare, then send and receive; device tensors in rounds that fit the host buffers."""
         began = time.perf_counter()
         sends, recvs = self._queue.take()
-        problem = None
-        if self._device.type != "cpu":
-            problem = self._send_buffer.refuse(sends, "send") or self._receive_buffer.refuse(recvs, "receive")
+        phases = {"agree": 0.0, "pack": 0.0, "transfer": 0.0, "unpack": 0.0}
         try:
-            check_match(self._control, sends, recvs, self._timeout_s, problem)
-            agreed = time.perf_counter()
-            host_sends, host_recvs = sends, recvs
-            if self._device.type != "cpu":
-                host_sends = self._send_buffer.hold(sends)
-                host_recvs = self._receive_buffer.hold(recvs)
-                self._copy(host_sends, sends)
-                # gloo knows no streams: the copies have to be there before it reads them.
-                synchronize(self._device, self._stream)
-            packed = time.perf_counter()
-            exchange(self._group, coalesce(host_sends), coalesce(host_recvs), self._timeout_s)
-            moved = time.perf_counter()
-            if self._device.type != "cpu":
-                self._copy(recvs, host_recvs)
-                # The buffer is the next transfer's too, and that one is not ordered behind these copies.
-                synchronize(self._device, self._stream)
+            check_match(self._control, sends, recvs, self._timeout_s)
+            phases["agree"] = time.perf_counter() - began
+            if self._staged:
+                self._exchange_in_rounds(sends, recvs, phases)
+            else:
+                exchange(self._group, coalesce(sends), coalesce(recvs), self._timeout_s)
+                phases["transfer"] = time.perf_counter() - began - phases["agree"]
         except TransferError as error:
             if not error.usable:
                 self._queue.close(f"an earlier transfer failed: {error.what}")
             raise
-        ended = time.perf_counter()
         self._stats = TransferStats(
-            seconds=ended - began,
+            seconds=time.perf_counter() - began,
             bytes_sent=sum(send.nbytes for send in sends),
             bytes_received=sum(recv.nbytes for recv in recvs),
             messages=len(sends) + len(recvs),
-            phases={
-                "agree": agreed - began,
-                "pack": packed - agreed,
-                "transfer": moved - packed,
-                "unpack": ended - moved,
-            },
+            phases=phases,
             paths={transfer.peer: "gloo" for transfer in (*sends, *recvs)},
         )
 
@@ -130,54 +120,34 @@ class GlooCommunicator(EplbCommunicator):
         self._send_buffer.release()
         self._receive_buffer.release()
 
-    def _copy(self, to: Sequence[Transfer], source: Sequence[Transfer]) -> None:
+    def _exchange_in_rounds(
+        self, sends: Sequence[Transfer], recvs: Sequence[Transfer], phases: dict[str, float]
+    ) -> None:
+        outgoing, incoming = cut(sends, self._part_bytes), cut(recvs, self._part_bytes)
+        nothing: dict[int, Part] = {}
+        for sent, received in itertools.zip_longest(outgoing, incoming, fillvalue=nothing):
+            began = time.perf_counter()
+            messages = self._send_buffer.messages(sent)
+            landing = self._receive_buffer.messages(received)
+            self._copy([pair for message in messages for pair in message.parts])
+            # gloo knows no streams: the copies have to be there before it reads them.
+            synchronize(self._device, self._stream)
+            packed = time.perf_counter()
+            exchange(self._group, _payloads(messages), _payloads(landing), self._timeout_s)
+            moved = time.perf_counter()
+            self._copy([(piece, slot) for message in landing for slot, piece in message.parts])
+            # The buffers are the next round's too, and that one is not ordered behind these copies.
+            synchronize(self._device, self._stream)
+            phases["pack"] += packed - began
+            phases["transfer"] += moved - packed
+            phases["unpack"] += time.perf_counter() - moved
+
+    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         with on_stream(self._device, self._stream):
-            for target, origin in zip(to, source, strict=True):
-                as_bytes(target.tensor).copy_(as_bytes(origin.tensor), non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
 
 
-class HostBuffer:
-    """A host buffer that grows to what is needed, up to a limit, and is reused.
-
-    Args:
-        limit: the most bytes that it may grow to.
-        pin: whether it is page-locked.
-    """
-
-    def __init__(self, limit: int, pin: bool) -> None:
-        self.limit = limit
-        self._pin = pin
-        self._memory: torch.Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated now."""
-        return 0 if self._memory is None else self._memory.numel()
-
-    def refuse(self, transfers: Sequence[Transfer], verb: str) -> TransferOverflowError | None:
-        """Return why these transfers do not fit, or None if they do."""
-        needed = sum(transfer.nbytes for transfer in transfers)
-        if needed <= self.limit:
-            return None
-        return TransferOverflowError(
-            f"{needed} bytes to {verb} do not fit the host buffer of {self.limit} bytes",
-            peers={transfer.peer for transfer in transfers},
-            phase="pack",
-            usable=True,
-            remedy=f"use a larger window ({2 * needed} bytes would do), or queue less before execute()",
-        )
-
-    def hold(self, transfers: Sequence[Transfer]) -> list[Transfer]:
-        """Return transfers of the same sizes to the same peers, whose tensors (uint8 `[bytes]`) lie in this buffer."""
-        sizes = [transfer.nbytes for transfer in transfers]
-        if sum(sizes) > self.nbytes:
-            self._memory = None  # first give back, then take: not both at once
-            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._pin)
-        if self._memory is None:
-            return [Transfer(torch.empty(0, dtype=torch.uint8), transfer.peer) for transfer in transfers]
-        views = torch.split_with_sizes(self._memory[: sum(sizes)], sizes)
-        return [Transfer(view, transfer.peer) for view, transfer in zip(views, transfers, strict=True)]
-
-    def release(self) -> None:
-        """Free the memory."""
-        self._memory = None
+def _payloads(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages without their parts, which are copied on the stream and not where gloo is called."""
+    return [Message(message.payload, message.peer) for message in messages]

@@ -1,0 +1,76 @@
+"""How device tensors pass through bounded host buffers: in rounds, the k-th part for every peer in the k-th round.
+
+Both ranks of a pair cut what they exchange alike, so nothing has to be told; and since every round waits for its own
+parts only, ranks with more rounds than others block nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from eplb_core.transport.coalesce import Message, as_bytes
+from eplb_core.contract.payload import Transfer
+
+Part = list[torch.Tensor]
+"""Pieces of tensors, uint8 `[bytes]` each, that travel as one message."""
+
+
+def cut(transfers: Sequence[Transfer], part_bytes: int) -> list[dict[int, Part]]:
+    """Return the rounds: peer -> its part. Every part of a peer but its last is `part_bytes` long."""
+    rounds: list[dict[int, Part]] = []
+    filled: dict[int, int] = {}
+    for transfer in transfers:
+        rest = as_bytes(transfer.tensor.detach())
+        while len(rest):
+            number, used = divmod(filled.get(transfer.peer, 0), part_bytes)
+            if number == len(rounds):
+                rounds.append({})
+            piece = rest[: part_bytes - used]
+            rounds[number].setdefault(transfer.peer, []).append(piece)
+            filled[transfer.peer] = filled.get(transfer.peer, 0) + len(piece)
+            rest = rest[len(piece) :]
+    return rounds
+
+
+class HostBuffer:
+    """A host buffer that grows to what a round needs, up to a limit, and is reused.
+
+    Args:
+        limit: the most bytes that it may grow to.
+        pin: whether it is page-locked.
+    """
+
+    def __init__(self, limit: int, pin: bool) -> None:
+        self.limit = limit
+        self._pin = pin
+        self._memory: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now."""
+        return 0 if self._memory is None else self._memory.numel()
+
+    def part_bytes(self, peers: int) -> int:
+        """Return how long the parts are of which one for each of so many peers fits."""
+        return max(self.limit // max(peers, 1), 1)
+
+    def messages(self, parts: dict[int, Part]) -> list[Message]:
+        """Return a message for each part of a round, whose payloads lie in this buffer; pieces are the tensors'."""
+        sizes = [sum(map(len, part)) for part in parts.values()]
+        if sum(sizes) > self.nbytes:
+            self._memory = None  # first give back, then take: not both at once
+            self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._pin)
+        if self._memory is None:
+            return []
+        payloads = torch.split_with_sizes(self._memory[: sum(sizes)], sizes)
+        messages = []
+        for payload, (peer, part) in zip(payloads, parts.items(), strict=True):
+            slots = torch.split_with_sizes(payload, [len(piece) for piece in part])
+            messages.append(Message(payload, peer, tuple(zip(slots, part, strict=True))))
+        return messages
+
+    def release(self) -> None:
+        """Free the memory."""
+        self._memory = None
