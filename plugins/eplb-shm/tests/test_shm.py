@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 from pathlib import Path
@@ -63,6 +64,24 @@ def test_a_window_cannot_be_shrunk_under_its_readers() -> None:
     with pytest.raises(PermissionError):
         os.ftruncate(window.handle, 1)
     window.close()
+
+
+def test_a_window_that_is_dropped_without_being_closed_leaves_no_descriptor() -> None:
+    before = memory_descriptors()
+    window = Window(4096)
+    assert len(memory_descriptors()) > len(before)
+    del window
+    gc.collect()
+    assert memory_descriptors() == before
+
+
+def memory_descriptors() -> list[str]:
+    """Return what this process's descriptors of windows are called."""
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the one that lists the folder is gone
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in names if "eplb-shm" in name]
 
 
 def test_memory_that_can_be_shrunk_is_not_mapped() -> None:

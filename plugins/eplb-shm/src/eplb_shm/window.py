@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,8 @@ class Window:
         except BaseException:
             os.close(self.handle)
             raise
+        # Engines drop a communicator without closing it, and nobody else closes a number.
+        self._let_go = weakref.finalize(self, os.close, self.handle)
         self.slot_bytes = slot_bytes(nbytes)
         self.free = list(range(min(nbytes // self.slot_bytes, MAX_SLOTS)))
 
@@ -57,7 +60,7 @@ class Window:
         """Let go of the memory; may be called twice."""
         if self.memory is not None:
             self.memory = None
-            os.close(self.handle)
+            self._let_go()
 
 
 def slot_bytes(window_bytes: int) -> int:
