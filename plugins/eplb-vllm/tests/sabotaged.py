@@ -15,7 +15,7 @@ from eplb_core import (
     EplbCommunicator,
     create_eplb_communicator,
 )
-from eplb_core.queues import Payloads
+from eplb_core.transport.queue import Payloads
 
 
 class SabotagedCommunicator(EplbCommunicator):

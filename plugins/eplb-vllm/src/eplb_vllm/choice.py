@@ -14,10 +14,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from eplb_core.config import AUTO, BACKEND_VARIABLE, BackendConfig, parse_config, resolve_options
+from eplb_core.contract.options import did_you_mean
 from eplb_core.errors import BackendUnavailableError, ConfigError
-from eplb_core.options import did_you_mean
-from eplb_core.registry import default_registry, load_options_class
+from eplb_core.registry.config import AUTO, BACKEND_VARIABLE, BackendConfig, parse_config, resolve_options
+from eplb_core.registry.registry import default_registry, load_options_class
 
 PREFIX: Final = "eplb:"
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from eplb_core import EplbCommunicator, Payload, Rearranger
+from eplb_core import EplbCommunicator, Payload, Rearranger, RearrangeResult
 from eplb_core.errors import EplbError, TransferError
-from eplb_core.rearrange_result import RearrangeResult
 from eplb_vllm.rows import RowBook, in_memory_order
 
 

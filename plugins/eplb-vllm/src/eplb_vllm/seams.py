@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from eplb_core.factory import create_eplb_communicator
+from eplb_core import create_eplb_communicator
 from eplb_vllm import choice, engine_config, signatures
 from eplb_vllm.communicator import PluginCommunicator, engine_class, mapped_placements
 from eplb_vllm.engine_log import log, share_handlers
