@@ -2,77 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import engine_env
 import pytest
 from cpu_engine.model import EXPERTS, LAYERS, make_checkpoint
+from engine_process import run
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 RANKS = 2
 TRANSPORTS = ("eplb:torch_gloo", "eplb:nixl", "shm")
 _START_AND_CASES_S = 420
-_SHIM = "[vllm.general_plugins]\na_cpu_shim = cpu_engine.cpu_shim:register\n"
-_SABOTAGED = "[eplb.backends]\nsabotaged = sabotaged:BACKEND\n"
-
-
-def engine_environment(site: Path) -> dict[str, str]:
-    """Return the environment of a process with vLLM, this plugin and the stand-ins for a GPU."""
-    site.mkdir()
-    engine_env.with_packages_under_test(site, ["eplb", "eplb-shm", "eplb-vllm"])
-    engine_env.add_distribution(site, "eplb-cpu-shim", _SHIM)
-    engine_env.add_distribution(site, "eplb-sabotaged", _SABOTAGED)
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("EPLB_", "VLLM_", "PYTHON"))}
-    return inherited | {
-        "PYTHONPATH": f"{site}{os.pathsep}{Path(__file__).parent}",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "UCX_DEBUG_SIGNO": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "0",
-    }
-
-
-def run(
-    command: list[str], environment: dict[str, str], timeout_s: float, cwd: Path
-) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process group of its own, and end all of the group."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
-
-
-@pytest.fixture(scope="module")
-def python() -> Path:
-    """The interpreter of an environment with vLLM."""
-    try:
-        return engine_env.python()
-    except engine_env.NoEngineError as error:
-        pytest.skip(str(error))
 
 
 def cases() -> Iterator[dict[str, Any]]:
@@ -108,7 +51,7 @@ def _rearrange(seed: int) -> list[list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def engine(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def engine(python: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one engine answered to all cases, and its log."""
     folder = tmp_path_factory.mktemp("engine")
     make_checkpoint(folder / "model")
@@ -125,9 +68,9 @@ def engine(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ],
     }
     (folder / "settings.json").write_text(json.dumps(settings))
-    environment = engine_environment(folder / "site") | {"EPLB_BACKEND": "torch_gloo?timeout=45s"}
+    variables = environment | {"EPLB_BACKEND": "torch_gloo?timeout=45s"}
     command = [str(python), "-m", "cpu_engine.run", "settings.json", "result.json"]
-    ran = run(command, environment, _START_AND_CASES_S, folder)
+    ran = run(command, variables, _START_AND_CASES_S, folder)
     result: dict[str, Any] = {"error": "it wrote no result"}
     if (folder / "result.json").exists():
         result = json.loads((folder / "result.json").read_text())
@@ -203,7 +146,10 @@ def test_a_sabotaged_transport_is_noticed(engine: dict[str, Any]) -> None:
 def test_the_environment_variable_chooses_where_the_configuration_was_read_before_plugins(
     engine: dict[str, Any],
 ) -> None:
-    assert "eplb moves the experts: torch_gloo?timeout=45s (from environment variable EPLB_BACKEND)" in engine["log"]
+    assert (
+        "eplb moves the experts: torch_gloo?start_timeout=10min&timeout=45s (from environment variable EPLB_BACKEND)"
+        in engine["log"]
+    )
 
 
 def test_rank_0_says_backend_ranks_and_layers_once_for_each_communicator(engine: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from eplb_core import CommonOptions
 from eplb_core.contract.options import did_you_mean
-from eplb_core.errors import BackendUnavailableError, ConfigError
+from eplb_core.errors import BackendUnavailableError, ConfigError, EplbError
 from eplb_core.registry.config import AUTO, BACKEND_VARIABLE, BackendConfig, parse_config, resolve_options
 from eplb_core.registry.registry import default_registry, load_options_class
 
@@ -83,6 +84,20 @@ def check(choice: Choice, engine_names: Collection[str], *, beside_inference: bo
             why="vLLM's use_async is on, and the backend declares no background capability",
             remedy=f"set use_async to false, or choose one that can: {', '.join(able)}",
         )
+
+
+def patience(config: str, start_timeout_s: float) -> dict[str, object]:
+    """Return the option `start_timeout` as an argument of the factory, unless the string or the environment sets it.
+
+    Nothing where the backend has no such option, or where the string is wrong, which the factory tells all ranks.
+    """
+    try:
+        parsed = parse_config(config)
+        options_class = CommonOptions if parsed.name == AUTO else load_options_class(default_registry().select(parsed))
+        origin = resolve_options(parsed, options_class).origins.get("start_timeout")
+    except EplbError:
+        return {}
+    return {"start_timeout": start_timeout_s} if origin == "default" else {}
 
 
 def _check_bare(text: str, config: BackendConfig, engine_names: Collection[str]) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -15,6 +15,11 @@ from eplb_core import create_eplb_communicator
 from eplb_vllm import choice, engine_config, signatures
 from eplb_vllm.communicator import PluginCommunicator, engine_class, mapped_placements
 from eplb_vllm.engine_log import log, share_handlers
+from eplb_vllm.rows import in_memory_order
+
+START_TIMEOUT_S: Final = 600.0
+"""How long the ranks wait for one another to make a communicator, unless the config string says it, in seconds: some
+may load their weights minutes longer than others."""
 
 
 def replace_everywhere(name: str, replacement: Callable[..., Any], original: Callable[..., Any]) -> int:
@@ -110,13 +115,14 @@ def _create(
     expert_weights: Sequence[Sequence[torch.Tensor]],
     expert_buffer: Sequence[torch.Tensor],
 ) -> PluginCommunicator:
-    from eplb_vllm.rows import in_memory_order
-
     share_handlers()
     began = time.perf_counter()
     moves_beside_inference = engine_config.moves_beside_inference()
     made = create_eplb_communicator(
-        group_coordinator, chosen.config, [in_memory_order(tensor) for tensor in expert_weights[0]]
+        group_coordinator,
+        chosen.config,
+        [in_memory_order(tensor) for tensor in expert_weights[0]],
+        arguments=choice.patience(chosen.config, START_TIMEOUT_S),
     )
     try:
         communicator = communicator_class(

@@ -1,0 +1,24 @@
+"""What the tests with a real vLLM share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import engine_env
+import pytest
+from engine_process import engine_environment
+
+
+@pytest.fixture(scope="session")
+def python() -> Path:
+    """The interpreter of an environment with vLLM."""
+    try:
+        return engine_env.python()
+    except engine_env.NoEngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def environment(python: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment variables of a process with vLLM and this plugin."""
+    return engine_environment(tmp_path_factory.mktemp("site") / "packages")
