@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any, Final
 
 from eplb_core.errors import EplbError
-from eplb_vllm import choice
+from eplb_vllm import choice, policy, refresh
 from eplb_vllm.engine_log import log
 
 ON_UNKNOWN: Final = "EPLB_VLLM_ON_UNKNOWN"
@@ -110,6 +110,8 @@ def _check_variable_when_read(parallel_config: Any, names: frozenset[str]) -> No
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if self.enable_eplb:
+            policy.check()
+            refresh.mode()
             chosen = choice.choose(self.eplb_config.communicator, names)
             if chosen is not None:
                 _check(chosen, names, beside_inference=bool(self.eplb_config.use_async))

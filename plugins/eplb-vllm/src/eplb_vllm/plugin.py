@@ -14,6 +14,8 @@ def register() -> None:
     when_imported(signatures.CONFIG, engine_config.widen)
     when_imported(signatures.COMMUNICATOR, _if_expected("install_factory"))
     when_imported(signatures.EXECUTE, _if_expected("install_rearrangement"))
+    when_imported(signatures.POLICY, _if_expected("install_policy"))
+    when_imported(signatures.WORKER, _if_expected("install_refresh"))
 
 
 def _if_expected(step: str) -> Callable[[ModuleType], None]:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from eplb_core import create_eplb_communicator
-from eplb_vllm import choice, engine_config, signatures
+from eplb_vllm import choice, engine_config, policy, refresh, signatures
 from eplb_vllm.communicator import PluginCommunicator, engine_class, mapped_placements
 from eplb_vllm.engine_log import log, share_handlers
 from eplb_vllm.rows import in_memory_order
@@ -145,6 +145,10 @@ def _create(
             time.perf_counter() - began,
         )
     return communicator
+
+
+install_policy = policy.install
+install_refresh = refresh.install
 
 
 def expected(module: ModuleType) -> bool:

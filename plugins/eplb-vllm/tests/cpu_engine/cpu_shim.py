@@ -117,11 +117,13 @@ def local_apply(apply: Callable[..., None]) -> Callable[..., None]:
 def patch_worker_process() -> None:
     """Replace the kernels and let the CPU's model runner make an `EplbState`; called by the worker."""
     from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
     from vllm.model_executor.layers.fused_moe.router import base_router
     from vllm.model_executor.models.interfaces import is_mixture_of_experts
     from vllm.v1.worker import cpu_model_runner
 
+    WeightTransferEngineFactory.register_engine("disk", "cpu_engine.disk_engine", "DiskEngine")
     base_router.eplb_map_to_physical_and_record = map_and_record
     cpu_moe.CPUUnquantizedExperts.apply = local_apply(cpu_moe.CPUUnquantizedExperts.apply)
     load_model = cpu_model_runner.CPUModelRunner.load_model

@@ -58,6 +58,7 @@ class Engine:
                 "use_async": settings["use_async"],
                 **settings["eplb_config"],
             },
+            weight_transfer_config={"backend": "disk"},
             worker_cls="cpu_engine.worker.EplbTestWorker",
             enable_prefix_caching=False,
             disable_log_stats=True,

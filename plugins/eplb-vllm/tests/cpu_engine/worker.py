@@ -85,6 +85,22 @@ class EplbTestWorker(CPUWorker):  # type: ignore[misc]
             layers.append(hashes)
         return layers
 
+    def eplb_refresh(self, path: str, prefix: str, repaired: bool) -> str:
+        """Refresh the weights from a file, as in reinforcement learning; unless `repaired`, as vLLM does by itself."""
+        info = {"path": path, "prefix": prefix}
+
+        def call(name: str, *arguments: Any) -> None:
+            method = getattr(CPUWorker, name)
+            (method if repaired else method.__eplb_original__)(self, *arguments)
+
+        call("_start_weight_update")
+        try:
+            call("update_weights", info)
+        except FileNotFoundError as error:
+            return type(error).__name__
+        call("finish_weight_update")
+        return ""
+
     def eplb_call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the communicator."""
         return getattr(self._model_state().communicator, method)(*arguments)
