@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from eplb_core.contract.payload import Transfer
 from eplb_core.transport.coalesce import Message, as_bytes
-from eplb_core.transport.queue import Transfer
 
 Part = list[torch.Tensor]
 """Pieces of tensors, uint8 `[bytes]` each, that travel as one message."""

@@ -154,7 +154,9 @@ class EplbCommunicator(ABC):
         Raises:
             InvalidTransferError: it is a stream of another device: nothing on it would be ordered with the tensors.
         """
-        from eplb_core.transport.streams import as_cuda_stream  # needs torch, which importing this module does not load
+        from eplb_core.contract.cuda_stream import (
+            as_cuda_stream,  # needs torch, which importing this module does not load
+        )
 
         device = None if self._binding is None else self._binding.context.device
         if stream is not None and device is not None and device.type != "cpu" and stream.device != device:

@@ -17,6 +17,7 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.contract.cuda_stream import as_cuda_stream
 from eplb_core.control.agreement import not_all_answered
 from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.plane import ControlPlane
@@ -45,7 +46,6 @@ from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, ex
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import cut_window
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
-from eplb_core.transport.streams import as_cuda_stream
 
 STEPS_UNDER_WAY = 1
 """Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one

@@ -13,15 +13,6 @@ def ordinal_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def as_cuda_stream(stream: torch.Stream) -> torch.cuda.Stream:
-    """Return the CUDA stream that a `torch.Stream` of a CUDA device is: engines hand over these, which know less."""
-    if isinstance(stream, torch.cuda.Stream) or not isinstance(stream, torch.Stream) or stream.device.type != "cuda":
-        return stream  # type: ignore[return-value]  # whether it suits the tensors' device is asked before
-    return torch.cuda.Stream(
-        stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
-    )
-
-
 @contextlib.contextmanager
 def on_stream(device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Enqueue what the block launches on `stream`; None means the current stream of `device`."""

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from eplb_backends.torch_gloo.communicator import GlooCommunicator
 from eplb_backends.torch_gloo.options import GlooOptions
 from eplb_backends.torch_gloo.staging import cut
-from eplb_core.contract.backend import BackendContext, ByteSize
+from eplb_core.contract.context import BackendContext
+from eplb_core.contract.option_types import ByteSize
+from eplb_core.contract.payload import Transfer
 from eplb_core.control.groups import TorchGroups, open_control_plane
-from eplb_core.transport.queue import Transfer
 from tests.support.ranks import POISON, Member, Report, Scenario, run_scenarios
 
 RANKS = 3

@@ -15,7 +15,7 @@ from eplb_core import (
     EplbCommunicator,
     create_eplb_communicator,
 )
-from eplb_core.transport.queue import Payloads
+from eplb_core.contract.payload import Payloads
 
 
 class SabotagedCommunicator(EplbCommunicator):

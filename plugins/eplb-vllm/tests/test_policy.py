@@ -11,7 +11,7 @@ import torch
 from eplb_vllm import policy
 
 from eplb_core.errors import PlacementError
-from eplb_core.policies import load_policy
+from eplb_core.registry.policies import load_policy
 
 LAYERS, EXPERTS, SLOTS, RANKS = 3, 8, 12, 4
 

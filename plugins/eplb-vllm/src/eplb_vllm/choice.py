@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from eplb_core import CommonOptions
-from eplb_core.contract.options import did_you_mean
 from eplb_core.errors import BackendUnavailableError, ConfigError, EplbError
 from eplb_core.registry.config import AUTO, BACKEND_VARIABLE, BackendConfig, parse_config, resolve_options
 from eplb_core.registry.registry import default_registry, load_options_class
+from eplb_core.words import did_you_mean
 
 PREFIX: Final = "eplb:"
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 
 from eplb_core.errors import EplbError
-from eplb_core.policies import load_policy
+from eplb_core.registry.policies import load_policy
 from eplb_vllm.engine_log import log
 
 VARIABLE: Final = "EPLB_POLICY"

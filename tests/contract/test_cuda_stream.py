@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eplb_core.transport.streams import as_cuda_stream
+from eplb_core.contract.cuda_stream import as_cuda_stream
 
 
 @pytest.mark.gpu
