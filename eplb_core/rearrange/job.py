@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,6 +59,7 @@ class RearrangeJob:
         record: CommitRecord,
         *,
         timeout_s: float,
+        epoch: int,
         device: torch.device,
         engine_stream: torch.cuda.Stream | None,
         summarize: Callable[[PhaseTimes, float], RearrangeResult],
@@ -70,6 +72,8 @@ class RearrangeJob:
         self._rank = communicator.binding.context.rank
         self._record = record
         self._timeout_s = timeout_s
+        self._epoch = epoch
+        self._requested = plan.new
         self._device = device
         self._engine_stream = engine_stream
         self._summarize = summarize
@@ -102,6 +106,37 @@ class RearrangeJob:
         """What the slots hold as far as this rank has committed, int64 `[layers, slots]`: what routing may use now."""
         with self._state.changed:
             return self._state.placement.copy()
+
+    def status(self) -> dict[str, Any]:
+        """Return where the job stands, as plain data that JSON can hold. It changes nothing; ask as often as you like.
+
+        `epoch` counts the rearrangements of the rearranger, the same on every rank. `phase` is `receiving`, `received`
+        (all bytes are here, not all is committed), `cancelling`, `finished`, `cancelled` or `failed`; the last three
+        are final. `requested` is the placement that was asked for, `effective` the one that routing may use now, both
+        `[layers][slots]`. `error` is None, or the `type` and `message` of what ended the job.
+        """
+        with self._state.changed:
+            error = self._state.error
+            cancelled = len(self._state.committed) < len(self._state.steps)
+            if error is not None:
+                phase = "failed"
+            elif self._settled:
+                phase = "cancelled" if cancelled else "finished"
+            elif self._state.cancelling or self._state.stopped:
+                phase = "cancelling"
+            else:
+                phase = "receiving" if self._receiver.working else "received"
+            return {
+                "epoch": self._epoch,
+                "phase": phase,
+                "requested": self._requested.tolist(),
+                "effective": self._state.placement.tolist(),
+                "steps": len(self._state.steps),
+                "steps_committed": len(self._state.committed),
+                "bytes_received": self._state.received_bytes,
+                "bytes_to_receive": self._total_bytes,
+                "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
+            }
 
     def ready_layers(self) -> list[int]:
         """Return the layers that can be committed now, sorted. All ranks have their bytes, or will see so in a moment.

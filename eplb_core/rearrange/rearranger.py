@@ -7,8 +7,9 @@ surviving rank holds what `error.placement` says, and that is the same on all of
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from eplb_core.rearrange.agree_on_plan import agree_on_plan
 from eplb_core.rearrange.job import RearrangeJob
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import JobState
+from eplb_core.rearrange.live import LiveCheck, compare_live
 from eplb_core.rearrange.lost_experts import Loader, load_lost
 from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.reporter import Reporter
@@ -42,7 +44,14 @@ from eplb_core.rearrange.result import RearrangeResult
 from eplb_core.rearrange.run import Run, step_key
 from eplb_core.rearrange.shared_schedule import share_cuts
 from eplb_core.rearrange.step_runner import PhaseTimes, StepRunner
-from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness, check_end, expected_checksums, slot_checksums
+from eplb_core.rearrange.verify import (
+    THOROUGHNESS,
+    Thoroughness,
+    check_end,
+    expected_checksums,
+    own_checksums,
+    slot_checksums,
+)
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import cut_window
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
@@ -116,11 +125,13 @@ class Rearranger:
         self._runner = StepRunner(communicator, self._weights, self._rank)
         self._beside: ControlPlane | None = None
         self._runs = 0
+        self._looks = 0
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
         self._placement: IntArray | None = None
         self._finished: CommitRecord | None = None
         self._finished_steps = 0
+        self._remembered: tuple[Literal["sample", "full"], dict[tuple[int, int], int]] | None = None
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
         communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
         communicator.register([self._window], landing=True)
@@ -316,12 +327,118 @@ class Rearranger:
             self._communicator,
             CommitRecord(beside.scoped(f"run {self._runs}"), self._timeout_s),
             timeout_s=self._timeout_s,
+            epoch=self._runs,
             device=self._weights.device,
             engine_stream=self._stream,
             summarize=lambda times, seconds: self._summary(plan, steps, times, seconds),
         )
         self._job.begin()
         return self._job
+
+    # --- between rearrangements -------------------------------------------------------------------------------------
+
+    def refresh(
+        self, loaded: npt.ArrayLike, current: npt.ArrayLike, *, verify: Thoroughness = "off"
+    ) -> RearrangeResult:
+        """Put experts where the router looks for them, after a loader has written all of them where it thinks they are.
+
+        Engines load weights by their first placement, also when experts have moved since. Every rank calls this.
+
+        Args:
+            loaded: int64 `[layers, slots]`, where the loader has written the experts.
+            current: int64 `[layers, slots]`, where the router looks for them.
+            verify: as in `run`.
+
+        Raises:
+            EplbError: as `run`.
+        """
+        self._remembered = None  # these are other weights
+        return self.run(loaded, current, verify=verify)
+
+    @contextlib.contextmanager
+    def refreshing(self, loaded: npt.ArrayLike, current: npt.ArrayLike) -> Iterator[None]:
+        """Let a loader write any part of the experts within the block: they are where it expects them, and go back.
+
+        Whatever happens in the block, experts go back to where the router looks for them::
+
+            with rearranger.refreshing(initial, current):
+                model.load_weights(patches)
+
+        Args:
+            loaded: as in `refresh`.
+            current: as in `refresh`.
+
+        Raises:
+            EplbError: as `run`.
+        """
+        self.run(current, loaded)
+        try:
+            yield
+        finally:
+            self.refresh(loaded, current)
+
+    def remember(self, placement: npt.ArrayLike, *, thoroughness: Literal["sample", "full"] = "full") -> None:
+        """Keep checksums of all experts as they are, for `verify_live`; `refresh` forgets them. Every rank calls it.
+
+        Args:
+            placement: int64 `[layers, slots]`, what the slots hold.
+            thoroughness: look at samples of each tensor, or at all bytes.
+
+        Raises:
+            InputError: the placement does not fit the weights.
+            IntegrityError: copies of an expert differ.
+            ControlPlaneError: a rank did not come, or the store is gone.
+        """
+        placed = self._placed(placement)
+        sums = slot_checksums(
+            self._weights,
+            self._control_for_a_look(),
+            sample=thoroughness == "sample",
+            stream=self._stream,
+            timeout_s=2 * self._timeout_s,
+        )
+        self._remembered = thoroughness, expected_checksums(placed, sums)
+
+    def verify_live(
+        self, placement: npt.ArrayLike | None = None, *, thoroughness: Literal["sample", "full"] = "full"
+    ) -> LiveCheck:
+        """Compare all slots with the placement, and copies of an expert with one another, by checksums.
+
+        Every rank calls it, at any time, also beside a job: each says what its own slots hold. It reads the weights
+        once and moves nothing.
+
+        Args:
+            placement: int64 `[layers, slots]`, what this rank takes the slots to hold; None for `self.placement`.
+            thoroughness: look at samples of each tensor, or at all bytes; what was remembered decides, if anything.
+
+        Raises:
+            InputError: there is no placement, or it does not fit the weights.
+            ControlPlaneError: a rank did not come, or the store is gone.
+            HandshakeError: another rank has other slots.
+        """
+        known = self.placement if placement is None else placement
+        if known is None:
+            raise InputError("no placement is known before the first rearrangement", remedy="give the placement")
+        mine = slice(self._rank * self._weights.num_slots, (self._rank + 1) * self._weights.num_slots)
+        remembered = None
+        if self._remembered is not None:
+            thoroughness, remembered = self._remembered
+        sums = own_checksums(self._weights, sample=thoroughness == "sample", stream=self._stream)
+        return compare_live(
+            self._control_for_a_look(), self._placed(known)[:, mine], sums, remembered, 2 * self._timeout_s
+        )
+
+    def _control_for_a_look(self) -> ControlPlane:
+        """Return a control plane of its own for one look at the slots, which a job's thread does not wait on."""
+        self._looks += 1
+        return self._control_beside_a_thread().scoped(f"look {self._looks}")
+
+    def _placed(self, placement: npt.ArrayLike) -> IntArray:
+        placed = np.ascontiguousarray(placement, dtype=np.int64)
+        expected = (len(self._weights.layers), self._world_size * self._weights.num_slots)
+        if placed.shape != expected:
+            raise InputError(f"the placement has shape {list(placed.shape)}, the weights need {list(expected)}")
+        return placed
 
     def _control_beside_a_thread(self) -> ControlPlane:
         """Return the control plane over a connection for this thread, while the job's thread has the other one."""

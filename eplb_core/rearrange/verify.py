@@ -37,6 +37,16 @@ def slot_checksums(
         ControlPlaneError: a rank did not come, or the store is gone.
         HandshakeError: another rank's answer has another size.
     """
+    mine = own_checksums(weights, sample=sample, stream=stream)
+    said = control.all_gather("the checksums of all experts", mine.tobytes(), timeout_s)
+    if {len(part) for part in said} != {mine.nbytes}:
+        raise HandshakeError("the ranks have checksums of different numbers of slots", table={})
+    parts = [np.frombuffer(part, dtype=np.int64).reshape(mine.shape) for part in said]
+    return np.concatenate(parts, axis=1)
+
+
+def own_checksums(weights: ExpertWeights, *, sample: bool, stream: torch.cuda.Stream | None) -> IntArray:
+    """Return one number for each slot of this rank, int64 `[layers, slots]`; arguments as in `slot_checksums`."""
     mine = np.zeros((len(weights.layers), weights.num_slots), dtype=np.uint64)
     with on_stream(weights.device, stream):
         for layer in range(len(weights.layers)):
@@ -46,11 +56,7 @@ def slot_checksums(
             sums = checksums(tensors, sample=sample).view(np.uint64).reshape(weights.num_slots, -1)
             factors = np.uint64(_ODD) * np.arange(1, 2 * sums.shape[1], 2, dtype=np.uint64)
             mine[layer] = (sums * factors).sum(axis=1, dtype=np.uint64)
-    said = control.all_gather("the checksums of all experts", mine.tobytes(), timeout_s)
-    if {len(part) for part in said} != {mine.nbytes}:
-        raise HandshakeError("the ranks have checksums of different numbers of slots", table={})
-    parts = [np.frombuffer(part, dtype=np.int64).reshape(mine.shape) for part in said]
-    return np.concatenate(parts, axis=1)
+    return mine.view(np.int64)
 
 
 def expected_checksums(placement: IntArray, sums: IntArray) -> dict[tuple[int, int], int]:

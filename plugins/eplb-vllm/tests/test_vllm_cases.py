@@ -42,6 +42,7 @@ def test_every_slot_is_right_in_the_cases_of_vllm_s_own_tests(answers: dict[str,
         ("sub-groups", 2 * 4),
         ("group grows", 4),
         ("group shrinks", 4),
+        ("error", 2),
     ],
 )
 def test_what_else_vllm_asks_for_is_right(answers: dict[str, str], backend: str, what: str, ranks: int) -> None:

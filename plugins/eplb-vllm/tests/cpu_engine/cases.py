@@ -94,6 +94,8 @@ def cases(rank: int, world: int, backends: list[str], store: dist.Store) -> Iter
                 yield name, functools.partial(moves, rank, whole, backend, shape, path)
         yield f"{backend}, no change, world {world}", functools.partial(changes_nothing, rank, whole, backend, False)
         yield f"{backend}, profile, world {world}", functools.partial(changes_nothing, rank, whole, backend, True)
+        if world == 2:
+            yield f"{backend}, error", functools.partial(names_the_expert, rank, whole, backend)
         if world == 4:
             halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]
             half = halves[rank % 2]
@@ -162,6 +164,25 @@ def scales(rank: int, group: Any, backend: str, mapping: dict[int, int]) -> str:
     engine.rearrange_expert_weights_inplace(old, new, weights, buffer, group, communicator, rank_mapping=mapping)
     communicator.close()
     return wrong(rank, slots, new if grows else torch.cat([new, absent], 1), weights)
+
+
+def names_the_expert(rank: int, group: Any, backend: str) -> str:
+    """Rank 0 sends an expert that rank 1 does not expect: the error says which, on which layer."""
+    weights = expert_weights(rank, 2, placement(1, 4, 4, 1))
+    buffer = [poisoned(tensor) for tensor in weights[0]]
+    communicator = make(rank, 2, group, f"{backend}{'&' if '?' in backend else '?'}timeout=5s", weights, buffer)
+    communicator.set_transfer_context(None, 0)
+    if rank == 0:
+        communicator.add_send([tensor[1] for tensor in weights[0]], 1, expert_id=3)
+    try:
+        communicator.execute()
+    except Exception as error:  # noqa: BLE001 - which one depends on the transport
+        said = "\n".join(getattr(error, "__notes__", []))
+        expected = "layer 0, queued on this rank: " + ("expert 3 to rank 1" if rank == 0 else "nothing")
+        return "" if said == expected else f"{type(error).__name__} with {said!r}"
+    finally:
+        communicator.close()
+    return "no error"
 
 
 def elastic(rank: int, world: int, store: dist.Store) -> str:
