@@ -14,16 +14,28 @@ _KEYS = ("loads", "logical_count")
 
 
 def read_loads(path: str | Path) -> NDArray[np.float64]:
-    """Return how much load each logical expert of each layer had.
+    """Return how much load each logical expert of each layer had, summed over the steps of `read_load_window`.
 
-    A file holds `[layers, experts]`, or `[steps, layers, experts]`, which is summed over the steps: what an engine's
+    Returns:
+        float64 `[layers, experts]`, tokens or any other unit; finite, not negative.
+
+    Raises:
+        InputError: as `read_load_window`.
+    """
+    return _summed(read_load_window(path), Path(path))
+
+
+def read_load_window(path: str | Path) -> NDArray[np.float64]:
+    """Return how much load each logical expert of each layer had in each step.
+
+    A file holds `[layers, experts]`, which is one step, or `[steps, layers, experts]`, which is what an engine's
     recorder writes. In files with names the array is called `loads`, or `logical_count` as SGLang calls it.
 
     Args:
         path: a `.json`, `.npy`, `.npz` or `.pt` file.
 
     Returns:
-        float64 `[layers, experts]`, tokens or any other unit; finite, not negative.
+        float64 `[steps, layers, experts]`, tokens or any other unit; finite, not negative.
 
     Raises:
         InputError: the file is missing or cannot be read, or the loads have a wrong shape, are empty, negative,
@@ -43,10 +55,16 @@ def read_loads(path: str | Path) -> NDArray[np.float64]:
     _check_all(loads, np.isnan(loads), "NaN", path)
     _check_all(loads, np.isinf(loads), "infinite", path)
     _check_all(loads, loads < 0, "negative", path)
-    if loads.ndim == 3:
-        with np.errstate(over="ignore"):
-            loads = loads.sum(axis=0)
-        _check_all(loads, np.isinf(loads), "infinite after summing the steps", path)
+    if loads.ndim == 2:
+        return loads[None]
+    _summed(loads, path)
+    return loads
+
+
+def _summed(window: NDArray[np.float64], path: Path) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        loads: NDArray[np.float64] = window.sum(axis=0)
+    _check_all(loads, np.isinf(loads), "infinite after summing the steps", path)
     return loads
 
 

@@ -9,22 +9,50 @@ It plans from the loads alone: it does not look at the old placement, so most sl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.errors import PlacementError
-from eplb_core.planning.placement import check_loads
+from eplb_core.policies.base import PlacementDecision, PlacementRequest
+
+HIERARCHICAL, GLOBAL = "hierarchical", "global"
+"""The two plans: groups of experts kept on nodes, or nodes and groups ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSeekOptions:
+    """Which of the two plans is made.
+
+    Attributes:
+        plan: `auto` keeps groups on nodes where the nodes can share them evenly, as published; the others insist.
+    """
+
+    plan: Literal["auto", "hierarchical", "global"] = field(
+        default="auto", metadata={"help": "keep groups on nodes where they can be shared evenly, always, or never"}
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class DeepSeekPolicy:
-    """The hierarchical policy where the groups can be shared evenly by the nodes, else the global one."""
+    """The hierarchical policy where the groups can be shared evenly by the nodes, else the global one.
+
+    Attributes:
+        values: its options.
+    """
 
     name: str = "deepseek"
     summary: str = "DeepSeek's EPLB: groups to nodes, replicate the busiest experts, spread copies over ranks"
+    options: type = DeepSeekOptions
+    values: DeepSeekOptions = DeepSeekOptions()
+
+    def with_options(self, options: DeepSeekOptions) -> DeepSeekPolicy:
+        """Return the policy with other options."""
+        return dataclasses.replace(self, values=options)
 
     def rebalance(
         self,
@@ -50,10 +78,26 @@ class DeepSeekPolicy:
 
         Raises:
             InputError: the loads are not numbers, negative, not finite, or not two-dimensional.
-            PlacementError: the counts do not divide one another, or there are fewer slots than experts.
+            PlacementError: the counts do not divide one another, there are fewer slots than experts, or the options
+                want a plan that cannot be made.
         """
-        weights = check_loads(loads)
-        num_logical = weights.shape[1]
+        return self.decide(
+            PlacementRequest(
+                loads=loads,
+                num_slots=num_slots,
+                num_ranks=num_ranks,
+                num_nodes=num_nodes,
+                num_groups=num_groups,
+                old=old,
+            )
+        ).placement
+
+    def decide(self, request: PlacementRequest) -> PlacementDecision:
+        """Do what `rebalance` does for the sum of a window of loads, and say which of the two plans it made."""
+        weights = request.window().sum(axis=0)
+        num_slots, num_ranks = request.num_slots, request.num_ranks
+        num_nodes, num_groups = request.num_nodes, request.num_groups
+        num_layers, num_logical = weights.shape
         _check_shared(num_slots, "slots", num_ranks, "ranks")
         _check_shared(num_ranks, "ranks", num_nodes, "nodes")
         _check_shared(num_logical, "logical experts", num_groups, "groups")
@@ -61,17 +105,37 @@ class DeepSeekPolicy:
             raise PlacementError(
                 f"{num_slots} slots cannot hold {num_logical} logical experts", remedy="use more slots, or more ranks"
             )
-        if num_groups % num_nodes:
+        plan, notes = self._plan(num_nodes, num_groups)
+        if plan == GLOBAL:
             num_groups = num_nodes = 1
         order = spread_groups_over_nodes(weights, num_groups, num_nodes)
-        by_node = np.take_along_axis(weights, order, axis=1).reshape(len(weights) * num_nodes, -1)
+        by_node = np.take_along_axis(weights, order, axis=1).reshape(num_layers * num_nodes, -1)
         expert, copies = replicate_experts(by_node, num_slots // num_nodes)
         per_copy = np.take_along_axis(by_node / copies, expert, axis=1)
         expert = np.take_along_axis(expert, spread_copies_over_ranks(per_copy, num_ranks // num_nodes), axis=1)
         # Experts are numbered within their node so far; `order` says which expert of the layer each one is.
-        expert = expert.reshape(len(weights), num_nodes, -1)
+        expert = expert.reshape(num_layers, num_nodes, -1)
         expert = expert + np.arange(num_nodes)[:, None] * (num_logical // num_nodes)
-        return np.take_along_axis(order, expert.reshape(len(weights), num_slots), axis=1)
+        placement = np.take_along_axis(order, expert.reshape(num_layers, num_slots), axis=1)
+        return PlacementDecision(
+            placement=placement, plans=(plan,) * num_layers, notes=notes, nodes_kept=plan == HIERARCHICAL
+        )
+
+    def _plan(self, num_nodes: int, num_groups: int) -> tuple[str, tuple[str, ...]]:
+        """Return which plan to make, and what there is to say about it."""
+        shared = num_groups % num_nodes == 0
+        if self.values.plan == HIERARCHICAL and not shared:
+            raise PlacementError(
+                f"{num_groups} groups cannot be kept on {num_nodes} nodes",
+                why="every node gets the same number of groups",
+                remedy="let the number of groups be a multiple of the number of nodes, or ask for the global plan",
+            )
+        if num_nodes == 1 or self.values.plan == GLOBAL:
+            return GLOBAL, ()
+        if not shared:
+            groups = "1 group" if num_groups == 1 else f"{num_groups} groups"
+            return GLOBAL, (f"{groups} cannot be shared evenly by {num_nodes} nodes, so the plan ignores nodes",)
+        return HIERARCHICAL, ()
 
 
 POLICY = DeepSeekPolicy()

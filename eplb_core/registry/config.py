@@ -113,8 +113,12 @@ class ResolvedOptions:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def parse_config(text: str) -> BackendConfig:
+def parse_config(text: str, *, kind: str = "backend") -> BackendConfig:
     """Parse a config string.
+
+    Args:
+        text: the string.
+        kind: what messages call the thing that it names.
 
     Raises:
         ConfigError: it is not well formed; `column` is that of the first wrong character.
@@ -123,7 +127,7 @@ def parse_config(text: str) -> BackendConfig:
         raise ConfigError(f"a config string is text, not {type(text).__name__}")
     head, question, tail = text.partition("?")
     written, at, place = head.partition("@")
-    name = read_name(written, text, 1, "the name of the backend")
+    name = read_name(written, text, 1, f"the name of the {kind}")
     distribution = read_distribution(place, text, len(written) + 2) if at else None
     options = _parse_options(tail, text, len(head) + 2) if question else []
     return BackendConfig(name, distribution, tuple(sorted(options, key=lambda option: option.key)), text)
@@ -143,14 +147,16 @@ def resolve_options(
     *,
     environment: Mapping[str, str] = os.environ,
     arguments: Mapping[str, object] | None = None,
+    kind: str = "backend",
 ) -> ResolvedOptions:
-    """Give every option of a backend its value.
+    """Give every option of a backend, or of something else that config strings name, its value.
 
     Args:
         config: the parsed config string.
         options_class: the backend's frozen options dataclass.
         environment: the environment variables. An empty variable counts as not set.
         arguments: key -> typed value, or its text; they win over everything else.
+        kind: what the string names, for messages and environment variables (`EPLB_BACKEND__...`).
 
     Raises:
         ConfigError: a key that the backend does not have, from wherever, or a value that does not suit.
@@ -160,20 +166,22 @@ def resolve_options(
     values: dict[str, object] = {}
     origins = dict.fromkeys(types, "default")
 
-    prefix = f"{BACKEND_VARIABLE}__{config.name.upper()}__"
+    prefix = f"EPLB_{kind.upper()}__{config.name.upper()}__"
     for variable in sorted(name for name in environment if name.startswith(prefix)):
         text = environment[variable]
         key = variable.removeprefix(prefix).lower()
         if not text:
             continue
         if key not in types:
-            raise _unknown_option(config, key, types, where=f"environment variable {variable}")
+            raise _unknown_option(config, key, types, kind, where=f"environment variable {variable}")
         values[key] = _convert(types[key], text, where=f"environment variable {variable}")
         origins[key] = f"environment {variable}"
 
     for option in config.options:
         if option.key not in types:
-            raise _unknown_option(config, option.key, types, text=config.text or None, column=option.column or None)
+            raise _unknown_option(
+                config, option.key, types, kind, text=config.text or None, column=option.column or None
+            )
         values[option.key] = _convert(
             types[option.key], option.value, text=config.text or None, column=option.value_column or None
         )
@@ -181,14 +189,14 @@ def resolve_options(
 
     for key, value in (arguments or {}).items():
         if key not in types:
-            raise _unknown_option(config, key, types, where="argument")
+            raise _unknown_option(config, key, types, kind, where="argument")
         values[key] = _convert(types[key], value, where="argument")
         origins[key] = "argument"
 
     missing = sorted(set(types) - set(values) - set(_defaults(options_class)))
     if missing:
         raise ConfigError(
-            f"backend {config.name!r} needs the option {missing[0]!r}",
+            f"{kind} {config.name!r} needs the option {missing[0]!r}",
             remedy=f"write {config.name}?{missing[0]}=..., {types[missing[0]].accepts()}",
         )
     try:
@@ -196,7 +204,7 @@ def resolve_options(
     except ValueError as error:
         # The class itself checks what concerns several options together.
         raise ConfigError(
-            f"the options of backend {config.name!r} do not go together", text=config.text or None, why=str(error)
+            f"the options of {kind} {config.name!r} do not go together", text=config.text or None, why=str(error)
         ) from error
 
 
@@ -287,10 +295,12 @@ def _convert(kind: OptionType, value: object, **place: Any) -> object:
         ) from None
 
 
-def _unknown_option(config: BackendConfig, key: str, types: Mapping[str, OptionType], **place: Any) -> ConfigError:
+def _unknown_option(
+    config: BackendConfig, key: str, types: Mapping[str, OptionType], kind: str, **place: Any
+) -> ConfigError:
     known = ", ".join(sorted(types)) or "none"
     return ConfigError(
-        f"backend {config.name!r} has no option {key!r}{did_you_mean(key, types)}",
+        f"{kind} {config.name!r} has no option {key!r}{did_you_mean(key, types)}",
         **place,
         remedy=f"its options are: {known}",
     )

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
 from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement
+from eplb_core.policies import slots_anew
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "published-loads.json"
 LOADS = np.array(json.loads(PUBLISHED.read_text())["loads"])
@@ -237,8 +239,68 @@ def test_ranks_that_do_not_end_in_time_are_a_failure_of_one_line(checkpoint: Pat
     assert_one_line(result, "did not end within 0.01 s")
 
 
+def test_from_a_placement_on_the_incremental_policy_is_the_default_and_the_report_says_what_ran(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    start, document = tmp_path / "start.json", tmp_path / "numbers.json"
+    request = RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=4, redundant=4)
+    write_placement(start, prepare(request).new, num_ranks=4)
+    later = write(tmp_path / "later.json", (LOADS * np.linspace(0.7, 1.3, 12)).tolist())
+    result = rebalance(
+        later, "--checkpoint", checkpoint, "--placement", start, "--backend", "torch_gloo", "--json", document
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(document.read_text())
+    assert found["policy"] == "incremental"
+    assert {layer["plan"] for layer in found["per_layer"]} <= {"incremental", "kept", "fresh relabelled"}
+    assert re.search(r"plan +" + re.escape(found["plan"]), result.stdout)
+    fresh = prepare(RebalanceRequest(loads=later, checkpoint=checkpoint, placement=start, policy="deepseek"))
+    assert found["experts_remote"] < fresh.plan().num_transfers
+
+
+def test_less_moves_if_ranks_are_relabelled_and_slots_kept(checkpoint: Path) -> None:
+    request = RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=4, nodes=2, groups=4, redundant=4)
+    kept, planned = prepare(request), prepare(replace(request, as_planned=True))
+    assert kept.plan().num_moves < planned.plan().num_moves
+    assert kept.plan().num_moves == slots_anew(kept.old, kept.new, 4).sum()  # nothing moves inside a rank
+    assert kept.plans == planned.plans == ("hierarchical", "hierarchical")
+
+
+def test_a_plan_that_ignores_nodes_says_so(checkpoint: Path) -> None:
+    job = prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=4, nodes=2, groups=3, redundant=4))
+    assert job.plans == ("global", "global")
+    assert job.notes == ("3 groups cannot be shared evenly by 2 nodes, so the plan ignores nodes",)
+
+
+def test_options_of_a_policy_are_given_as_a_config_string(checkpoint: Path) -> None:
+    job = prepare(
+        RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=4, redundant=4, policy="incremental?max_moves=1")
+    )
+    assert job.policy == "incremental?max_moves=1"
+    assert np.bincount(job.plan().transfer_dst_rank, minlength=4).max() <= 1
+
+
+def test_loads_that_are_all_zero_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    loads = write(tmp_path / "zero.json", [[0] * 12] * 2)
+    assert_one_line(rebalance(loads, "--checkpoint", checkpoint), "all loads are zero")
+
+
+def test_a_placement_that_is_not_better_is_announced(checkpoint: Path, tmp_path: Path) -> None:
+    equal = write(tmp_path / "equal.json", [[5] * 12] * 2)
+    job = prepare(RebalanceRequest(loads=equal, checkpoint=checkpoint, ranks=4, policy="deepseek", as_planned=True))
+    assert "not better balanced" in job.notes[0]
+    assert "nothing moves" in prepare(replace(request_of(job, equal, checkpoint), policy="incremental")).notes[0]
+
+
+def request_of(job: Any, loads: Path, checkpoint: Path) -> RebalanceRequest:
+    return RebalanceRequest(loads=loads, checkpoint=checkpoint, ranks=job.num_ranks)
+
+
 def test_the_published_loads_give_the_published_placement(checkpoint: Path) -> None:
-    job = prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, ranks=8, nodes=2, redundant=4, groups=4))
+    request = RebalanceRequest(
+        loads=PUBLISHED, checkpoint=checkpoint, ranks=8, nodes=2, redundant=4, groups=4, as_planned=True
+    )
+    job = prepare(request)
     assert job.new.tolist() == [
         [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
@@ -251,7 +313,7 @@ def test_rows_of_dense_layers_without_load_are_left_out(tmp_path: Path) -> None:
     job = prepare(RebalanceRequest(loads=loads, checkpoint=make(tmp_path, "deepseek"), ranks=2))
     assert job.loads.tolist() == LOADS.tolist()
     assert job.layer_names == (1, 2)
-    assert "dense" in job.note
+    assert "dense" in job.notes[0]
 
 
 def test_rows_of_dense_layers_with_load_are_refused(tmp_path: Path) -> None:

@@ -32,7 +32,16 @@ _DEFAULT_RANKS = 4
 @click.option("--nodes", type=int, help="Nodes that the ranks are spread over.  [default: 1, or those of torchrun]")
 @click.option("--redundant", type=int, help="Slots of a layer beyond one for each expert.  [default: 0]")
 @click.option("--groups", type=int, help="Expert groups to keep on one node.  [default: the checkpoint's, or 1]")
-@click.option("--policy", default="deepseek", show_default=True, help="What decides on the new placement.")
+@click.option(
+    "--policy",
+    help="What decides on the new placement: a config string, such as 'incremental?within=0.01'.  "
+    "[default: incremental with --placement, or deepseek]",
+)
+@click.option(
+    "--as-planned",
+    is_flag=True,
+    help="Take the policy's placement as it is. Otherwise ranks are relabelled, and slots kept, so that less moves.",
+)
 @click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
 @click.option("--backend", help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]")
@@ -162,9 +171,9 @@ def _conclude(
         source = f"checkpoint {request.checkpoint.resolve().name}"
     else:
         source = f"{request.model}" + (f" at {request.scale}" if request.scale != "1" else "") + ", random weights"
-    report = make_report(job, results, policy=request.policy, source=source)
-    if job.note:
-        console.print(f"note: {job.note}", markup=False)
+    report = make_report(job, results, source=source)
+    for note in job.notes:
+        console.print(f"note: {note}", markup=False)
     print_report(report, console)
     if output.json_path is not None:
         write_json(report.document(), output.json_path)

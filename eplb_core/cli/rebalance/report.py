@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from eplb_core.cli.rebalance.rank import RankResult
 from eplb_core.cli.rebalance.request import RebalanceTask
-from eplb_core.planning.placement import imbalance, load_per_rank
+from eplb_core.planning.placement import EMPTY, imbalance, load_per_rank
+from eplb_core.policies.base import plans_in_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,10 @@ class RebalanceReport:
 
     Attributes:
         backend: the canonical config string of what moved the bytes.
-        policy: the name of the policy.
+        policy: the canonical config string of the policy.
+        plan: which plan it made, in words.
+        plans: for each layer, which plan it made.
+        notes: what there is to know about the loads and the plan.
         source: where the weights came from, in words.
         ranks: how many ranks.
         nodes: how many nodes they are spread over.
@@ -69,11 +73,15 @@ class RebalanceReport:
         load_before: float64 `[layers, ranks]`, load of each rank divided by the layer's mean, before; layers
             without any load are left out.
         load_after: the same, after.
+        second_copies: slots of the new placement with an expert that their rank has in another slot too.
         traffic: int64 `[ranks, ranks]`, bytes from each rank (row) to each other (column).
     """
 
     backend: str
     policy: str
+    plan: str
+    plans: tuple[str, ...]
+    notes: tuple[str, ...]
     source: str
     ranks: int
     nodes: int
@@ -91,6 +99,7 @@ class RebalanceReport:
     checked_bytes: int
     wrong_slots: int
     problems: tuple[str, ...]
+    second_copies: int
     load_before: NDArray[np.float64] = field(repr=False)
     load_after: NDArray[np.float64] = field(repr=False)
     traffic: NDArray[np.int64] = field(repr=False)
@@ -119,6 +128,8 @@ class RebalanceReport:
         return {
             "backend": self.backend,
             "policy": self.policy,
+            "plan": self.plan,
+            "notes": list(self.notes),
             "source": self.source,
             "ranks": self.ranks,
             "nodes": self.nodes,
@@ -146,20 +157,21 @@ class RebalanceReport:
             "wrong_slots": self.wrong_slots,
             "problems": list(self.problems),
             "per_layer": [
-                {name: getattr(layer, name) for name in LayerReport.__dataclass_fields__} for layer in self.layers
+                {"plan": plan, **{name: getattr(layer, name) for name in LayerReport.__dataclass_fields__}}
+                for plan, layer in zip(self.plans, self.layers, strict=True)
             ],
+            "second_copies_on_a_rank": self.second_copies,
             "relative_load_of_ranks": {"before": self.load_before.tolist(), "after": self.load_after.tolist()},
             "traffic_bytes": self.traffic.tolist(),
         }
 
 
-def make_report(job: RebalanceTask, results: Sequence[RankResult], *, policy: str, source: str) -> RebalanceReport:
+def make_report(job: RebalanceTask, results: Sequence[RankResult], *, source: str) -> RebalanceReport:
     """Put together what the ranks found.
 
     Args:
         job: what they did.
         results: one a rank.
-        policy: the name of the policy.
         source: where the weights came from, in words.
     """
     plan = job.plan()
@@ -179,7 +191,10 @@ def make_report(job: RebalanceTask, results: Sequence[RankResult], *, policy: st
         problems.append(f"{checked_slots} slots were compared instead of {expected_slots}")
     return RebalanceReport(
         backend=results[0].backend,
-        policy=policy,
+        policy=job.policy,
+        plan=plans_in_words(job.plans),
+        plans=job.plans,
+        notes=job.notes,
         source=source,
         ranks=job.num_ranks,
         nodes=job.num_nodes,
@@ -208,6 +223,7 @@ def make_report(job: RebalanceTask, results: Sequence[RankResult], *, policy: st
         checked_bytes=sum(result.checked_bytes for result in results),
         wrong_slots=sum(result.wrong_slots for result in results),
         problems=tuple(problems),
+        second_copies=_second_copies(job.new, job.num_ranks),
         load_before=_relative_load(job.old, job),
         load_after=_relative_load(job.new, job),
         traffic=traffic,
@@ -248,6 +264,9 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim")
     facts.add_column()
+    facts.add_row("plan", report.plan)
+    if report.second_copies:
+        facts.add_row("of no use", f"{_count(report.second_copies, 'slot')}: a second copy on the same rank")
     facts.add_row("time", f"{report.seconds:.3f} s")
     facts.add_row("rate", f"{report.gb_per_s:.2f} GB/s between ranks, all together" if remote else "nothing crossed")
     if report.pace_bytes_per_s is not None:
@@ -275,6 +294,12 @@ def format_bytes(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return f"{number} B"
+
+
+def _second_copies(placement: NDArray[np.int64], num_ranks: int) -> int:
+    """Return how many slots hold an expert that an earlier slot of their rank holds already."""
+    by_rank = np.sort(placement.reshape(len(placement) * num_ranks, -1), axis=1)
+    return int(np.count_nonzero((by_rank[:, 1:] == by_rank[:, :-1]) & (by_rank[:, 1:] != EMPTY)))
 
 
 def _count(number: int, noun: str) -> str:

@@ -17,19 +17,22 @@ from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.experts import ExpertSource
-from eplb_core.inputs.loads import read_loads
+from eplb_core.inputs.loads import read_load_window
 from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scaled
 from eplb_core.inputs.placements import read_placement
 from eplb_core.inputs.slots import check_same_experts
-from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, load_per_rank
+from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
+from eplb_core.policies.base import PlacementRequest, decide
+from eplb_core.policies.movement import minimize_movement
 from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness
 from eplb_core.registry.config import AUTO, backend_from_environment, parse_config, resolve_options
-from eplb_core.registry.policies import load_policy
+from eplb_core.registry.policies import select_policy
 from eplb_core.registry.registry import default_registry, load_options_class
 from eplb_core.scheduling.schedule import schedule_steps
 
+_GAINS_NOTHING = 1e-9
 _LAYERS = re.compile(r"(?:(?P<start>\d+):)?(?P<stop>\d+)")
 
 
@@ -48,7 +51,9 @@ class RebalanceRequest:
         nodes: how many nodes they are spread over.
         redundant: slots beyond one for each expert; None for those of `placement`, or 0.
         groups: expert groups that the policy keeps on one node; None for what the checkpoint states, or 1.
-        policy: the name of the policy.
+        policy: a config string of the policy; None for `incremental` if there is a placement to start from, else
+            `deepseek`.
+        as_planned: whether the policy's placement is taken as it is, without ranks relabelled and slots kept.
         layers: `COUNT` or `START:STOP`, or None for all.
         seed: of the random weights.
         backend: a config string, or None for what the environment says, or `auto`.
@@ -69,7 +74,8 @@ class RebalanceRequest:
     nodes: int = 1
     redundant: int | None = None
     groups: int | None = None
-    policy: str = "deepseek"
+    policy: str | None = None
+    as_planned: bool = False
     layers: str | None = None
     seed: int = 0
     backend: str | None = None
@@ -100,7 +106,9 @@ class RebalanceTask:
         timeout_s: the longest that all of it may take, in seconds.
         bytes_per_s: the most that a background job brings to a rank; None to run at once.
         verify: how thoroughly checksums are compared before and after.
-        note: what was done to the loads that the user may want to know, or "".
+        policy: the canonical config string of the policy.
+        plans: for each row, which plan the policy made.
+        notes: what the user may want to know about the loads and the plan.
         device: where the weights lie, `cpu` or `cuda`.
     """
 
@@ -119,7 +127,9 @@ class RebalanceTask:
     timeout_s: float
     bytes_per_s: float | None = None
     verify: Thoroughness = "off"
-    note: str = ""
+    policy: str = ""
+    plans: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     device: str = "cpu"
 
     @property
@@ -168,11 +178,19 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
     """
     _check_counts(request)
     _check_device(request.device)
-    loads = read_loads(request.loads)
-    weights, source, loads, note = _open_weights(request, loads)
-    num_layers, num_experts = loads.shape
+    window = read_load_window(request.loads)
+    weights, source, window, note = _open_weights(request, window)
+    _, num_layers, num_experts = window.shape
     layers = _parse_layers(request.layers, num_layers)
-    loads = loads[list(layers)]
+    window = window[:, list(layers)]
+    loads = window.sum(axis=0)
+    if not loads.any():
+        raise InputError(
+            "all loads are zero",
+            where=str(request.loads),
+            why="nothing was recorded, so no placement is better than another",
+            remedy="record loads while the model serves",
+        )
 
     truth = weights
     if request.verify_against is not None:
@@ -184,10 +202,23 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
     groups = request.groups
     if groups is None:
         groups = source.num_groups if isinstance(source, Checkpoint) else 1
-    new = load_policy(request.policy).rebalance(
-        loads, num_slots=old.shape[1], num_ranks=request.ranks, num_nodes=request.nodes, num_groups=groups, old=old
+    expert_bytes = tuple(sum(spec.nbytes for spec in source.tensor_specs(layer)) for layer in layers)
+    selected = select_policy(_policy_text(request))
+    decision = decide(
+        selected.policy,
+        PlacementRequest(
+            loads=window,
+            num_slots=old.shape[1],
+            num_ranks=request.ranks,
+            num_nodes=request.nodes,
+            num_groups=groups,
+            old=old,
+            expert_bytes=np.array(expert_bytes),
+        ),
     )
-    old, new = check_pair(old, new, request.ranks)
+    old, new = check_pair(old, decision.placement, request.ranks)
+    if not request.as_planned:
+        new = minimize_movement(old, new, request.ranks, num_nodes=request.nodes if decision.nodes_kept else 1)
     ranks_per_node = request.ranks // request.nodes
     job = RebalanceTask(
         weights=weights,
@@ -199,13 +230,15 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         new=new,
         num_ranks=request.ranks,
         node_of_rank=tuple(rank // ranks_per_node for rank in range(request.ranks)),
-        expert_bytes=tuple(sum(spec.nbytes for spec in source.tensor_specs(layer)) for layer in layers),
+        expert_bytes=expert_bytes,
         backend=_check_backend(request.backend, request.device, background=request.pace is not None),
         window_bytes=_parse_window(request.window),
         timeout_s=request.timeout_s,
         bytes_per_s=None if request.pace is None else parse_pace(request.pace),
         verify=_parse_verify(request.verify),
-        note=note,
+        policy=selected.text,
+        plans=decision.plans,
+        notes=(*([note] if note else []), *decision.notes, *_doubts(old, new, loads, request.ranks)),
         device=request.device,
     )
     if job.window_bytes is not None:
@@ -222,6 +255,21 @@ def _check_device(device: str) -> None:
 
     if not torch.cuda.is_available():
         raise InputError("torch sees no CUDA device", remedy="omit --device, or give --device cpu")
+
+
+def _policy_text(request: RebalanceRequest) -> str:
+    if request.policy is not None:
+        return request.policy
+    return "deepseek" if request.placement is None else "incremental"
+
+
+def _doubts(old: NDArray[np.int64], new: NDArray[np.int64], loads: NDArray[np.float64], num_ranks: int) -> list[str]:
+    """Say if moving gains nothing."""
+    if np.array_equal(old, new):
+        return ["the placement stays as it is: nothing moves"]
+    if imbalance(new, loads, num_ranks).mean() >= imbalance(old, loads, num_ranks).mean() - _GAINS_NOTHING:
+        return ["the new placement is not better balanced than the old one, so moving gains nothing"]
+    return []
 
 
 def _check_backend(backend: str | None, device: str, *, background: bool) -> str:
@@ -287,20 +335,22 @@ def _check_counts(request: RebalanceRequest) -> None:
 
 
 def _open_weights(
-    request: RebalanceRequest, loads: NDArray[np.float64]
+    request: RebalanceRequest, window: NDArray[np.float64]
 ) -> tuple[Path | RandomExperts, ExpertSource, NDArray[np.float64], str]:
     """Return the weights, in both forms, and the loads of their layers, with a note if some loads were left out."""
+    loads = window.sum(axis=0)
     if request.model is not None:
         model, scale = find_model(request.model), parse_scale(request.scale)
         experts = RandomExperts(
             scaled(model.tensors, scale), num_layers=loads.shape[0], num_experts=loads.shape[1], seed=request.seed
         )
-        return experts, experts, loads, ""
+        return experts, experts, window, ""
     if parse_scale(request.scale) != Fraction(1):
         raise InputError("--scale goes with --model", why="a checkpoint's tensors are what they are")
     assert request.checkpoint is not None  # exactly one of the two was given
     checkpoint = Checkpoint.open(request.checkpoint)
-    loads, note = _without_dense_layers(loads, checkpoint)
+    window, note = _without_dense_layers(window, checkpoint)
+    loads = window[0]
     for what, ours, theirs in (
         ("MoE layers", checkpoint.num_layers, loads.shape[0]),
         ("experts", checkpoint.num_experts, loads.shape[1]),
@@ -311,17 +361,20 @@ def _open_weights(
                 where=f"{request.loads}, {request.checkpoint}",
                 remedy="give the loads that were recorded with this model",
             )
-    return request.checkpoint, checkpoint, loads, note
+    return request.checkpoint, checkpoint, window, note
 
 
-def _without_dense_layers(loads: NDArray[np.float64], checkpoint: Checkpoint) -> tuple[NDArray[np.float64], str]:
+def _without_dense_layers(window: NDArray[np.float64], checkpoint: Checkpoint) -> tuple[NDArray[np.float64], str]:
     """Leave out dense layers: SGLang's recorder has a row for every layer, and those of dense ones are zero."""
-    if loads.shape[0] == checkpoint.num_layers or loads.shape[0] != checkpoint.num_hidden_layers:
-        return loads, ""
-    dense = sorted(set(range(loads.shape[0])) - set(checkpoint.layer_ids))
-    if loads[dense].any():
-        return loads, ""
-    return loads[list(checkpoint.layer_ids)], f"{len(dense)} rows of the loads belong to dense layers and were left out"
+    rows = window.shape[1]
+    if rows == checkpoint.num_layers or rows != checkpoint.num_hidden_layers:
+        return window, ""
+    dense = sorted(set(range(rows)) - set(checkpoint.layer_ids))
+    if window[:, dense].any():
+        return window, ""
+    return window[
+        :, list(checkpoint.layer_ids)
+    ], f"{len(dense)} rows of the loads belong to dense layers and were left out"
 
 
 def _parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
