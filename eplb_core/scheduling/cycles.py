@@ -15,16 +15,17 @@ from eplb_core.scheduling.layer_state import LayerState
 
 
 def turn_cycles(state: LayerState) -> bool:
-    """Move along cycles of slots that wait for one another; return whether there were any."""
+    """Move along cycles of slots that wait for one another; return whether any was, in whole or in part."""
     moved = state.moved_experts()
     # Where nothing has moved since, there is no cycle that was not found before. Mostly there is none at all.
     if moved is not None and not _find_cycles(state, chain.from_iterable(map(state.holders.__getitem__, moved))):
         state.moved = []
         return False
     cycles = _find_cycles(state, state.pending)
+    first = len(state.parts.moves)
     turned = [_turn_cycle(state, cycle) for cycle in cycles]
     state.moved = [] if all(turned) else None
-    return bool(cycles)
+    return len(state.parts.moves) > first
 
 
 def _find_cycles(state: LayerState, starts: Iterable[int]) -> list[list[int]]:
@@ -72,21 +73,40 @@ def _turn_cycle(state: LayerState, cycle: list[int]) -> bool:
         Whether the whole cycle was turned.
     """
     visits = _visits(state, cycle)
-    if _turn(state, [slot for visit in visits for slot in visit]):
+    rank_of = state.rank_of
+    has_room = [_is_open(state, rank) for rank in range(state.num_ranks)]
+    if all(has_room[rank_of[visit[0]]] for visit in visits) and _turn(state, [s for visit in visits for s in visit]):
         return True
     if len(visits) == 1:
         return False
     path: list[list[int]] = []
     for visit in visits:
-        rank = state.rank_of[visit[0]]
-        earlier = next((i for i, other in enumerate(path) if state.rank_of[other[0]] == rank), None)
+        rank = rank_of[visit[0]]
+        if not has_room[rank]:
+            path = []  # no piece can pass through it
+            continue
+        earlier = next((i for i, other in enumerate(path) if rank_of[other[0]] == rank), None)
         if earlier is None:
             path.append(visit)
             continue
         piece = [path[earlier][-1], *(slot for between in path[earlier + 1 :] for slot in between)]
         # A visit whose end was turned cannot be passed through in this part, but another piece can start at it.
-        path = [visit] if _turn(state, piece) else [*path[earlier + 1 :], visit]
+        if _turn(state, piece):
+            path = [visit]
+            has_room = [_is_open(state, rank) for rank in range(state.num_ranks)]
+        else:
+            path = [*path[earlier + 1 :], visit]
     return False
+
+
+def _is_open(state: LayerState, rank: int) -> bool:
+    """Whether a rank may send, receive and stage one more expert."""
+    use, budget, size = state.use, state.budget, state.size
+    return (
+        use.window[rank] + size <= budget.window
+        and use.receives[rank] + size <= budget.receives
+        and use.sends[rank] + size <= budget.sends
+    )
 
 
 def _visits(state: LayerState, cycle: list[int]) -> list[list[int]]:

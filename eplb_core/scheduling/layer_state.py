@@ -28,6 +28,8 @@ class LayerState:
         left: rank -> the bytes that its slots still get.
         moved: the experts that a slot still gets, of those that have moved since cycles were looked for; None if cycles
             may be anywhere.
+        waits_for_cycles: whether the last part had nothing of this layer, and not for want of budget: then only turning
+            a cycle changes that.
         parts: what was made so far.
     """
 
@@ -45,6 +47,7 @@ class LayerState:
         self.parts = LayerMoves()
         self.num_transfers = 0
         self.moved: list[int] | None = None
+        self.waits_for_cycles = False
 
         holders: dict[int, list[int]] = {EMPTY: []}
         for slot, expert in enumerate(held):
@@ -69,6 +72,7 @@ class LayerState:
         """Begin a part within what `budget` leaves of `use`, which other layers may share."""
         self.budget, self.use = budget, use
         self.staged_limit = budget.window
+        self.waits_for_cycles = self.lacks_budget = False
         self.first_move, self.first_vacated = len(self.parts.moves), len(self.parts.vacated)
         self.copied_from: dict[int, int] = {}  # slot -> the slot of the same rank that it is copied from
         self.brought: dict[int, int] = {}  # expert * num_ranks + rank that gets it -> transfer, -1 if it is copied
@@ -107,6 +111,7 @@ class LayerState:
         moves = self.parts.moves[self.first_move :]
         vacated = self.parts.vacated[self.first_vacated :]
         if not moves and not vacated:
+            self.waits_for_cycles = not self.lacks_budget
             return False
         for slot, expert in zip(moves[::MOVE_COLUMNS], moves[1::MOVE_COLUMNS], strict=True):
             before = held[slot]
@@ -194,11 +199,13 @@ class LayerState:
                 copies = holders[expert]
                 source = copies[0] if len(copies) == 1 else self._best_source(slot, expert)
                 if source < 0:
+                    self.lacks_budget = True
                     continue
                 sender = rank_of[source]
                 if sender == rank:
                     if source in copied_from and self._closes_ring(slot, source):
                         if window[rank] > most_saved:
+                            self.lacks_budget = True
                             continue
                         window[rank] += size
                     else:
@@ -212,6 +219,8 @@ class LayerState:
                         or sends[sender] > most_sent
                         or (relay and self._awaits_relay(slot, expert))
                     ):
+                        # A limit below one expert is there to stay; any other may leave room in the next part.
+                        self.lacks_budget = self.lacks_budget or lands == 1 or most_staged >= 0
                         continue
                     if not lands:
                         window[rank] += size

@@ -22,6 +22,9 @@ from eplb_core.scheduling.cycles import turn_cycles
 from eplb_core.scheduling.layer import Budget, LayerMoves, LayerTask, Use
 from eplb_core.scheduling.layer_state import LayerState
 
+_FRUITLESS = 4
+"""In so many layers on end cycles are looked for in vain, since there is little room left, before a step is closed."""
+
 _FEW = 3
 """So many times `cheap_bytes` are staged in one last step rather than moved in place in several."""
 
@@ -59,26 +62,55 @@ def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -
     """
     states = [LayerState(task, in_place=True) for task in tasks]
     unfinished = [state for state in states if state.pending]
-    step = 0
+    least = min((state.size for state in unfinished), default=0)
+    step, was_last = 0, False
     while unfinished:
         use = Use(tasks[0].places.num_ranks)
-        for state in unfinished:
+        # A layer in which nothing happened waits for its cycles: there is nothing else to look for in it.
+        awake = [state for state in unfinished if not state.waits_for_cycles]
+        for state in awake:
             state.begin_part(budget, use)
             state.fill_empty()
-        for state in unfinished:
-            turn_cycles(state)
+        _turn_cycles(unfinished, budget, use, least)
         # What is left is few: better all of it now than a step for each end of a chain.
-        limit = budget.window if _most_left(unfinished) <= _FEW * cheap_bytes else min(budget.window, cheap_bytes)
-        for state in unfinished:
+        is_last = _most_left(unfinished) <= _FEW * cheap_bytes
+        limit = budget.window if is_last else min(budget.window, cheap_bytes)
+        if is_last and not was_last:
+            for state in unfinished:
+                if state.waits_for_cycles:
+                    state.begin_part(budget, use)
+        awake = [state for state in unfinished if not state.waits_for_cycles]
+        for state in awake:
             state.overwrite(limit)
-        for state in unfinished:
+        for state in awake:
             state.vacate()
-        moved = [state.end_part(step) for state in unfinished]
+        moved = [state.end_part(step) for state in awake]
         if not any(moved):
             raise _halted(budget)
         unfinished = [state for state in unfinished if state.pending]
-        step += 1
+        step, was_last = step + 1, is_last
     return [state.parts for state in states]
+
+
+def _turn_cycles(states: Sequence[LayerState], budget: Budget, use: Use, least: int) -> None:
+    """Turn cycles in as many of the layers as there is room for, in turn."""
+    fruitless = 0
+    for state in states:
+        if state.moved == [] and state.waits_for_cycles:
+            continue
+        # A cycle between ranks needs room on two of them.
+        able = sum(used + least <= budget.window for used in use.window)
+        if fruitless == _FRUITLESS or able < min(2, len(use.window)):
+            return
+        if state.waits_for_cycles:
+            state.begin_part(budget, use)
+            if not turn_cycles(state):
+                state.waits_for_cycles = True
+                fruitless += 1
+        elif turn_cycles(state):
+            fruitless = 0
+        elif state.moved is None:
+            fruitless += 1
 
 
 def _most_left(states: Sequence[LayerState]) -> int:
