@@ -74,15 +74,15 @@ def _turn_cycle(state: LayerState, cycle: list[int]) -> bool:
     """
     visits = _visits(state, cycle)
     rank_of = state.rank_of
-    has_room = [_is_open(state, rank) for rank in range(state.num_ranks)]
-    if all(has_room[rank_of[visit[0]]] for visit in visits) and _turn(state, [s for visit in visits for s in visit]):
+    all_open = all(_is_open(state, rank_of[visit[0]]) for visit in visits)
+    if all_open and _turn(state, [slot for visit in visits for slot in visit]):
         return True
     if len(visits) == 1:
         return False
     path: list[list[int]] = []
     for visit in visits:
         rank = rank_of[visit[0]]
-        if not has_room[rank]:
+        if not _is_open(state, rank):
             path = []  # no piece can pass through it
             continue
         earlier = next((i for i, other in enumerate(path) if rank_of[other[0]] == rank), None)
@@ -91,11 +91,7 @@ def _turn_cycle(state: LayerState, cycle: list[int]) -> bool:
             continue
         piece = [path[earlier][-1], *(slot for between in path[earlier + 1 :] for slot in between)]
         # A visit whose end was turned cannot be passed through in this part, but another piece can start at it.
-        if _turn(state, piece):
-            path = [visit]
-            has_room = [_is_open(state, rank) for rank in range(state.num_ranks)]
-        else:
-            path = [*path[earlier + 1 :], visit]
+        path = [visit] if _turn(state, piece) else [*path[earlier + 1 :], visit]
     return False
 
 

@@ -66,7 +66,15 @@ class LayerState:
         for slot in self.pending:
             self.targets[new[slot]].append(slot)
         per_rank = len(held) // self.num_ranks
+        self._copies_on_ranks = self._any_on_its_rank(per_rank)
         self.left = [size * sum(waits[first : first + per_rank]) for first in range(0, len(held), per_rank)]
+
+    def _any_on_its_rank(self, per_rank: int) -> bool:
+        """Whether a slot gets an expert that its rank has in another slot, or that another slot of it gets too."""
+        wanted = [(slot // per_rank, self.new[slot]) for slot in self.pending]
+        here = set(wanted)
+        held = {(slot // per_rank, expert) for slot, expert in enumerate(self.held)}
+        return len(here) < len(wanted) or not here.isdisjoint(held)
 
     def begin_part(self, budget: Budget, use: Use) -> None:
         """Begin a part within what `budget` leaves of `use`, which other layers may share."""
@@ -90,6 +98,8 @@ class LayerState:
         """
         if staged_limit is not None:
             self.staged_limit = staged_limit
+        if self.staged_limit < self.size and not self._copies_on_ranks:
+            return  # nothing may land in the window, and nothing is on its rank already
         self._overwrite(self.pending.copy(), follow=True)
 
     def vacate(self) -> None:
@@ -308,3 +318,4 @@ class LayerState:
             self.left[self.rank_of[slot]] -= self.size
         else:
             self.passing.append(slot)
+            self._copies_on_ranks = True  # the rank needs it in another slot

@@ -94,21 +94,21 @@ def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -
 
 def _turn_cycles(states: Sequence[LayerState], budget: Budget, use: Use, least: int) -> None:
     """Turn cycles in as many of the layers as there is room for, in turn."""
-    fruitless = 0
+    fruitless, able = 0, len(use.window)
     for state in states:
         if state.moved == [] and state.waits_for_cycles:
             continue
         # A cycle between ranks needs room on two of them.
-        able = sum(used + least <= budget.window for used in use.window)
         if fruitless == _FRUITLESS or able < min(2, len(use.window)):
             return
         if state.waits_for_cycles:
             state.begin_part(budget, use)
-            if not turn_cycles(state):
-                state.waits_for_cycles = True
-                fruitless += 1
-        elif turn_cycles(state):
-            fruitless = 0
+            turned = turn_cycles(state)
+            state.waits_for_cycles = not turned
+        else:
+            turned = turn_cycles(state)
+        if turned:
+            fruitless, able = 0, sum(used + least <= budget.window for used in use.window)
         elif state.moved is None:
             fruitless += 1
 
