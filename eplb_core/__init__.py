@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from eplb_core.errors import TransferError as TransferError
     from eplb_core.factory.create import create_eplb_communicator as create_eplb_communicator
     from eplb_core.planning.plan import plan_rearrangement as plan_rearrangement
+    from eplb_core.policies.movement import minimize_movement as minimize_movement
+    from eplb_core.policies.worth import should_rebalance as should_rebalance
     from eplb_core.rearrange.job import RearrangeJob as RearrangeJob
     from eplb_core.rearrange.rearranger import Rearranger as Rearranger
     from eplb_core.rearrange.result import RearrangeResult as RearrangeResult
@@ -67,7 +69,9 @@ _HOME = {
     "as_bytes": "transport.coalesce",
     "check_match": "transport.match",
     "create_eplb_communicator": "factory.create",
+    "minimize_movement": "policies.movement",
     "plan_rearrangement": "planning.plan",
+    "should_rebalance": "policies.worth",
 }
 
 __all__ = ["__version__", *_HOME]

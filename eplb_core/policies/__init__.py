@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from eplb_core.policies.base import decide as decide
     from eplb_core.policies.movement import minimize_movement as minimize_movement
     from eplb_core.policies.movement import slots_anew as slots_anew
+    from eplb_core.policies.worth import CostModel as CostModel
+    from eplb_core.policies.worth import WorthDecision as WorthDecision
+    from eplb_core.policies.worth import should_rebalance as should_rebalance
 
 _HOME = {
     "BalancePolicy": "base",
+    "CostModel": "worth",
     "PlacementDecision": "base",
     "PlacementRequest": "base",
+    "WorthDecision": "worth",
     "decide": "base",
     "minimize_movement": "movement",
+    "should_rebalance": "worth",
     "slots_anew": "movement",
 }
 

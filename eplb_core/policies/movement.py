@@ -86,6 +86,19 @@ def slots_anew(old: IntArray, new: IntArray, num_ranks: int) -> IntArray:
     return anew
 
 
+def crossing_slots(old: IntArray, new: IntArray, num_ranks: int) -> IntArray:
+    """Return how many experts each rank receives from others, int64 `[num_layers, num_ranks]`.
+
+    An expert that a rank needs in several slots crosses once, and one that it holds already does not.
+    """
+    num_logical = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
+    crossing = np.zeros((len(old), num_ranks), dtype=np.int64)
+    for layer, (before, after) in enumerate(zip(old, new, strict=True)):
+        had, has = (copies_on_ranks(row, num_ranks, num_logical) for row in (before, after))
+        crossing[layer] = ((has > 0) & (had == 0)).sum(axis=1)
+    return crossing
+
+
 def _kept(old: IntArray, new: IntArray, num_ranks: int) -> IntArray:
     """Return how many slots are kept if a rank (row) gets what another one (column) holds in `new`."""
     num_logical = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))

@@ -280,6 +280,31 @@ def test_options_of_a_policy_are_given_as_a_config_string(checkpoint: Path) -> N
     assert np.bincount(job.plan().transfer_dst_rank, minlength=4).max() <= 1
 
 
+def test_what_is_not_worth_it_moves_nothing_and_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    document, out = tmp_path / "numbers.json", tmp_path / "new.json"
+    arguments = (PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2, "--redundant", 4, "--backend", "torch_gloo")
+    few = rebalance(*arguments, "--if-worth-it", "--cost", "steps=1", "--json", document, "--out", out)
+    assert few.exit_code == 0, few.output
+    assert "nothing was moved: not worth it" in few.stdout
+    found = json.loads(document.read_text())
+    assert (found["moved"], found["worth"]["worth_it"], out.exists()) == (False, False, False)
+    many = rebalance(*arguments, "--if-worth-it", "--cost", "steps=100000&step=1s", "--out", out)
+    assert many.exit_code == 0, many.output
+    assert out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--cost", "steps=1"), "--cost needs --if-worth-it"),
+        (("--if-worth-it", "--cost", "stepps=1"), "has no option 'stepps', did you mean 'steps'"),
+        (("--if-worth-it", "--cost", "rate=20"), "the unit is missing"),
+    ],
+)
+def test_a_wrong_cost_is_refused(checkpoint: Path, options: tuple[str, ...], message: str) -> None:
+    assert_one_line(rebalance(PUBLISHED, "--checkpoint", checkpoint, *options), message)
+
+
 def test_loads_that_are_all_zero_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     loads = write(tmp_path / "zero.json", [[0] * 12] * 2)
     assert_one_line(rebalance(loads, "--checkpoint", checkpoint), "all loads are zero")

@@ -42,6 +42,12 @@ _DEFAULT_RANKS = 4
     is_flag=True,
     help="Take the policy's placement as it is. Otherwise ranks are relabelled, and slots kept, so that less moves.",
 )
+@click.option("--if-worth-it", is_flag=True, help="Move nothing unless the time saved later exceeds what moving costs.")
+@click.option(
+    "--cost",
+    help="With --if-worth-it: what moving costs and balance is worth, such as "
+    "'rate=20GB&step=40ms&steps=5000&moe_share=0.4&knee=1.05&blocked=0'.",
+)
 @click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
 @click.option("--backend", help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]")
@@ -95,6 +101,8 @@ def rebalance(
         )
         output.check()
         job = prepare(request)
+        if _stays(request, job, output, console):
+            return
         start_server()  # it imports torch while this process does the same
         from eplb_core.cli.rebalance.launch import run_local
 
@@ -118,6 +126,10 @@ def rebalance(
         job = joined.agree(check_and_prepare, request.timeout_s)
     except RefusedError as refused:
         context.exit(refused.exit_code)
+    if request.if_worth_it and not job.worth.worth_it:
+        if joined.is_first:
+            _stays(request, job, output, console)
+        return
     results = joined.run(job, console)
     code = 0
     if joined.is_first:
@@ -157,6 +169,21 @@ class _Output:
                 raise InputError(f"the folder for {option} does not exist", where=str(path.parent))
             if path is not None and path.is_dir():
                 raise InputError(f"{option} is a folder", where=str(path), remedy="give the name of a file")
+
+
+def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, console: Console) -> bool:
+    """Say so and return True if the user wants to move only what is worth it, and this is not."""
+    if not request.if_worth_it or job.worth.worth_it:
+        return False
+    for note in job.notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"nothing was moved: {job.worth}", markup=False)
+    if output.json_path is not None:
+        from dataclasses import asdict
+
+        document = {"moved": False, "policy": job.policy, "notes": list(job.notes), "worth": asdict(job.worth)}
+        write_json(document, output.json_path)
+    return True
 
 
 def _conclude(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from eplb_core.cli.rebalance.rank import RankResult
 from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.planning.placement import EMPTY, imbalance, load_per_rank
 from eplb_core.policies.base import plans_in_words
+from eplb_core.policies.worth import WorthDecision
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +54,7 @@ class RebalanceReport:
         plan: which plan it made, in words.
         plans: for each layer, which plan it made.
         notes: what there is to know about the loads and the plan.
+        worth: whether moving pays, by the cost model that was given, or else by default figures.
         source: where the weights came from, in words.
         ranks: how many ranks.
         nodes: how many nodes they are spread over.
@@ -82,6 +84,7 @@ class RebalanceReport:
     plan: str
     plans: tuple[str, ...]
     notes: tuple[str, ...]
+    worth: WorthDecision
     source: str
     ranks: int
     nodes: int
@@ -130,6 +133,7 @@ class RebalanceReport:
             "policy": self.policy,
             "plan": self.plan,
             "notes": list(self.notes),
+            "worth": asdict(self.worth),
             "source": self.source,
             "ranks": self.ranks,
             "nodes": self.nodes,
@@ -195,6 +199,7 @@ def make_report(job: RebalanceTask, results: Sequence[RankResult], *, source: st
         plan=plans_in_words(job.plans),
         plans=job.plans,
         notes=job.notes,
+        worth=job.worth,
         source=source,
         ranks=job.num_ranks,
         nodes=job.num_nodes,

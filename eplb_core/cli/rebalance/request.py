@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
-from eplb_core.errors import BackendUnavailableError, InputError
+from eplb_core.errors import BackendUnavailableError, ConfigError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.experts import ExpertSource
 from eplb_core.inputs.loads import read_load_window
@@ -25,6 +25,7 @@ from eplb_core.planning.placement import check_pair, check_placement, contiguous
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.policies.base import PlacementRequest, decide
 from eplb_core.policies.movement import minimize_movement
+from eplb_core.policies.worth import CostModel, WorthDecision, should_rebalance
 from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness
 from eplb_core.registry.config import AUTO, backend_from_environment, parse_config, resolve_options
@@ -54,6 +55,8 @@ class RebalanceRequest:
         policy: a config string of the policy; None for `incremental` if there is a placement to start from, else
             `deepseek`.
         as_planned: whether the policy's placement is taken as it is, without ranks relabelled and slots kept.
+        if_worth_it: whether nothing is moved unless that pays.
+        cost: options of a `CostModel` as in a config string, `key=value&key=value`, or None for the defaults.
         layers: `COUNT` or `START:STOP`, or None for all.
         seed: of the random weights.
         backend: a config string, or None for what the environment says, or `auto`.
@@ -76,6 +79,8 @@ class RebalanceRequest:
     groups: int | None = None
     policy: str | None = None
     as_planned: bool = False
+    if_worth_it: bool = False
+    cost: str | None = None
     layers: str | None = None
     seed: int = 0
     backend: str | None = None
@@ -109,6 +114,7 @@ class RebalanceTask:
         policy: the canonical config string of the policy.
         plans: for each row, which plan the policy made.
         notes: what the user may want to know about the loads and the plan.
+        worth: whether moving pays.
         device: where the weights lie, `cpu` or `cuda`.
     """
 
@@ -122,6 +128,7 @@ class RebalanceTask:
     num_ranks: int
     node_of_rank: tuple[int, ...]
     expert_bytes: tuple[int, ...]
+    worth: WorthDecision
     backend: str
     window_bytes: int | None
     timeout_s: float
@@ -231,6 +238,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         num_ranks=request.ranks,
         node_of_rank=tuple(rank // ranks_per_node for rank in range(request.ranks)),
         expert_bytes=expert_bytes,
+        worth=should_rebalance(old, new, loads, request.ranks, np.array(expert_bytes), _cost_model(request)),
         backend=_check_backend(request.backend, request.device, background=request.pace is not None),
         window_bytes=_parse_window(request.window),
         timeout_s=request.timeout_s,
@@ -261,6 +269,19 @@ def _policy_text(request: RebalanceRequest) -> str:
     if request.policy is not None:
         return request.policy
     return "deepseek" if request.placement is None else "incremental"
+
+
+def _cost_model(request: RebalanceRequest) -> CostModel:
+    if request.cost is None:
+        return CostModel()
+    if not request.if_worth_it:
+        raise InputError("--cost needs --if-worth-it", remedy="give both, or omit --cost")
+    try:
+        resolved = resolve_options(parse_config(f"cost?{request.cost}"), CostModel, kind="setting", environment={})
+    except ConfigError as error:
+        raise InputError(f"--cost: {error.what}", why=error.why, remedy=error.remedy) from error
+    model: CostModel = resolved.values
+    return model
 
 
 def _doubts(old: NDArray[np.int64], new: NDArray[np.int64], loads: NDArray[np.float64], num_ranks: int) -> list[str]:
