@@ -102,6 +102,9 @@ class Rank:
     def know(self, rank: int, version: int) -> str:
         return str(rank)
 
+    def starts(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+
     def page_to_read(self, rank: int) -> int | None:
         return None
 
