@@ -16,6 +16,7 @@ from eplb_core import __version__, errors
 from eplb_core.bench.rank import Advance, BenchRun, RankMeasurement, measure_rank
 from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_ranks
+from eplb_core.launch.memory import free_memory
 from eplb_core.registry.config import AUTO, parse_config, resolve_options
 from eplb_core.registry.registry import default_registry, load_options_class
 
@@ -50,7 +51,7 @@ def check_job(job: BenchRun) -> None:
         )
         if reason:
             raise BackendUnavailableError(f"backend {entry.name!r} cannot be used here", name=entry.name, why=reason)
-    free = int(psutil.virtual_memory().available)
+    free = free_memory()
     needed = work.num_ranks * work.rank_bytes
     if job.device == "cpu" and needed > _MEMORY_SHARE * free:
         raise InputError(

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
+import signal
 import sys
-from typing import TYPE_CHECKING, cast
+import traceback
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from eplb_core import __version__
-from eplb_core.cli.output import exit_code_of, report_error
+from eplb_core.cli.output import (
+    EXIT_INTERRUPTED,
+    EXIT_PROBLEM,
+    exit_code_of,
+    flush_streams,
+    prepare_streams,
+    report_error,
+    report_stranger,
+)
 from eplb_core.errors import EplbError
 
 if TYPE_CHECKING:
@@ -74,11 +85,41 @@ class EplbGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the sub-command."""
+        code = EXIT_PROBLEM
         try:
             return super().invoke(ctx)
         except EplbError as error:
+            self._show_trace(ctx)
             report_error(error)
-            ctx.exit(exit_code_of(error))
+            code = exit_code_of(error)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            code = EXIT_INTERRUPTED
+        except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
+            self._show_trace(ctx)
+            report_stranger(error)
+        raise click.exceptions.Exit(code)
+
+    def main(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the command line, whatever standard output and error are."""
+        prepare_streams()
+        if os.getpid() == 1:  # the kernel drops signals to process 1 that it has no handler for
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            return super().main(*arguments, **keywords)
+        except OSError as error:  # while a help text was printed, for one
+            report_stranger(error)
+            sys.exit(EXIT_PROBLEM)
+        finally:
+            if problem := flush_streams():
+                print(f"error: {problem}", file=sys.stderr)
+                sys.exit(EXIT_PROBLEM)
+
+    @staticmethod
+    def _show_trace(ctx: click.Context) -> None:
+        if ctx.params.get("traceback"):
+            traceback.print_exc()
 
     def _plugin_commands(self) -> dict[str, click.Command]:
         """Return the commands that plugins add. None of them replaces a built-in one."""
@@ -97,5 +138,6 @@ class EplbGroup(click.Group):
 
 @click.group(cls=EplbGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eplb")
-def main() -> None:
+@click.option("--traceback", is_flag=True, help="Show where an error comes from, for reports.")
+def main(traceback: bool) -> None:
     """Move mixture-of-experts weights between the ranks of an expert-parallel group."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
-from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, write_json
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, seconds_option, write_json
 from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import EplbError, InputError
@@ -65,7 +65,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     show_default=True,
     help="Receive into slots that were given up, instead of the window.",
 )
-@click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that each run may take.")
+@seconds_option(1800.0, "Seconds that each run may take.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.pass_context
 def bench(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from eplb_core.contract.options import LONGEST_S
 from eplb_core.errors import BackendError, ConfigError, EplbError, InputError, PlacementError, PolicyError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 
 EXIT_PROBLEM = 1
 """The exit code when the work was understood but did not succeed."""
@@ -18,11 +24,65 @@ EXIT_PROBLEM = 1
 EXIT_USAGE = 2
 """The exit code when what the user gave cannot be used; the same as click's own usage errors."""
 
+EXIT_INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it."""
+
 STDOUT = "-"
 """The path that stands for standard output."""
 
+_LONGEST_TEXT = 500  # characters of an error that is none of eplb's
 _PLAIN_WIDTH = 10_000  # in a pipe or a log no line is wrapped, so that it can be searched
 _USAGE_ERRORS = (BackendError, ConfigError, InputError, PlacementError, PolicyError)
+
+
+def seconds_option(default: float, what: str) -> Callable[[_Command], _Command]:
+    """Return the option `--timeout`, in seconds.
+
+    Args:
+        default: its value where it is not given.
+        what: what it is for, one sentence.
+    """
+    import click
+
+    def check(context: click.Context, param: click.Parameter, value: float) -> float:
+        if not 0 < value <= LONGEST_S:  # not a number neither
+            raise InputError(f"--timeout is {value:g}", why=f"it must be above 0 and at most {LONGEST_S} seconds")
+        return value
+
+    return click.option("--timeout", "timeout_s", default=default, show_default=True, callback=check, help=what)
+
+
+def prepare_streams() -> None:
+    """Have standard output and error take whatever is printed, also where they are closed or not of UTF-8.
+
+    The work is done by the time that its report is printed: a character must not cost its result.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started this
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open as long as the process is
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_streams() -> str:
+    """Write out what was printed; return why that is not possible, or nothing."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_output()
+    except OSError as error:
+        _discard_output()
+        return f"cannot write to standard output: {error.strerror or error}"
+    return ""
+
+
+def _discard_output() -> None:
+    """Have what is left of standard output go nowhere, so that Python does not fail at it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)
 
 
 def human_console(json_path: str | None = None) -> Console:
@@ -72,4 +132,20 @@ def one_line(error: EplbError) -> str:
 
 def report_error(error: EplbError) -> None:
     """Print one line about `error` to standard error."""
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    _report(one_line(error))
+
+
+def report_stranger(error: BaseException) -> None:
+    """Print one line about an error that is none of eplb's to standard error."""
+    if isinstance(error, MemoryError):
+        _report(f"there is not enough memory{f': {error}' if str(error) else ''}")
+    elif isinstance(error, OSError) and error.strerror:
+        _report(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
+    else:
+        text = " ".join(str(error).split())[:_LONGEST_TEXT]
+        _report(f"{type(error).__name__}: {text}; eplb --traceback COMMAND shows where it comes from")
+
+
+def _report(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # nobody can be told, and the exit code says it all the same
+        print(f"error: {text}", file=sys.stderr, flush=True)

@@ -31,8 +31,11 @@ _BYTE_UNITS = {
     "GiB": 1024**3,
 }
 _TIME_UNITS = {"ms": Decimal("0.001"), "s": Decimal(1), "min": Decimal(60), "h": Decimal(3600)}
-_NUMBER_AND_UNIT = re.compile(r"([0-9]+(?:\.[0-9]+)?)([A-Za-z]*)", re.ASCII)
-_INTEGER = re.compile(r"-?[0-9]+", re.ASCII)
+_NUMBER_AND_UNIT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)([A-Za-z]*)", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]{1,30}", re.ASCII)
+_LARGEST_SIZE = 2**63 - 1
+LONGEST_S = 14 * 24 * 3600
+"""The longest time that an option takes, in seconds: the calls of the operating system that wait end at 24 days."""
 _NONE = "none"
 
 
@@ -162,6 +165,10 @@ class OptionType:
 
     def _within_bounds(self, value: object) -> object:
         if isinstance(value, int | float) and not isinstance(value, bool):
+            if self.kind is Duration and value > LONGEST_S:
+                raise ValueTextError(f"it is longer than {_format_seconds(LONGEST_S)}")
+            if self.kind in (ByteSize, int) and value > _LARGEST_SIZE:
+                raise ValueTextError("it is too large")
             if self.least is not None and value < self.least:
                 raise ValueTextError("it is too small")
             if self.most is not None and value > self.most:

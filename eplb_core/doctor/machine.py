@@ -17,6 +17,7 @@ import torch
 
 from eplb_core import __version__
 from eplb_core.doctor.checks import Finding, Severity
+from eplb_core.launch.memory import free_memory, memory_limit
 
 _SHARED_MEMORY = Path("/dev/shm")
 _PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
@@ -61,7 +62,9 @@ def look_at_machine(modules: Iterable[str]) -> Machine:
     facts["kernel"] = platform.release()
     cores = len(os.sched_getaffinity(0))
     memory = psutil.virtual_memory()
-    facts["CPU"] = f"{cores} cores, {_gib(memory.available)} of {_gib(memory.total)} free"
+    limit = memory_limit()
+    within = f", at most {_gib(limit)} in this container" if limit is not None and limit < memory.total else ""
+    facts["CPU"] = f"{cores} cores, {_gib(free_memory())} of {_gib(memory.total)} free{within}"
     facts["/dev/shm"] = _shared_memory(findings)
     facts["locked memory"] = _locked_memory(findings)
     facts["open files"] = _open_files(findings)

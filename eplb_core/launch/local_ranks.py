@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -30,7 +31,11 @@ from eplb_core.words import signal_name
 _GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
 _JOIN_S = 30.0  # a rank that reported has this long to exit
 _DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
+_LOOPBACK = "127.0.0.1"
+_BACKLOG = 1024  # connections that ranks may open at once
 _START_S = 120.0  # for all ranks to meet
+
+_NOT_TORCHRUN = "start it with torchrun; or unset RANK and WORLD_SIZE, and it starts ranks of this machine"
 
 logger = logging.getLogger(__name__)
 
@@ -66,20 +71,42 @@ class RankEnvironment:
     own_gpu_first: bool = False
 
     @classmethod
-    def from_torchrun(cls) -> RankEnvironment:
+    def from_torchrun(cls, timeout_s: float = _START_S) -> RankEnvironment:
         """Join the ranks that `torchrun` started, on one machine or several, from its environment variables.
 
+        Args:
+            timeout_s: how long to wait for the store of rank 0, in seconds.
+
         Raises:
-            InputError: a variable is missing or is not a number.
+            InputError: a variable is missing or is not a number, or nobody hosts the store that they name.
         """
         try:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_rank = int(os.environ.get("LOCAL_RANK", rank))
             local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        except (KeyError, ValueError) as error:
-            raise InputError("torchrun's environment is not complete", why=str(error)) from error
-        rendezvous = dist.rendezvous("env://", rank, world_size, timeout=datetime.timedelta(seconds=_START_S))
-        store, _, _ = next(iter(rendezvous))
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except KeyError as error:
+            raise InputError(
+                f"{error.args[0]} is not set, but RANK and WORLD_SIZE are", remedy=_NOT_TORCHRUN
+            ) from error
+        except ValueError as error:
+            raise InputError("a variable of torchrun is not a number", why=str(error), remedy=_NOT_TORCHRUN) from error
+        if not 0 <= rank < world_size or not 0 <= local_rank < local_world_size:
+            raise InputError(
+                f"RANK is {rank} of WORLD_SIZE {world_size}, LOCAL_RANK {local_rank} of {local_world_size}",
+                why="ranks are counted from 0",
+                remedy=_NOT_TORCHRUN,
+            )
+        limit = datetime.timedelta(seconds=min(timeout_s, _START_S))
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=limit)))
+        except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"there is no store at {address}:{port}, which MASTER_ADDR and MASTER_PORT name",
+                why=first_line,
+                remedy=_NOT_TORCHRUN,
+            ) from error
         return cls(rank, world_size, local_rank, local_world_size, dist.PrefixStore("eplb", store))
 
     def init_process_group(self, timeout_s: float = 600.0) -> None:
@@ -182,7 +209,7 @@ def collect_local_ranks(
         on_start: called once with the process ids, in rank order.
         grace_s: how long the others may go on once a rank has failed.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = _store_of_this_machine()
     outcomes = [Outcome(rank) for rank in range(num_ranks)]
     processes: list[RankProcess] = []
     pipes: dict[Connection, int] = {}
@@ -237,6 +264,17 @@ def collect_local_ranks(
     return outcomes
 
 
+def _store_of_this_machine() -> dist.TCPStore:
+    """Return a store that only processes of this machine reach: one that torch opens listens on every address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
+        listening.bind((_LOOPBACK, 0))
+        listening.listen(_BACKLOG)
+        port = listening.getsockname()[1]
+        return dist.TCPStore(
+            _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+        )
+
+
 def _how_it_ended(outcome: Outcome, exit_code: int) -> str:
     """Return what is worth saying of a process's end, and log what is no failure of its rank."""
     if exit_code >= 0 and not outcome.reported:
@@ -281,10 +319,10 @@ def _child(
     target: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int, pipe: Connection
 ) -> None:
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     try:
         store = dist.TCPStore(
-            "127.0.0.1",
+            _LOOPBACK,
             port,
             is_master=False,
             wait_for_workers=False,

@@ -66,14 +66,14 @@ class DeepSeekPolicy:
     ) -> IntArray:
         """Return the published algorithm's placement, int64 `[num_layers, num_slots]`.
 
-        Global means that nodes and groups are ignored: one node and one group. `old` is not looked at.
+        Global means that nodes and groups are ignored: one node and one group. The log says so. `old` is not looked at.
 
         Args:
             loads: `[num_layers, num_logical]`. A layer without any load is treated as evenly loaded.
             num_slots: physical slots of all ranks together.
             num_ranks: ranks that share the slots evenly.
-            num_nodes: nodes that share the ranks evenly.
-            num_groups: groups that share the experts evenly.
+            num_nodes: nodes that share the ranks evenly, unless it is global.
+            num_groups: groups that share the experts evenly, unless it is global.
             old: ignored.
 
         Raises:
@@ -98,6 +98,9 @@ class DeepSeekPolicy:
         num_slots, num_ranks = request.num_slots, request.num_ranks
         num_nodes, num_groups = request.num_nodes, request.num_groups
         num_layers, num_logical = weights.shape
+        plan, notes = self._plan(num_nodes, num_groups) if min(num_nodes, num_groups) > 0 else (HIERARCHICAL, ())
+        if notes:  # the published fallback does not look at groups, so they need not divide the experts
+            num_groups = 1
         _check_shared(num_slots, "slots", num_ranks, "ranks")
         _check_shared(num_ranks, "ranks", num_nodes, "nodes")
         _check_shared(num_logical, "logical experts", num_groups, "groups")
@@ -105,7 +108,6 @@ class DeepSeekPolicy:
             raise PlacementError(
                 f"{num_slots} slots cannot hold {num_logical} logical experts", remedy="use more slots, or more ranks"
             )
-        plan, notes = self._plan(num_nodes, num_groups)
         if plan == GLOBAL:
             num_groups = num_nodes = 1
         order = spread_groups_over_nodes(weights, num_groups, num_nodes)

@@ -34,6 +34,9 @@ AUTO: Final = "auto"
 BACKEND_VARIABLE: Final = "EPLB_BACKEND"
 """The environment variable that holds a config string."""
 
+_LONGEST_TEXT = 1000  # characters of a config string
+_LONGEST_SHOWN = 60  # of them, in a message about one that is longer
+
 
 @dataclass(frozen=True, slots=True)
 class ConfigOption:
@@ -125,6 +128,15 @@ def parse_config(text: str, *, kind: str = "backend") -> BackendConfig:
     """
     if not isinstance(text, str):
         raise ConfigError(f"a config string is text, not {type(text).__name__}")
+    if len(text) > _LONGEST_TEXT:
+        raise ConfigError(
+            f"the config string has {len(text)} characters, and {_LONGEST_TEXT} are the most",
+            text=text[:_LONGEST_SHOWN] + "...",
+        )
+    surrogate = next((place for place, sign in enumerate(text) if "\ud800" <= sign <= "\udfff"), None)
+    if surrogate is not None:  # what the operating system could not decode; it cannot be printed either
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        raise ConfigError("the config string is not UTF-8", text=readable, column=surrogate + 1)
     head, question, tail = text.partition("?")
     written, at, place = head.partition("@")
     name = read_name(written, text, 1, f"the name of the {kind}")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from typing import IO, TYPE_CHECKING
 
 from eplb_core.contract.backend import ProbeResult
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _MODULE = "eplb_core.registry.probe"
 _TAIL_BYTES = 4000  # of what a failed child printed; its last line is quoted
+_NAP_S = 0.01
+_LONGEST_POLL_MS = 2**31 - 1  # 24 days
 _REAP_S = 10.0  # a killed process is gone at once, unless the kernel holds it
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -76,7 +79,8 @@ def _child_environment() -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     for variable in _JOB_VARIABLES:
         environment.pop(variable, None)
-    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    path = [os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)]  # others import nothing
+    environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in path)
     return environment
 
 
@@ -85,17 +89,32 @@ def _wait_and_kill_group(child: subprocess.Popen[bytes], timeout_s: float) -> bo
 
     The child is not reaped before its group is killed: until then no other process can get its id.
     """
-    handle = os.pidfd_open(child.pid)
     try:
-        poller = select.poll()
-        poller.register(handle, select.POLLIN)
-        ended = bool(poller.poll(timeout_s * 1000))
+        ended = _ends(child.pid, timeout_s)
     finally:
-        os.close(handle)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait(_REAP_S)
     return ended
+
+
+def _ends(pid: int, timeout_s: float) -> bool:
+    """Wait until a child has ended, without reaping it; return False if it has not in time."""
+    try:
+        handle = os.pidfd_open(pid)
+    except (OSError, AttributeError):  # an older container runtime forbids it
+        deadline = time.monotonic() + timeout_s
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_NAP_S)
+        return True
+    try:
+        poller = select.poll()
+        poller.register(handle, select.POLLIN)
+        return bool(poller.poll(min(timeout_s * 1000, _LONGEST_POLL_MS)))
+    finally:
+        os.close(handle)
 
 
 def _read_answer(answer: IO[bytes]) -> ProbeResult | None:

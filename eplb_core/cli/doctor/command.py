@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, write_json
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, seconds_option, write_json
 from eplb_core.contract.backend import ProbeResult
 from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
@@ -46,7 +46,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str) -> i
 @click.option(
     "--size", "nbytes", metavar="SIZE", callback=_parse_size, default="32MiB", show_default=True, help="Of a message."
 )
-@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Seconds that each backend may take.")
+@seconds_option(120.0, "Seconds that each backend may take.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
 @click.pass_context

@@ -93,7 +93,7 @@ class JoinedRanks:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._environment = RankEnvironment.from_torchrun()
+        self._environment = RankEnvironment.from_torchrun(timeout_s)
         self.world_size = self._environment.world_size
         self.is_first = self._environment.rank == 0
         self._timeout_s = timeout_s

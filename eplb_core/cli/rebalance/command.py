@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, write_json
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, seconds_option, write_json
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_process import start_server
 
@@ -70,7 +70,7 @@ _DEFAULT_RANKS = 4
 @click.option("--out", type=click.Path(path_type=Path), help="Write the new placement here (.json, .npz).")
 @click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
-@click.option("--timeout", "timeout_s", default=1800.0, show_default=True, help="Seconds that all of it may take.")
+@seconds_option(1800.0, "Seconds that all of it may take.")
 @click.pass_context
 def rebalance(
     context: click.Context,
@@ -110,7 +110,7 @@ def rebalance(
 
     from eplb_core.cli.rebalance.launch import JoinedRanks, RefusedError
 
-    joined = JoinedRanks()
+    joined = JoinedRanks(options["timeout_s"])
     request = RebalanceRequest(ranks=joined.world_size, nodes=joined.num_nodes if nodes is None else nodes, **options)
 
     def check_and_prepare() -> RebalanceTask:
@@ -189,7 +189,7 @@ def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, conso
 def _conclude(
     request: RebalanceRequest, job: RebalanceTask, results: Sequence[RankResult], output: _Output, console: Console
 ) -> int:
-    """Print the report, write the files, and return the exit code."""
+    """Write the files, print the report, and return the exit code."""
     from eplb_core.cli.rebalance.plot import save_plot
     from eplb_core.cli.rebalance.report import make_report, print_report
     from eplb_core.inputs.placements import write_placement
@@ -199,13 +199,16 @@ def _conclude(
     else:
         source = f"{request.model}" + (f" at {request.scale}" if request.scale != "1" else "") + ", random weights"
     report = make_report(job, results, source=source)
+    # The files come first: a terminal that is gone must not cost what was worked for.
+    if output.placement is not None and report.verified:
+        write_placement(output.placement, job.new, job.num_ranks)
+    if output.plot is not None:
+        save_plot(report, output.plot)
+    if output.json_path is not None and output.json_path != STDOUT:
+        write_json(report.document(), output.json_path)
     for note in job.notes:
         console.print(f"note: {note}", markup=False)
     print_report(report, console)
-    if output.json_path is not None:
+    if output.json_path == STDOUT:
         write_json(report.document(), output.json_path)
-    if output.plot is not None:
-        save_plot(report, output.plot)
-    if output.placement is not None and report.verified:
-        write_placement(output.placement, job.new, job.num_ranks)
     return 0 if report.verified else EXIT_PROBLEM

@@ -16,6 +16,7 @@ from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, collect_local_ranks
+from eplb_core.launch.memory import free_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,11 +64,11 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
 class JoinedRanks:
     """This process among the ranks that torchrun started, on one machine or several."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
         """Meet the other ranks. Raises `InputError` if torchrun's environment is not complete."""
         import torch.distributed as dist
 
-        self.environment = RankEnvironment.from_torchrun()
+        self.environment = RankEnvironment.from_torchrun(timeout_s)
         self.world_size = self.environment.world_size
         self.is_first = self.environment.rank == 0
         store = dist.PrefixStore("rebalance/input", self.environment.store)
@@ -147,6 +148,4 @@ def check_memory(job: RebalanceTask, ranks_here: int) -> None:
 
 
 def _free_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
+    return free_memory()

@@ -1,0 +1,166 @@
+"""The `eplb` command where streams are closed or full, the environment is odd, or something foreign is raised."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from eplb_core.cli import EplbGroup
+from eplb_core.contract.options import LONGEST_S
+
+REPOSITORY = Path(__file__).parents[2]
+LOADS = REPOSITORY / "examples" / "published-loads.json"
+SHELL_S = 100
+
+
+def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of shell in which `$EPLB` is the command."""
+    command = f"{sys.executable} -m eplb_core"
+    return subprocess.run(
+        ["sh", "-c", line],
+        cwd=folder,
+        env=os.environ | {"EPLB": command, "LOADS": str(LOADS)} | environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        timeout=SHELL_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("edges")
+    assert shell("$EPLB make-checkpoint mödel --style qwen3", made).returncode == 0
+    return made
+
+
+JOB = "$EPLB rebalance $LOADS --checkpoint mödel --ranks 2 --backend torch_gloo"
+
+
+def test_output_that_cannot_show_a_character_still_reports_and_writes_the_files(folder: Path) -> None:
+    done = shell(f"{JOB} --out ascii.json --json report.json", folder, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "m\\xf6del" in done.stdout
+    assert (folder / "ascii.json").exists()
+    assert json.loads((folder / "report.json").read_text())["verified"]
+
+
+def test_closed_output_costs_neither_the_work_nor_its_files(folder: Path) -> None:
+    done = shell(f"{JOB} --json closed.json >&-", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((folder / "closed.json").read_text())["verified"]
+
+
+def test_a_reader_that_goes_away_costs_no_file(folder: Path) -> None:
+    done = shell(f"{JOB} --out piped.json | true", folder)
+    assert "Traceback" not in done.stderr
+    assert (folder / "piped.json").exists()
+
+
+@pytest.mark.parametrize("line", ["$EPLB backends >&-", "$EPLB backends 2>&-", "$EPLB config explain nixl >&- 2>&-"])
+def test_closed_streams_are_no_error(folder: Path, line: str) -> None:
+    done = shell(line, folder)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
+
+
+@pytest.mark.parametrize("line", ["$EPLB backends", "$EPLB config explain nixl", "$EPLB --help"])
+def test_a_full_disk_under_standard_output_is_one_line_and_exit_1(folder: Path, line: str) -> None:
+    done = shell(f"{line} > /dev/full", folder)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", str(LONGEST_S + 1), "1e300"])
+@pytest.mark.parametrize("command", ["rebalance $LOADS", "bench", "doctor"])
+def test_a_timeout_that_nothing_can_wait_for_is_refused(folder: Path, command: str, seconds: str) -> None:
+    done = shell(f"$EPLB {command} --timeout {seconds}", folder)
+    assert done.returncode == 2
+    assert f"it must be above 0 and at most {LONGEST_S} seconds" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR is not set, but RANK and WORLD_SIZE are"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
+        ({"RANK": "x", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "is not a number"),
+        ({"RANK": "3", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "RANK is 3 of WORLD_SIZE 2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "there is no store at"),
+    ],
+    ids=["no address", "no port", "no number", "out of range", "nobody there"],
+)
+@pytest.mark.parametrize("command", [JOB, "$EPLB doctor"])
+def test_ranks_of_a_platform_that_is_not_torchrun_are_one_line_and_exit_2(
+    folder: Path, command: str, environment: dict[str, str], said: str
+) -> None:
+    done = shell(f"{command} --timeout 2", folder, **environment)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "unset RANK and WORLD_SIZE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_process_1_ends_at_sigterm(folder: Path) -> None:
+    unshare = ["unshare", "-fp", "--mount-proc"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("PID namespaces cannot be made here")
+    wait = (
+        "import time, click; from eplb_core.cli import EplbGroup\n"
+        "sleep = lambda: (click.echo('here'), time.sleep(60))\n"
+        "group, command = EplbGroup('eplb'), click.Command('sleep', callback=sleep)\n"
+        "group.get_command = lambda context, name: command\n"
+        "group.main(['sleep'])\n"
+    )
+    with subprocess.Popen([*unshare, sys.executable, "-c", wait], cwd=folder, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        children = Path("/proc", str(process.pid), "task", str(process.pid), "children").read_text().split()
+        os.kill(int(children[0]), signal.SIGTERM)
+        assert process.wait(SHELL_S) != 0
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ZeroDivisionError("no\nsuch"), 1, "error: ZeroDivisionError: no such; eplb --traceback COMMAND shows where"),
+        (MemoryError(), 1, "error: there is not enough memory\n"),
+        (OSError(28, "No space left on device", "p.json"), 1, "error: No space left on device: p.json\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_a_foreign_error_is_one_line_and_shows_its_place_when_asked(error: BaseException, code: int, said: str) -> None:
+    @click.group(cls=EplbGroup)
+    @click.option("--traceback", is_flag=True)
+    def group(traceback: bool) -> None: ...
+
+    @click.command()
+    def fails() -> None:
+        raise error
+
+    group.get_command = lambda ctx, name: fails  # type: ignore[method-assign, assignment]
+    done = CliRunner().invoke(group, ["fails"])
+    assert done.exit_code == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    if said:
+        assert "in fails" in CliRunner().invoke(group, ["--traceback", "fails"]).stderr
+
+
+def test_a_config_string_of_any_bytes_is_one_line_that_can_be_printed(folder: Path) -> None:
+    done = shell("$EPLB config explain \"$(printf 'nixl?mode=\\377')\"", folder)
+    assert done.returncode == 2
+    assert "the config string is not UTF-8 (column 11" in done.stderr
+    long = shell('$EPLB config explain "nixl?window=$(yes 9 | head -5000 | tr -d "\\n")MiB"', folder)
+    assert long.returncode == 2
+    assert "has 5015 characters" in long.stderr
+    assert len(long.stderr) < 300
