@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -9,12 +10,12 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import psutil
 import torch
 
 from eplb_core import __version__, errors
 from eplb_core.bench.rank import Advance, BenchRun, RankMeasurement, measure_rank
 from eplb_core.errors import BackendUnavailableError, InputError
+from eplb_core.extras import require
 from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_ranks
 from eplb_core.launch.memory import free_memory
 from eplb_core.registry.config import AUTO, parse_config, resolve_options
@@ -29,8 +30,10 @@ def check_job(job: BenchRun) -> None:
     Raises:
         ConfigError: the config string, or an option in it, is wrong.
         BackendError: the backend cannot be selected, or does not move tensors of this device.
-        InputError: there is no such device, too little memory, or a window smaller than an expert.
+        InputError: there is no such device, too little memory, a window smaller than an expert, or no psutil.
     """
+    require("cli", "a benchmark")
+
     work = job.workload
     if job.device == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device here", remedy="give --device cpu")
@@ -122,7 +125,7 @@ def make_document(job: BenchRun, ranks: Sequence[RankMeasurement]) -> dict[str, 
         "seconds": seconds,
         "devices": [rank.device for rank in ranks],
         "device_name": ranks[0].device_name,
-        "cpus": psutil.cpu_count(),
+        "cpus": os.cpu_count(),
         "versions": _versions(),
     }
 

@@ -12,26 +12,30 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from eplb_core import __version__
 from eplb_core.cli.output import (
     EXIT_INTERRUPTED,
     EXIT_PROBLEM,
+    EXIT_USAGE,
     exit_code_of,
     flush_streams,
     prepare_streams,
     report_error,
     report_stranger,
 )
-from eplb_core.errors import EplbError
+from eplb_core.errors import EplbError, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from eplb_core.hooks.host import PluginHost
 
 _COMMANDS = {
     "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
+    "completion": ("eplb_core.cli.completion:completion", "Print the script for completion in your shell."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
     "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
+    "demo": ("eplb_core.cli.demo:demo", "Try it: move the experts of a small checkpoint that it makes itself."),
     "doctor": ("eplb_core.cli.doctor.command:doctor", "Show what works on this machine, and how fast its links are."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
@@ -51,6 +55,45 @@ class EplbGroup(click.Group):
     """
 
     _host: PluginHost | None = None
+
+    def main(  # type: ignore[override]  # click's has an overload for each value of standalone_mode
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line, whatever standard output and error are; each error becomes one line and a code."""
+        if not standalone_mode:
+            return super().main(args, prog_name, standalone_mode=False, **extra)
+        prepare_streams()
+        if os.getpid() == 1:  # the kernel drops signals to process 1 that it has no handler for
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            sys.exit(self._exit_code(args, prog_name, **extra))
+        finally:
+            if problem := flush_streams():
+                print(f"error: {problem}", file=sys.stderr)
+                sys.exit(EXIT_PROBLEM)
+
+    def _exit_code(self, args: Sequence[str] | None, prog_name: str | None, **extra: Any) -> int:
+        try:
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            return EXIT_USAGE
+        except click.UsageError as error:
+            path = error.ctx.command_path if error.ctx else "eplb"
+            message = " ".join(error.format_message().split()).removesuffix(".")
+            report_error(InputError(message, remedy=f"see {path} --help"))
+            return EXIT_USAGE
+        except click.Abort:
+            print("error: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except OSError as error:  # while a help text was printed, for one
+            report_stranger(error)
+            return EXIT_PROBLEM
+        return code if isinstance(code, int) else 0
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of all sub-commands, the built-in ones first."""
@@ -101,21 +144,6 @@ class EplbGroup(click.Group):
             report_stranger(error)
         raise click.exceptions.Exit(code)
 
-    def main(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the command line, whatever standard output and error are."""
-        prepare_streams()
-        if os.getpid() == 1:  # the kernel drops signals to process 1 that it has no handler for
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        try:
-            return super().main(*arguments, **keywords)
-        except OSError as error:  # while a help text was printed, for one
-            report_stranger(error)
-            sys.exit(EXIT_PROBLEM)
-        finally:
-            if problem := flush_streams():
-                print(f"error: {problem}", file=sys.stderr)
-                sys.exit(EXIT_PROBLEM)
-
     @staticmethod
     def _show_trace(ctx: click.Context) -> None:
         if ctx.params.get("traceback"):
@@ -136,8 +164,23 @@ class EplbGroup(click.Group):
         return found
 
 
+def _print_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted and not context.resilient_parsing:
+        from eplb_core.cli.version import version_text
+
+        print(version_text())
+        context.exit()
+
+
 @click.group(cls=EplbGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="eplb")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version of eplb and of what it runs with.",
+)
 @click.option("--traceback", is_flag=True, help="Show where an error comes from, for reports.")
 def main(traceback: bool) -> None:
     """Move mixture-of-experts weights between the ranks of an expert-parallel group."""

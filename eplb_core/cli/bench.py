@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
+from eplb_core.cli.completion import complete_backends
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, seconds_option, write_json
 from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
@@ -35,7 +36,13 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
 
 @click.command()
 @click.option("--workload", type=click.Path(path_type=Path), help="An .npz with placements, tensor_bytes and ranks.")
-@click.option("--backend", "backends", multiple=True, help="A config string; repeat it to compare several.")
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    shell_complete=complete_backends,
+    help="A config string; repeat it to compare several.",
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--ranks", type=int, help="Without --workload: ranks.  [default: 2]")
 @click.option("--layers", type=int, help="Without --workload: layers.  [default: 4]")

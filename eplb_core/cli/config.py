@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from eplb_core.cli.completion import complete_backends
 from eplb_core.cli.output import STDOUT, human_console, write_json
 from eplb_core.contract.option_types import CommonOptions
 from eplb_core.errors import InputError
@@ -29,7 +30,7 @@ def config() -> None:
 
 
 @config.command()
-@click.argument("text", metavar="CONFIG", required=False)
+@click.argument("text", metavar="CONFIG", required=False, shell_complete=complete_backends)
 @click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
 def explain(text: str | None, json_path: str | None) -> None:
     """Show every option of a backend, its value and where that came from.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from eplb_core.cli.completion import complete_backends, complete_checks
 from eplb_core.cli.output import EXIT_PROBLEM, human_console, write_json
 
 if TYPE_CHECKING:
@@ -17,10 +18,17 @@ _STYLES: Final = {"passed": "green", "failed": "red", "not run": "red", "skipped
 
 
 @click.command()
-@click.argument("config", required=False)
+@click.argument("config", required=False, shell_complete=complete_backends)
 @click.option("--ranks", type=click.IntRange(2), default=3, show_default=True, help="How many local processes.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of the tensors.")
-@click.option("--check", "names", multiple=True, metavar="NAME", help="Only this check; may be given again.")
+@click.option(
+    "--check",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_checks,
+    help="Only this check; may be given again.",
+)
 @click.option("--thorough", is_flag=True, help="Also the checks that are too long for every day.")
 @click.option("--register", is_flag=True, help="Register every tensor first, for backends that move no others.")
 @click.option("--list", "list_only", is_flag=True, help="Only list the checks and what each promises.")

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 def make_checkpoint(
     directory: Path, style: str, layers: int, experts: int, hidden: int, intermediate: int, seed: int, shards: int
 ) -> None:
-    """Write a small MoE checkpoint into DIRECTORY, which has to be new or empty.
+    """Write a small MoE checkpoint into DIRECTORY.
 
     Its files, names and dtypes are those of a real one (with --style deepseek: float8 weights with their scales);
-    its weights are random bytes.
+    its weights are random bytes. DIRECTORY must be new or empty, or hold an earlier checkpoint of this command,
+    which is replaced.
     """
     from eplb_core.cli.rebalance.report import format_bytes
 

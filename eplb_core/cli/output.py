@@ -25,7 +25,7 @@ EXIT_USAGE = 2
 """The exit code when what the user gave cannot be used; the same as click's own usage errors."""
 
 EXIT_INTERRUPTED = 130
-"""The exit code after Ctrl-C, as shells have it."""
+"""The exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
 
 STDOUT = "-"
 """The path that stands for standard output."""

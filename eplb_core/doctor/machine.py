@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from eplb_core import __version__
 from eplb_core.doctor.checks import Finding, Severity
+from eplb_core.extras import require
 from eplb_core.launch.memory import free_memory, memory_limit
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -53,7 +53,13 @@ def look_at_machine(modules: Iterable[str]) -> Machine:
     Args:
         modules: top-level modules that the installed backends need; the versions of their distributions are facts,
             and variables that begin with their names belong to the environment.
+
+    Raises:
+        InputError: psutil is not installed.
     """
+    require("cli", "a look at this machine")
+    import psutil
+
     names = sorted(set(modules))
     findings: list[Finding] = []
     facts = {"eplb": __version__, "Python": platform.python_version(), "torch": str(torch.__version__)}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from eplb_core.errors import InputError
+from eplb_core.extras import require
 from eplb_core.inputs.experts import TensorSpec
 from eplb_core.inputs.models import RandomExperts
 from eplb_core.inputs.shards import INDEX
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 Style = Literal["mixtral", "qwen3", "deepseek"]
 STYLES: tuple[str, ...] = get_args(Style)
 
+_MARK = "made_by_eplb"  # a key of config.json: this folder holds nothing that could not be written again
+_OWN_FILES = re.compile(rf"config\.json|{re.escape(INDEX)}|model-\d{{5}}-of-\d{{5}}\.safetensors")
 _BLOCK = 128  # DeepSeek-V3 has one float32 scale for each block of 128 x 128 values
 
 
@@ -33,6 +37,8 @@ def make_checkpoint(
     shards: int = 2,
 ) -> int:
     """Write `config.json`, the index and the shards of a mixture-of-experts model into a new or empty folder.
+
+    A folder that holds a checkpoint of this function and nothing else is written anew.
 
     Weights are bfloat16; in the style of DeepSeek-V3 they are float8 with float32 block scales, the first layer is
     dense, and a multi-token prediction layer follows the last.
@@ -51,8 +57,10 @@ def make_checkpoint(
         The bytes of all tensors.
 
     Raises:
-        InputError: a number is not positive, or the folder is not empty or cannot be written to.
+        InputError: a number is not positive, the folder is not empty or cannot be written to, or safetensors is not
+            installed.
     """
+    require("cli", "writing a checkpoint")
     import torch
     from safetensors.torch import save_file
 
@@ -63,8 +71,7 @@ def make_checkpoint(
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise InputError("the folder is not empty", where=str(directory), remedy="give another, or empty it")
+        _make_room(directory)
     except OSError as error:
         raise InputError("the folder cannot be used", where=str(directory), why=error.strerror) from error
 
@@ -79,10 +86,31 @@ def make_checkpoint(
         save_file({name: tensors[name] for name in mine}, directory / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    config = _config(style, layers, experts, hidden, intermediate)
+    config = _config(style, layers, experts, hidden, intermediate) | {_MARK: True}
     _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(directory / "config.json", config)
     return total
+
+
+def _make_room(directory: Path) -> None:
+    """Remove an earlier checkpoint of `make_checkpoint`. Raises `InputError` if there is anything else."""
+    present = list(directory.iterdir())
+    if not present:
+        return
+    try:
+        marked = json.loads((directory / "config.json").read_bytes()).get(_MARK) is True
+    except (OSError, ValueError, AttributeError):
+        marked = False
+    foreign = [path.name for path in present if not _OWN_FILES.fullmatch(path.name)]
+    if not marked or foreign:
+        raise InputError(
+            "the folder is not empty",
+            where=str(directory),
+            why=f"it also holds {foreign[0]}" if marked else "what it holds was not written by eplb make-checkpoint",
+            remedy="give another, or empty it",
+        )
+    for path in present:
+        path.unlink()
 
 
 def _expert_tensors(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from eplb_core.cli.completion import complete_backends
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, seconds_option, write_json
 from eplb_core.contract.backend import ProbeResult
 from eplb_core.contract.option_types import ByteSize
@@ -40,7 +41,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str) -> i
 
 
 @click.command()
-@click.argument("configs", nargs=-1, metavar="[CONFIG]...")
+@click.argument("configs", nargs=-1, metavar="[CONFIG]...", shell_complete=complete_backends)
 @click.option("--ranks", type=click.IntRange(2), help="Local processes to start; torchrun has its own.  [default: 2]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the tensors.  [default: cuda if there is one]")
 @click.option(

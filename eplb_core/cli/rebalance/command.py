@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from eplb_core.cli.completion import complete_backends, complete_models, complete_policies
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, seconds_option, write_json
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_process import start_server
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
@@ -26,7 +27,9 @@ _DEFAULT_RANKS = 4
 @click.command()
 @click.argument("loads", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Real weights: a Hugging Face MoE checkpoint.")
-@click.option("--model", help="Random weights of a published model's shapes, such as deepseek-v3.")
+@click.option(
+    "--model", shell_complete=complete_models, help="Random weights of a published model's shapes, such as deepseek-v3."
+)
 @click.option("--scale", default="1", show_default=True, help="Shrink each tensor of --model, such as 1/16.")
 @click.option("--ranks", type=int, help=f"Ranks.  [default: {_DEFAULT_RANKS}, or those of torchrun]")
 @click.option("--nodes", type=int, help="Nodes that the ranks are spread over.  [default: 1, or those of torchrun]")
@@ -34,6 +37,7 @@ _DEFAULT_RANKS = 4
 @click.option("--groups", type=int, help="Expert groups to keep on one node.  [default: the checkpoint's, or 1]")
 @click.option(
     "--policy",
+    shell_complete=complete_policies,
     help="What decides on the new placement: a config string, such as 'incremental?within=0.01'.  "
     "[default: incremental with --placement, or deepseek]",
 )
@@ -50,7 +54,11 @@ _DEFAULT_RANKS = 4
 )
 @click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
-@click.option("--backend", help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]")
+@click.option(
+    "--backend",
+    shell_complete=complete_backends,
+    help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]",
+)
 @click.option(
     "--window",
     help="The most staging of a rank for received experts, such as 64MiB; that of the backend, such as nixl?window=, "
@@ -91,6 +99,8 @@ def rebalance(
 
     Exit code: 0 if all weights are where they should be, 1 if not, 2 if the input cannot be used.
     """
+    if not _started_by_torchrun():
+        _check_present(options)
     from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
 
     output = _Output(out, json_path, plot)
@@ -139,6 +149,14 @@ def rebalance(
             report_error(error)
             code = EXIT_PROBLEM
     context.exit(joined.share_exit_code(code, request.timeout_s))
+
+
+def _check_present(paths: Mapping[str, Any]) -> None:
+    """Raise `InputError` if an input is not there: before torch is imported, which takes seconds."""
+    for name, what in (("loads", "the loads file"), ("checkpoint", "the checkpoint")):
+        path = paths.get(name)
+        if path is not None and not path.exists():
+            raise InputError(f"{what} does not exist", where=str(path))
 
 
 def _started_by_torchrun() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from eplb_core.cli.rebalance.report import format_bytes
 from eplb_core.errors import InputError
+from eplb_core.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,8 +29,7 @@ def check_plot_target(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"a plot cannot be written as {path.suffix or 'a file without extension'}", where=str(path))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib, which is not installed", remedy='pip install "eplb[plot]"')
+    require("plot", "--plot")
 
 
 def save_plot(report: RebalanceReport, path: Path) -> None:

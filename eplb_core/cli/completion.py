@@ -1,0 +1,64 @@
+"""`eplb completion`, and what completes the values of options. Imports neither torch nor a backend."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Final
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+COMPLETE_VARIABLE: Final = "_EPLB_COMPLETE"
+_SHELLS: Final = ("bash", "zsh", "fish")
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(_SHELLS))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that makes SHELL complete commands, options, and names of backends, policies and models.
+
+    bash: eval "$(eplb completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc;
+    fish: eplb completion fish > ~/.config/fish/completions/eplb.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    complete = get_completion_class(shell)
+    assert complete is not None  # click brings all three
+    script = complete(context.find_root().command, {}, "eplb", COMPLETE_VARIABLE).source()
+    sys.stdout.write(script if script.endswith("\n") else script + "\n")
+
+
+def complete_backends(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return `auto` and the names of all installed backends that begin so."""
+    return _beginning(("auto", *_names("eplb.backends")), incomplete)
+
+
+def complete_policies(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of all installed policies that begin so."""
+    return _beginning(_names("eplb.policies"), incomplete)
+
+
+def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of all models of known shapes that begin so."""
+    from eplb_core.inputs.models import MODELS
+
+    return _beginning((model.name for model in MODELS), incomplete)
+
+
+def complete_checks(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of all checks of the conformance kit that begin so."""
+    from eplb_core.testing.catalogue import all_checks
+
+    return _beginning((check.name for check in all_checks()), incomplete)
+
+
+def _names(group: str) -> Iterable[str]:
+    return {point.name for point in entry_points(group=group)}
+
+
+def _beginning(names: Iterable[str], incomplete: str) -> list[str]:
+    return sorted(name for name in names if name.startswith(incomplete))
