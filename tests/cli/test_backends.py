@@ -17,7 +17,7 @@ from eplb_core.errors import (
     TransferError,
     UnknownBackendError,
 )
-from tests.support.fake_distributions import install, install_backend, run_child, run_eplb, run_python, spec_source
+from tests.support.fake_distributions import install, install_backend, run_eplb, run_python, spec_source
 
 _OPTIONS = """
 from __future__ import annotations
@@ -313,10 +313,3 @@ def test_json_has_no_words_for_nan(tmp_path: Path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json({"seconds": float("nan")}, str(tmp_path / "out.json"))
     assert not (tmp_path / "out.json").exists()
-
-
-def test_the_command_is_installed_and_knows_its_version():
-    from eplb_core import __version__
-
-    done = run_child(["-c", "from eplb_core.cli import main; main(['--version'])"])
-    assert done.stdout == f"eplb, version {__version__}\n"

@@ -86,7 +86,7 @@ def test_a_complete_project_is_written() -> None:
 
 def test_it_depends_on_the_eplb_that_wrote_it_and_registers_the_name() -> None:
     project = tomllib.loads(render_project(ProjectNames.of("acme-rail"))["pyproject.toml"])["project"]
-    major, minor, _ = eplb_core.__version__.split(".")
+    major, minor, *_ = eplb_core.__version__.split(".")
     assert project["name"] == "eplb-acme-rail"
     assert f"eplb>={major}.{minor},<{int(major) + 1}" in project["dependencies"]
     assert project["entry-points"]["eplb.backends"] == {"acme_rail": "eplb_acme_rail.spec:BACKEND"}

@@ -251,6 +251,42 @@ def test_a_checkpoint_is_not_made_in_a_folder_with_files(tmp_path: Path) -> None
         make_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_of_our_own_is_replaced_and_nothing_of_it_is_left(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, experts=4, shards=3)
+    make_checkpoint(tmp_path, experts=6, shards=1)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model-00001-of-00001.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert Checkpoint.open(tmp_path).num_experts == 6
+
+
+def test_a_checkpoint_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["made_by_eplb"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with pytest.raises(InputError, match="was not written by eplb make-checkpoint"):
+        make_checkpoint(tmp_path)
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_beside_a_checkpoint_of_our_own_keeps_all_of_it(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    (tmp_path / "precious").touch()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with pytest.raises(InputError, match="it also holds precious"):
+        make_checkpoint(tmp_path, experts=4)
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_checkpoint_without_experts_is_not_made(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="experts is 0"):
         make_checkpoint(tmp_path, experts=0)
