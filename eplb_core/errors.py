@@ -58,7 +58,7 @@ class LostExpertsError(PlacementError):
     _MOST_NAMED = 8
 
     def __init__(self, experts: Iterable[tuple[int, int]]) -> None:
-        self.experts = tuple(sorted(experts))
+        self.experts: tuple[tuple[int, int], ...] = tuple(sorted(experts))
         count = f"{len(self.experts)} logical expert" + ("" if len(self.experts) == 1 else "s")
         named = ", ".join(f"{expert} in layer {layer}" for layer, expert in self.experts[: self._MOST_NAMED])
         more = len(self.experts) - self._MOST_NAMED
@@ -184,8 +184,8 @@ class HandshakeError(EplbError, RuntimeError):
         why: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.table = {item: list(values) for item, values in table.items()}
-        self.missing = tuple(sorted(missing))
+        self.table: dict[str, list[str]] = {item: list(values) for item, values in table.items()}
+        self.missing: tuple[int, ...] = tuple(sorted(missing))
         lines = [
             f"\n  {item}: " + ", ".join(f"rank {rank} = {value}" for rank, value in enumerate(values))
             for item, values in self.table.items()
@@ -209,7 +209,7 @@ class ControlPlaneError(EplbError, RuntimeError):
         why: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.missing = tuple(sorted(missing))
+        self.missing: tuple[int, ...] = tuple(sorted(missing))
         super().__init__(what, where=where, why=why, remedy=remedy)
 
 
@@ -248,7 +248,7 @@ class TransferError(EplbError, RuntimeError):
         why: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.peers = tuple(sorted(peers))
+        self.peers: tuple[int, ...] = tuple(sorted(peers))
         self.phase = phase
         self.usable = usable
         super().__init__(what, where=where, why=why, remedy=remedy)
@@ -292,7 +292,7 @@ class IntegrityError(TransferError):
         why: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.wrong = list(wrong)
+        self.wrong: list[tuple[int, int]] = list(wrong)
         super().__init__(what, peers=peers, phase=phase, usable=usable, where=where, why=why, remedy=remedy)
 
 
@@ -314,6 +314,6 @@ class LoaderError(EplbError, RuntimeError):
     def __init__(
         self, what: str, *, experts: Iterable[tuple[int, int]], placement: npt.NDArray[np.int64], why: str
     ) -> None:
-        self.experts = tuple(sorted(set(experts)))
+        self.experts: tuple[tuple[int, int], ...] = tuple(sorted(set(experts)))
         self.placement = placement
         super().__init__(what, why=why, remedy="mend the loader, and rearrange from error.placement")

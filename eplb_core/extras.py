@@ -7,7 +7,7 @@ from typing import Final
 
 from eplb_core.errors import InputError
 
-EXTRAS: Final = {
+EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "cli": ("click", "rich", "psutil", "safetensors"),
     "plot": ("matplotlib",),
 }

@@ -21,8 +21,8 @@ class Transfer:
 
     def __init__(self, tensor: torch.Tensor, peer: int) -> None:
         self.tensor = tensor
-        self.peer = peer
-        self.nbytes = tensor.nbytes
+        self.peer: int = peer
+        self.nbytes: int = tensor.nbytes
 
 
 class Payload:
@@ -39,9 +39,9 @@ class Payload:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
-        self.nbytes = tensor.nbytes
-        self.place = tensor.data_ptr(), self.nbytes
-        self.kind = b"%d %s;" % (self.nbytes, _name(tensor.dtype))
+        self.nbytes: int = tensor.nbytes
+        self.place: tuple[int, int] = tensor.data_ptr(), self.nbytes
+        self.kind: bytes = b"%d %s;" % (self.nbytes, _name(tensor.dtype))
 
 
 @functools.cache
