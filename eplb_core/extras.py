@@ -1,4 +1,4 @@
-"""Packages that only some users need: which extra of `eplb` installs each, and an error that says so."""
+"""Packages that only some users need, and how to install them."""
 
 from __future__ import annotations
 

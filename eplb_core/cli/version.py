@@ -11,7 +11,7 @@ from typing import Final
 from eplb_core import __version__
 from eplb_core.extras import install_command
 
-_EXTRAS_SHOWN: Final = ("cli", "nixl", "nccl", "plot")
+_EXTRAS_SHOWN: Final = ("cli", "nixl", "nccl", "plot", "policies")
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*(?:;.*extra *== *['\"](?P<extra>[\w-]+)['\"])?")
 
 
