@@ -60,6 +60,8 @@ class RankMeasurement:
     Attributes:
         seconds: wall time of each step on this rank, from a barrier of all ranks on.
         phases: phase name -> seconds, one dictionary a step.
+        experts_moved: experts that crossed between ranks, of all ranks together, in each step.
+        bounded_steps: how many bounded steps each rearrangement took.
         paths: peer rank -> what its bytes travelled over.
         staging_bytes: the most staging memory that the rank held.
         wrong_tensors: tensors of a slot with a wrong byte in the end.
@@ -72,6 +74,8 @@ class RankMeasurement:
 
     seconds: list[float]
     phases: list[dict[str, float]]
+    experts_moved: list[int]
+    bounded_steps: list[int]
     paths: dict[int, str]
     staging_bytes: int
     wrong_tensors: int
@@ -116,6 +120,8 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
         )
         seconds: list[float] = []
         phases: list[dict[str, float]] = []
+        moved: list[int] = []
+        bounded: list[int] = []
         paths: dict[int, str] = {}
         staging_bytes, reached = 0, True
         for step in range(work.num_steps):
@@ -128,6 +134,8 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
             _synchronize(device)
             seconds.append(time.perf_counter() - began)
             phases.append(dict(result.phases))
+            moved.append(result.moved)
+            bounded.append(result.steps)
             paths.update(result.paths)
             staging_bytes = max(staging_bytes, result.staging_bytes)
             reached = reached and np.array_equal(result.placement, new)
@@ -136,6 +144,8 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
     return RankMeasurement(
         seconds=seconds,
         phases=phases,
+        experts_moved=moved,
+        bounded_steps=bounded,
         paths=paths,
         staging_bytes=staging_bytes,
         wrong_tensors=len(wrong),

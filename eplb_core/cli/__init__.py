@@ -44,6 +44,7 @@ _COMMANDS = {
         "eplb_core.cli.rebalance.command:rebalance",
         "Move experts to a better placement and verify every byte.",
     ),
+    "simulate": ("eplb_core.cli.simulate:simulate", "Simulate many rebalances at any scale, without weights."),
 }
 """Sub-command -> (where its click command is, what it does in one line)."""
 

@@ -261,6 +261,8 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
         return RankMeasurement(
             seconds=seconds,
             phases=[{}] * len(seconds),
+            experts_moved=[7, 7, 7],
+            bounded_steps=[1, 1, 1],
             paths={},
             staging_bytes=0,
             wrong_tensors=0,

@@ -1,0 +1,333 @@
+"""`eplb simulate`: many rebalances at any scale, without weights: balance, bytes, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from eplb_core.cli.output import STDOUT, human_console, write_json
+from eplb_core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from rich.console import Console
+
+    from eplb_core.simulate.compared import Contestant
+    from eplb_core.simulate.cost import Cost, Links
+    from eplb_core.simulate.run import Rebalance, Setup
+    from eplb_core.simulate.trace import Interval, Kind
+
+_MOST_RANKS = 4096
+_MOST_ROWS = 20  # rebalances in the table; the document has all
+
+
+@click.command()
+@click.option(
+    "--model", default="deepseek-v3", show_default=True, help="A published model: its layers, experts, bytes."
+)
+@click.option("--layers", type=click.IntRange(1), help="MoE layers.  [default: the model's, or those of --loads]")
+@click.option("--ranks", type=click.IntRange(1, _MOST_RANKS), default=8, show_default=True)
+@click.option(
+    "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes that share the ranks evenly."
+)
+@click.option("--redundant", type=click.IntRange(0), default=32, show_default=True, help="Slots beyond one an expert.")
+@click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Expert groups of the router.")
+@click.option(
+    "--policy", "policies", multiple=True, help="A config string; repeat it to compare.  [default: incremental]"
+)
+@click.option("--compare", is_flag=True, help="Compare keeping, fresh plans, slot keeping, swaps, and incremental.")
+@click.option("--as-planned", is_flag=True, help="Take plans as they are, without ranks relabelled and slots kept.")
+@click.option(
+    "--loads", type=click.Path(path_type=Path), help="A recording [steps, layers, experts] instead of --trace."
+)
+@click.option(
+    "--interval", type=click.IntRange(1), default=1, show_default=True, help="With --loads: steps an interval."
+)
+@click.option("--trace", type=click.Choice(["lognormal", "zipf"]), default="lognormal", show_default=True)
+@click.option(
+    "--drift", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Change of loads an interval."
+)
+@click.option("--rebalances", type=click.IntRange(1), default=10, show_default=True, help="How often, without --loads.")
+@click.option(
+    "--tokens", type=click.FloatRange(0, min_open=True), help="Tokens an expert and interval.  [default: no noise]"
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--links", help="Rates, such as 'rank_rate=200GB&node_rate=400GB&step=1ms'; see the documentation.")
+@click.option("--window", default="256MiB", show_default=True, help="Staging of a rank for received experts.")
+@click.option(
+    "--in-place-from",
+    default="1GiB",
+    show_default=True,
+    help="Staging that takes as long as a step: 1GiB on GPUs, 24MiB on CPUs; none stages everything.",
+)
+@click.option("--workload", type=click.Path(path_type=Path), help="Cost of a bench workload's placements, no policy.")
+@click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw imbalance and bytes over time here (.png).")
+def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **options: Any) -> None:
+    """Simulate many rebalances, without weights and without ranks.
+
+    A policy decides on placements as it would in a serving system; plans and schedules are the real ones, so experts,
+    bytes, steps and staging are exact. Seconds come from the rates that --links gives.
+
+    Exit code: 0, or 2 if the input cannot be used.
+    """
+    from eplb_core.cli.simulation_plot import check_plot_target, save_plot
+
+    if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
+        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
+    if plot is not None:
+        check_plot_target(plot)
+    console = human_console(json_path)
+    if workload is not None:
+        costs = _workload_costs(workload, options)
+        _print_costs(costs, console)
+        if json_path is not None:
+            write_json({"workload": str(workload), "steps": [asdict(cost) for cost in costs]}, json_path)
+        return
+    setup, expert_name = _setup(options)
+    runs: dict[str, list[Rebalance]] = {}
+    chosen = _contestants(options)
+    from eplb_core.simulate.run import simulate as run
+
+    for contestant in chosen:
+        with console.status(contestant.name):
+            runs[contestant.name] = run(
+                replace(setup, moves=contestant.moves), contestant.policy, _trace(options, setup)
+            )
+    console.print(_headline(options, setup, expert_name), markup=False)
+    if len(runs) == 1:
+        _print_run(next(iter(runs.values())), console)
+    _print_summary(runs, console)
+    if json_path is not None:
+        document = {
+            "setup": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+            "runs": {name: [rebalance.document() for rebalance in rows] for name, rows in runs.items()},
+            "summary": {name: _means(rows) for name, rows in runs.items()},
+        }
+        write_json(document, json_path)
+    if plot is not None:
+        save_plot(runs, _headline(options, setup, expert_name), plot)
+
+
+# --- from options to a simulation -------------------------------------------------------------------------------------
+
+
+def _setup(options: dict[str, Any]) -> tuple[Setup, str]:
+    from eplb_core.inputs.models import find_model
+    from eplb_core.simulate.run import Setup
+
+    model = find_model(options["model"])
+    experts, layers = model.num_experts, options["layers"] or model.num_layers
+    if options["loads"] is not None:
+        shape = _recording(options).shape
+        layers, experts = shape[1], shape[2]
+    num_slots, ranks, nodes = experts + options["redundant"], options["ranks"], options["nodes"]
+    if num_slots % ranks:
+        missing = -num_slots % ranks
+        raise InputError(
+            f"{num_slots} slots cannot be shared evenly by {ranks} ranks",
+            why=f"{experts} experts and {options['redundant']} redundant ones",
+            remedy=f"give --redundant {options['redundant'] + missing}",
+        )
+    if ranks % nodes:
+        raise InputError(f"{ranks} ranks cannot be shared evenly by {nodes} nodes")
+    in_place = options["in_place_from"]
+    setup = Setup(
+        num_ranks=ranks,
+        num_nodes=nodes,
+        num_slots=num_slots,
+        num_groups=options["groups"],
+        tensor_bytes=tuple(tensor.nbytes for tensor in model.tensors),
+        num_layers=layers,
+        window_bytes=_bytes("--window", options["window"]),
+        in_place_from=None if in_place == "none" else _bytes("--in-place-from", in_place),
+        links=_links(options["links"]),
+    )
+    return setup, f"{experts} experts of {model.expert_bytes / 1e6:.1f} MB"
+
+
+def _contestants(options: dict[str, Any]) -> tuple[Contestant, ...]:
+    from eplb_core.registry.policies import select_policy
+    from eplb_core.simulate.compared import Contestant, contestants
+
+    if options["compare"]:
+        if options["policies"]:
+            raise InputError("--compare and --policy were given", remedy="give one of them")
+        return contestants()
+    names = list(dict.fromkeys(options["policies"])) or ["incremental"]
+    selected = [select_policy(name) for name in names]
+    moves: Any = "planned" if options["as_planned"] else "relabelled"
+    return tuple(Contestant(each.text, each.policy, moves) for each in selected)
+
+
+def _recording(options: dict[str, Any]) -> NDArray[np.float64]:
+    from eplb_core.inputs.loads import read_load_window
+
+    window = read_load_window(options["loads"])
+    return window if options["layers"] is None else window[:, : options["layers"]]
+
+
+def _trace(options: dict[str, Any], setup: Setup) -> Iterator[Interval]:
+    from eplb_core.simulate.trace import cut_trace, make_trace
+
+    if options["loads"] is not None:
+        return cut_trace(_recording(options), options["interval"])
+    return make_trace(
+        kind=cast("Kind", options["trace"]),
+        layers=setup.num_layers,
+        experts=setup.num_slots - options["redundant"],
+        intervals=options["rebalances"] + 1,
+        drift=options["drift"],
+        tokens=options["tokens"],
+        seed=options["seed"],
+    )
+
+
+def _bytes(option: str, text: str) -> int:
+    from eplb_core.contract.option_types import ByteSize
+    from eplb_core.contract.options import OptionType, ValueTextError
+
+    kind = OptionType(option, ByteSize, least=1)
+    try:
+        return int(cast("int", kind.parse(text)))
+    except ValueTextError as error:
+        raise InputError(f"{option} cannot be {text!r}", why=str(error), remedy=f"give {kind.accepts()}") from None
+
+
+def _links(text: str | None) -> Links:
+    from eplb_core.registry.config import parse_config, resolve_options
+    from eplb_core.simulate.cost import Links
+
+    if text is None:
+        return Links()
+    try:
+        links: Links = resolve_options(parse_config(f"links?{text}"), Links, kind="setting", environment={}).values
+    except ConfigError as error:
+        raise InputError(f"--links: {error.what}", why=error.why, remedy=error.remedy) from error
+    return links
+
+
+def _workload_costs(path: Path, options: dict[str, Any]) -> list[Cost]:
+    from eplb_core.bench.workload import read_workload
+    from eplb_core.simulate.run import Setup, simulate_workload
+
+    work = read_workload(path)
+    in_place = options["in_place_from"]
+    setup = Setup(
+        num_ranks=work.num_ranks,
+        num_nodes=1,
+        num_slots=work.slots_per_rank * work.num_ranks,
+        num_groups=1,
+        tensor_bytes=work.tensor_bytes,
+        num_layers=work.num_layers,
+        window_bytes=_bytes("--window", options["window"]),
+        in_place_from=None if in_place == "none" else _bytes("--in-place-from", in_place),
+        links=_links(options["links"]),
+    )
+    return simulate_workload(setup, work.placements)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _headline(options: dict[str, Any], setup: Setup, experts: str) -> str:
+    loads = (
+        f"loads of {options['loads'].name}"
+        if options["loads"]
+        else f"{options['trace']} loads, drift {options['drift']:g}"
+    )
+    return (
+        f"{setup.num_layers} layers of {experts} in {setup.num_slots} slots, {setup.num_ranks} ranks on "
+        f"{setup.num_nodes} {'node' if setup.num_nodes == 1 else 'nodes'}, {loads}"
+    )
+
+
+def _means(rows: Sequence[Rebalance]) -> dict[str, float]:
+    count = max(len(rows), 1)
+    keys = ("imbalance_kept", "imbalance", "slots_anew", "policy_s", "planning_s")
+    costs = ("bytes_moved", "bytes_between_nodes", "rank_bytes_max", "steps", "messages", "seconds")
+    means = {key: sum(getattr(row, key) for row in rows) / count for key in keys}
+    means |= {key: sum(getattr(row.cost, key) for row in rows) / count for key in costs}
+    worst = {"imbalance_worst": max((row.imbalance_worst for row in rows), default=1.0)}
+    return {**means, **worst, "staging_bytes_max": max((row.cost.staging_bytes_max for row in rows), default=0)}
+
+
+def _print_run(rows: Sequence[Rebalance], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("rebalance", "kept", "after", "slots anew", "between ranks", "busiest rank", "steps", "time", "plan"):
+        table.add_column(title, justify="left" if title == "plan" else "right")
+    for number, row in enumerate(rows[:_MOST_ROWS], 1):
+        table.add_row(
+            str(number),
+            f"{row.imbalance_kept:.3f}",
+            f"{row.imbalance:.3f}",
+            f"{100 * row.slots_anew:.1f} %",
+            f"{row.cost.bytes_moved / 1e9:.2f} GB",
+            f"{row.cost.rank_bytes_max / 1e9:.2f} GB",
+            str(row.cost.steps),
+            f"{row.cost.seconds * 1e3:.1f} ms",
+            row.plan,
+        )
+    console.print(table)
+    if len(rows) > _MOST_ROWS:
+        console.print(f"and {len(rows) - _MOST_ROWS} more; --json has all", markup=False)
+
+
+def _print_summary(runs: dict[str, list[Rebalance]], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("mean of all rebalances")
+    for title in (
+        "imbalance",
+        "worst",
+        "slots anew",
+        "between ranks",
+        "between nodes",
+        "busiest rank",
+        "time",
+        "policy",
+    ):
+        table.add_column(title, justify="right")
+    for name, rows in runs.items():
+        mean = _means(rows)
+        table.add_row(
+            name,
+            f"{mean['imbalance']:.3f}",
+            f"{mean['imbalance_worst']:.3f}",
+            f"{100 * mean['slots_anew']:.1f} %",
+            f"{mean['bytes_moved'] / 1e9:.2f} GB",
+            f"{mean['bytes_between_nodes'] / 1e9:.2f} GB",
+            f"{mean['rank_bytes_max'] / 1e9:.2f} GB",
+            f"{mean['seconds'] * 1e3:.1f} ms",
+            f"{mean['policy_s'] + mean['planning_s']:.2f} s",
+        )
+    console.print(table)
+
+
+def _print_costs(costs: Sequence[Cost], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("step", "experts", "bytes", "bounded steps", "staging", "time"):
+        table.add_column(title, justify="right")
+    for number, cost in enumerate(costs[:_MOST_ROWS], 1):
+        table.add_row(
+            str(number),
+            f"{cost.experts_moved:,}",
+            f"{cost.bytes_moved:,}",
+            str(cost.steps),
+            f"{cost.staging_bytes_max / 2**20:.1f} MiB",
+            f"{cost.seconds * 1e3:.1f} ms",
+        )
+    console.print(table)

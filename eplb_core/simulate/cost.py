@@ -1,0 +1,117 @@
+"""What one rearrangement costs: the plan and the schedule of the real thing, and a model of the links for the time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eplb_core.arrays import IntArray
+from eplb_core.contract.option_types import ByteSize, Duration
+from eplb_core.planning.plan import RearrangementPlan
+from eplb_core.scheduling.schedule import Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Links:
+    """How fast bytes move, per second.
+
+    Attributes:
+        rank_rate: what a rank sends, and receives at the same time.
+        node_rate: what a node sends to all others, and receives at the same time; None for no limit.
+        host_rate: what all ranks of a node move together, where they share one memory; None for no limit.
+        copy_rate: what a rank copies from its window into its slots.
+        step: time of a step beside the bytes: the ranks agree, copies are started.
+        start: time of a rearrangement before its first step: the ranks agree on the plan.
+    """
+
+    rank_rate: ByteSize = field(default=ByteSize(200 * 10**9), metadata={"min": 1, "help": "bytes a second of a rank"})
+    node_rate: ByteSize | None = field(default=None, metadata={"min": 1, "help": "bytes a second between nodes"})
+    host_rate: ByteSize | None = field(default=None, metadata={"min": 1, "help": "bytes a second of a node's ranks"})
+    copy_rate: ByteSize = field(default=ByteSize(10**12), metadata={"min": 1, "help": "bytes a second of local copies"})
+    step: Duration = field(default=Duration(0.0005), metadata={"help": "time of a step beside the bytes"})
+    start: Duration = field(default=Duration(0.001), metadata={"help": "time before the first step"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a rearrangement costs.
+
+    Attributes:
+        experts_moved: experts that cross between ranks.
+        bytes_moved: bytes that cross between ranks.
+        bytes_between_nodes: of these, bytes that cross between nodes.
+        rank_bytes_max: bytes that the rank receives that receives most.
+        link_bytes_max: bytes from one rank to another, on the pair that has most.
+        node_bytes_max: bytes that a node sends to others or receives, whichever is most.
+        peers_max: ranks that a rank has traffic with, on the rank that has most.
+        steps: bounded steps.
+        messages: control messages of a rank: one for the plan, and one for each step, which it decides with the others.
+        staging_bytes_max: bytes of the window that a rank uses, on the rank and in the step that use most.
+        seconds: the time that it takes, by the model of the links.
+    """
+
+    experts_moved: int
+    bytes_moved: int
+    bytes_between_nodes: int
+    rank_bytes_max: int
+    link_bytes_max: int
+    node_bytes_max: int
+    peers_max: int
+    steps: int
+    messages: int
+    staging_bytes_max: int
+    seconds: float
+
+
+def cost_of(plan: RearrangementPlan, steps: list[Step], expert_bytes: IntArray, links: Links) -> Cost:
+    """Return what a schedule costs.
+
+    Args:
+        plan: what moves.
+        steps: the schedule of it.
+        expert_bytes: int64 `[layers]`.
+        links: how fast bytes move.
+    """
+    traffic = plan.traffic(expert_bytes)
+    between = plan.traffic_between_nodes(expert_bytes)
+    peers = ((traffic > 0) | (traffic > 0).T).sum(axis=1)
+    seconds = (float(links.start) if steps else 0.0) + sum(_seconds(plan, step, expert_bytes, links) for step in steps)
+    return Cost(
+        experts_moved=plan.num_transfers,
+        bytes_moved=int(traffic.sum()),
+        bytes_between_nodes=int(between.sum()),
+        rank_bytes_max=int(traffic.sum(axis=0).max(initial=0)),
+        link_bytes_max=int(traffic.max(initial=0)),
+        node_bytes_max=int(max(between.sum(axis=0).max(initial=0), between.sum(axis=1).max(initial=0))),
+        peers_max=int(peers.max(initial=0)),
+        steps=len(steps),
+        messages=1 + len(steps),
+        staging_bytes_max=max((int(step.staged_bytes.max()) for step in steps), default=0),
+        seconds=seconds,
+    )
+
+
+def _seconds(plan: RearrangementPlan, step: Step, expert_bytes: IntArray, links: Links) -> float:
+    """Return the time of one step: the busiest link, then the copies of the rank that has most."""
+    size = expert_bytes[step.transfers[:, 0]]
+    source, destination = step.transfers[:, 2], step.transfers[:, 4]
+
+    def most(place: IntArray, size: IntArray) -> float:
+        return float(np.bincount(place, size, minlength=1).max()) if len(place) else 0.0
+
+    moving = max(most(source, size), most(destination, size)) / links.rank_rate
+    node = plan.node_of_rank
+    if links.node_rate is not None:
+        crosses = node[source] != node[destination]
+        busiest = max(most(node[place[crosses]], size[crosses]) for place in (source, destination))
+        moving = max(moving, busiest / links.node_rate)
+    copied = expert_bytes[step.copies[:, 1]]
+    if links.host_rate is not None:
+        # One memory: every byte is read and written by one of its ranks, copies too.
+        touched = np.bincount(node[destination], size, minlength=1) if len(size) else np.zeros(1)
+        more = np.bincount(node[step.copies[:, 0]], copied, minlength=len(touched)) if len(copied) else np.zeros(1)
+        width = max(len(touched), len(more))
+        total = np.pad(touched, (0, width - len(touched))) + np.pad(more, (0, width - len(more)))
+        moving = max(moving, float(total.max()) / links.host_rate)
+    return float(links.step) + moving + most(step.copies[:, 0], copied) / links.copy_rate
