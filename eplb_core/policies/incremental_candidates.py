@@ -378,6 +378,15 @@ def _best_via_loops(layer: Layer, aim: Aim, hot: int, spare: Spare) -> tuple[flo
     per_rank = len(place) // len(rank_load)
     high = rank_load[hot]
     best, best_slot, best_expert, best_third = aim.least, -1, -1, -1
+    thirds = np.empty(len(place), dtype=np.int64)
+    rest = np.empty(len(place))
+    number = 0
+    for third in range(first * per_rank, last * per_rank):
+        other, gone = third // per_rank, place[third]
+        if other != hot and copies[gone] > 1 and now[hot, gone] == 0 and room[other] >= 1:
+            thirds[number] = third
+            rest[number] = second[gone] if where[gone] == other else highest[gone]
+            number += 1
     for held in range(hot * per_rank, (hot + 1) * per_rank):
         expert = place[held]
         piece = load[expert] / (copies[expert] + 1)
@@ -391,16 +400,17 @@ def _best_via_loops(layer: Layer, aim: Aim, hot: int, spare: Spare) -> tuple[flo
             there = max(here, rank_load[rank] + piece - share[moved])
             if high - there <= best:
                 continue
-            for third in range(first * per_rank, last * per_rank):
-                other, gone = third // per_rank, place[third]
-                if other in (hot, rank) or copies[gone] < 2 or gone in (expert, moved):
+            for index in range(number):
+                # Most candidates are ruled out by loads alone, so those come first.
+                if high - rest[index] <= best:
                     continue
-                if now[other, moved] > 0 or now[hot, gone] > 0 or now[rank, gone] > 0 or room[other] < 1:
+                other, gone = thirds[index] // per_rank, place[thirds[index]]
+                after = rank_load[other] + share[moved] - share[gone] + more[gone] * (now[other, gone] - 1)
+                after = max(there, after, rest[index])
+                if high - after <= best or other == rank or gone in (expert, moved):
                     continue
-                after = max(there, rank_load[other] + share[moved] - share[gone] + more[gone] * (now[other, gone] - 1))
-                after = max(after, second[gone] if where[gone] == other else highest[gone])
-                if high - after > best:
-                    best, best_slot, best_expert, best_third = high - after, slot, expert, third
+                if now[other, moved] == 0 and now[rank, gone] == 0:
+                    best, best_slot, best_expert, best_third = high - after, slot, expert, thirds[index]
     return best, best_slot, best_expert, best_third
 
 
