@@ -91,8 +91,8 @@ def moves(seeds: int) -> None:
                     )
                 mean = np.mean(rows, axis=0)
                 print(
-                    f"{ranks:5d}  {kind:9s} {drift:6.0%} {mean[0]:16.4f}, {mean[1]:6.1%} {mean[2]:16.4f}, {mean[3]:6.2%}"
-                    f"   1/{mean[1] / mean[3]:.1f}   {max(row[4] for row in rows):+.1e}",
+                    f"{ranks:5d}  {kind:9s} {drift:6.0%} {mean[0]:16.4f}, {mean[1]:6.1%} {mean[2]:16.4f}, "
+                    f"{mean[3]:6.2%}   1/{mean[1] / mean[3]:.1f}   {max(row[4] for row in rows):+.1e}",
                     flush=True,
                 )
 
@@ -179,9 +179,7 @@ def seconds(seeds: int) -> None:
 
 def schedules(seeds: int) -> None:
     """`schedule_steps` of real plans: experts of 44 MB, a window of 192 MiB."""
-    print(
-        "ranks  plan          moves   a step like 24 MiB (CPU): s, steps   like 1 GiB (GPU): s, steps   staged: s, steps"
-    )
+    print("ranks  plan          moves   step as 24 MiB (CPU): s, steps   as 1 GiB (GPU): s, steps   staged: s, steps")
     for ranks, slots in SLOTS.items():
         sizes: dict[str, Any] = {"num_slots": slots, "num_ranks": ranks}
         loads, later = before_and_after("lognormal", 0.2, 0)

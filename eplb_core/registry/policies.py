@@ -50,7 +50,7 @@ class PolicyEntry:
     location: str = ""
     problem: str = ""
     notes: tuple[str, ...] = ()
-    _registration: Registration | None = field(default=None, compare=False, repr=False)
+    _registration: Any = field(default=None, compare=False, repr=False)
 
     @property
     def choice(self) -> str:
