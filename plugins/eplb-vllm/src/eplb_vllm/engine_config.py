@@ -17,7 +17,8 @@ from eplb_vllm.engine_log import log
 ON_UNKNOWN: Final = "EPLB_VLLM_ON_UNKNOWN"
 """The environment variable that says what to do with a vLLM that is not as expected: `leave` (default) or `refuse`."""
 
-_KNOWN_NAMES: Final = frozenset({"torch_nccl", "torch_gloo", "torch_xccl", "nixl", "pynccl"})
+KNOWN_NAMES: Final = frozenset({"torch_nccl", "torch_gloo", "torch_xccl", "nixl", "pynccl"})
+"""The names of vLLM's own communicators where vLLM is not loaded."""
 _FIELD: Final = "communicator"
 
 
@@ -25,7 +26,7 @@ def engine_names() -> frozenset[str]:
     """Return the names of vLLM's own communicators, read from its configuration where that is loaded."""
     parallel = sys.modules.get("vllm.config.parallel")
     names = typing.get_args(getattr(parallel, "EPLBCommunicatorBackend", None))
-    return frozenset(name for name in names if isinstance(name, str)) or _KNOWN_NAMES
+    return frozenset(name for name in names if isinstance(name, str)) or KNOWN_NAMES
 
 
 def engine_version() -> str:

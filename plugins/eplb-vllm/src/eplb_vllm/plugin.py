@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
@@ -14,15 +15,17 @@ def register() -> None:
     when_imported(signatures.CONFIG, engine_config.widen)
     when_imported(signatures.COMMUNICATOR, _if_expected("install_factory"))
     when_imported(signatures.EXECUTE, _if_expected("install_rearrangement"))
-    when_imported(signatures.POLICY, _if_expected("install_policy"))
+    when_imported(signatures.POLICY, _if_expected("install_policy", signatures.DEFAULT_POLICY))
     when_imported(signatures.WORKER, _if_expected("install_refresh"))
 
 
-def _if_expected(step: str) -> Callable[[ModuleType], None]:
+def _if_expected(step: str, looked_at: str = "") -> Callable[[ModuleType], None]:
+    """Return what installs a step in a module, if that, or another one that it imports, is as this plugin knows it."""
+
     def install(module: ModuleType) -> None:
         from eplb_vllm import seams  # imports torch, which the module has done anyway
 
-        if seams.expected(module):
+        if seams.expected(sys.modules.get(looked_at, module)):
             getattr(seams, step)(module)
 
     return install

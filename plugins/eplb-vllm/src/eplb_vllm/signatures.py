@@ -20,6 +20,7 @@ COMMUNICATOR: Final = "vllm.distributed.eplb.eplb_communicator"
 EXECUTE: Final = "vllm.distributed.eplb.rebalance_execute"
 STATE: Final = "vllm.distributed.eplb.eplb_state"
 POLICY: Final = "vllm.distributed.eplb.policy"
+DEFAULT_POLICY: Final = "vllm.distributed.eplb.policy.default"
 CONFIG: Final = "vllm.config.parallel"
 WORKER: Final = "vllm.v1.worker.gpu_worker"
 
@@ -46,7 +47,7 @@ EXPECTED: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
         "_map_old_expert_indices_with_rank_mapping": ("old_global_expert_indices", "rank_mapping", "new_ep_size"),
         "_map_new_expert_indices_with_rank_mapping": ("new_global_expert_indices", "rank_mapping"),
     },
-    POLICY: {
+    DEFAULT_POLICY: {
         "DefaultEplbPolicy.rebalance_experts": (
             "weight",
             "num_replicas",
@@ -68,7 +69,7 @@ EXPECTED: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 def differences(module: ModuleType) -> list[str]:
     """Return what a live module of vLLM lacks or has differently, one line each; nothing if all is as expected."""
     found = []
-    for name, parameters in EXPECTED[module.__name__].items():
+    for name, parameters in EXPECTED.get(module.__name__, {}).items():
         target: object = module
         for part in name.split("."):
             target = getattr(target, part, None)

@@ -182,7 +182,8 @@ def names_the_expert(rank: int, group: Any, backend: str) -> str:
         return "" if said == expected else f"{type(error).__name__} with {said!r}"
     finally:
         communicator.close()
-    return "no error"
+    # Where pairs of ranks compare by themselves, a rank without anything to do has nobody to compare with.
+    return "" if rank == 1 and backend.startswith("nixl") else "no error"
 
 
 def elastic(rank: int, world: int, store: dist.Store) -> str:
