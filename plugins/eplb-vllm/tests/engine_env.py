@@ -111,4 +111,7 @@ def _run(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(make())
+    try:
+        print(make())
+    except NoEngineError as error:
+        sys.exit(str(error))
