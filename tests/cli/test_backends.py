@@ -167,10 +167,11 @@ def test_explain_shows_each_option_its_value_and_its_origin(site: Path):
     ]
     assert [row[:3] for row in rows] == [
         ["timeout", "5s", "environment EPLB_BACKEND__RAIL__TIMEOUT"],
+        ["start_timeout", "none", "default"],
         ["window", "64MiB", "config string"],
         ["mode", "safe", "default"],
     ]
-    assert rows[1][3].startswith("staging [memory]; a size with a unit")
+    assert rows[2][3].startswith("staging [memory]; a size with a unit")
     assert done.stdout.splitlines()[0] == "rail: rail-eplb 2.5"
     assert done.stdout.splitlines()[-1] == "canonical: rail?timeout=5s&window=64MiB"
 
@@ -200,7 +201,7 @@ def test_explain_takes_auto():
         (
             "rail?windw=1MiB",
             "error: backend 'rail' has no option 'windw', did you mean 'window'? (column 6 of 'rail?windw=1MiB'); "
-            "to mend it: its options are: mode, timeout, window",
+            "to mend it: its options are: mode, start_timeout, timeout, window",
         ),
         (
             "rail?window",
