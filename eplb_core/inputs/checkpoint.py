@@ -1,55 +1,38 @@
 """The experts of a Hugging Face mixture-of-experts checkpoint, read one by one as they are asked for.
 
-Known tensor names are those of Mixtral, `...block_sparse_moe.experts.{e}.w1|w2|w3.*`, and those that Qwen3-MoE and
-DeepSeek-V3 share, `...mlp.experts.{e}.gate_proj|down_proj|up_proj.*`. Whatever follows, `weight`, `weight_scale_inv`
-or another part, is read with it, in any dtype, byte for byte. An expert is handed over as engines hold it: gate and
-up projection stacked into `w13`, beside `w2`.
+`layouts` says what names mean, `expert_table` which bytes are whose. Here the layers are accounted for: every layer
+that the configuration states has experts, is dense, or is an error.
 """
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from eplb_core.errors import InputError
+from eplb_core.inputs.expert_table import Found, LayerTable, TableBuilder, layouts_of
 from eplb_core.inputs.experts import TensorSpec
-from eplb_core.inputs.shards import Header, Shards, read_json_object
+from eplb_core.inputs.layouts import LAYOUTS, Stack, is_below_experts, layer_of, locate
+from eplb_core.inputs.model_config import ModelConfig
+from eplb_core.inputs.shards import Shards
 
 if TYPE_CHECKING:
     import torch
 
-_EXPERT = re.compile(
-    r"layers\.(?P<layer>\d+)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\."
-    r"(?P<projection>w1|w2|w3|gate_proj|up_proj|down_proj)\.(?P<part>\w+)$"
-)
-_ROLE = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+_Layers = dict[int, list[Found]]
+_Stacks = dict[Stack, _Layers]
 
 
-class _Part(NamedTuple):
-    """One tensor of an expert: the projection it belongs to ("gate", "up", "down"), and which part of it."""
-
-    role: str
-    part: str
-
-
-_Names = dict[_Part, str]  # the tensor names of one expert
-_Experts = Mapping[tuple[int, int], _Names]  # (the model's layer number, expert) -> its tensors
-
-
-@dataclass(frozen=True, slots=True)
-class _Fused:
-    """One tensor as engines hold it, and the parts that are stacked to make it."""
-
-    spec: TensorSpec
-    pieces: tuple[_Part, ...]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
     """The experts of a checkpoint; an `ExpertSource`. Make one with `Checkpoint.open`.
+
+    It holds no open file, only where the bytes are, so it can be sent to another process of the machine.
 
     Attributes:
         directory: where it lies.
@@ -57,6 +40,9 @@ class Checkpoint:
         num_experts: logical experts in each of them.
         num_groups: the expert groups that the configuration states, else 1.
         num_hidden_layers: all layers that the configuration states, dense ones included, or None.
+        model_type: what the configuration calls the model, or "".
+        layouts: names of the layouts that its tensors have.
+        notes: what was left out, and why.
     """
 
     directory: Path
@@ -64,53 +50,58 @@ class Checkpoint:
     num_experts: int
     num_groups: int
     num_hidden_layers: int | None
-    _shards: Shards = field(repr=False)
-    _experts: _Experts = field(repr=False)
-    _fused: tuple[tuple[_Fused, ...], ...] = field(repr=False)
+    model_type: str
+    layouts: tuple[str, ...]
+    notes: tuple[str, ...]
+    _files: tuple[Path, ...] = field(repr=False)
+    _tables: tuple[LayerTable, ...] = field(repr=False)
 
     @classmethod
-    def open(cls, directory: str | Path) -> Self:
-        """Read the headers of a checkpoint, and check that every expert is there and that they are alike.
+    def open(cls, directory: str | Path, part: str | None = None) -> Self:
+        """Read the headers of a checkpoint, and account for every tensor of an expert and for every layer.
 
         Args:
             directory: a folder with `model.safetensors.index.json` and its shards, or with `.safetensors` files
-                alone. `config.json`, if it is there, tells how many experts there are and which layers are
+                alone. `config.json`, if it is there, tells how many experts and layers there are and which are
                 multi-token prediction layers; those are left out, as engines balance them apart.
+            part: a word in the names of the tensors that chooses one of several sequences of layers: `thinker`,
+                `talker`, `mtp`, `encoder`, `vision_moe`.
 
         Raises:
             InputError: there is no such checkpoint, a shard, tensor or expert is missing, experts of one layer
-                differ, or there are no experts at all. The message names the file and the tensor.
+                differ, tensors or layers cannot be accounted for, or there are no experts at all. The message names
+                the file and the tensor.
         """
         directory = Path(directory)
         shards = Shards.open(directory)
-        config = read_json_object(directory / "config.json") if (directory / "config.json").is_file() else {}
-        num_hidden_layers = _stated(config, "num_hidden_layers")
-        experts = _find_experts(shards)
-        if num_hidden_layers is not None:
-            num_prediction_layers = _stated(config, "num_nextn_predict_layers") or 0
-            experts = _without_prediction_layers(experts, num_hidden_layers, num_prediction_layers, shards)
-        if not experts:
-            raise InputError(
-                "the checkpoint has no experts",
-                where=str(directory),
-                why="none of its tensors is called like an expert of Mixtral, Qwen3-MoE or DeepSeek-V3",
-            )
-        layer_ids = tuple(sorted({layer for layer, _ in experts}))
-        num_experts = _check_complete(
-            experts, layer_ids, _stated(config, "num_local_experts", "n_routed_experts", "num_experts"), shards
-        )
+        stacks = _find_stacks(shards)
+        config = ModelConfig.read(directory)
+        if not stacks:
+            raise _no_experts(shards, config)
+        stacks = _split_prediction_layers(stacks, directory, shards)
+        notes: list[str] = []
+        chosen = _choose(stacks, part, directory, notes)
+        words = {word for stack in chosen for word in stack.words}
+        config = ModelConfig.read(directory, sorted(words))
+        layers: _Layers = {}
+        for stack in chosen:
+            layers |= stacks[stack]
+        builder = TableBuilder(shards, config)
+        tables = builder.build(layers)
+        num_experts = len(tables[0].files)
+        if not any(stack.predicts for stack in chosen):
+            _account_for_layers(shards, config, {stack.prefix for stack in chosen}, layers, num_experts)
         return cls(
             directory=directory,
-            layer_ids=layer_ids,
+            layer_ids=tuple(sorted(layers)),
             num_experts=num_experts,
-            num_groups=_stated(config, "n_group") or 1,
-            num_hidden_layers=num_hidden_layers,
-            _shards=shards,
-            _experts=experts,
-            _fused=tuple(
-                _fuse(_alike([experts[layer, expert] for expert in range(num_experts)], layer, shards))
-                for layer in layer_ids
-            ),
+            num_groups=config.num_groups,
+            num_hidden_layers=config.num_hidden_layers,
+            model_type=config.model_type,
+            layouts=tuple(layout.name for layout in layouts_of(layers)),
+            notes=(*notes, *builder.notes),
+            _files=tuple(shards.files),
+            _tables=tables,
         )
 
     @property
@@ -120,10 +111,10 @@ class Checkpoint:
 
     def tensor_specs(self, layer: int) -> tuple[TensorSpec, ...]:
         """Return what one expert of MoE layer number `layer` consists of."""
-        return tuple(fused.spec for fused in self._fused[layer])
+        return self._tables[layer].specs
 
     def expert_tensors(self, layer: int, expert: int) -> list[torch.Tensor]:
-        """Read one expert of MoE layer number `layer`.
+        """Read one expert of MoE layer number `layer`, and no byte of another one.
 
         Returns:
             CPU tensors as `tensor_specs(layer)` describes them.
@@ -133,135 +124,197 @@ class Checkpoint:
         """
         import torch
 
-        names = self._experts[self.layer_ids[layer], expert]
+        table = self._tables[layer]
+        files, offsets = table.files[expert].tolist(), table.offsets[expert].tolist()
         tensors = []
-        for fused in self._fused[layer]:
-            pieces = [self._shards.read(names[piece]) for piece in fused.pieces]
-            # Some versions of torch cannot join 8-bit floats; their bytes all can.
-            content = torch.cat([piece.contiguous().reshape(-1).view(torch.uint8) for piece in pieces])
-            if content.numel() != fused.spec.nbytes:
-                raise InputError(
-                    "a tensor of the checkpoint changed after it was opened",
-                    where=self._shards.where(names[fused.pieces[0]]),
-                )
-            tensors.append(content.view(fused.spec.torch_dtype).reshape(fused.spec.shape))
+        opened: dict[int, int] = {}
+        try:
+            for spec, file, offset in zip(table.specs, files, offsets, strict=True):
+                content = torch.empty(spec.nbytes, dtype=torch.uint8)
+                if file not in opened:
+                    opened[file] = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC)
+                self._read(opened[file], content.numpy().data, offset, f"{self._files[file]}, {spec.name}")
+                tensors.append(content.view(spec.torch_dtype).reshape(spec.shape))
+        except OSError as error:
+            raise InputError("a tensor cannot be read", where=str(self._files[file]), why=error.strerror) from error
+        finally:
+            for descriptor in opened.values():
+                os.close(descriptor)
         return tensors
 
-
-def _stated(config: Mapping[str, Any], *names: str) -> int | None:
-    """Return the first of these settings that is a number above 0."""
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _find_experts(shards: Shards) -> _Experts:
-    experts: dict[tuple[int, int], _Names] = {}
-    for name in shards.names:
-        match = _EXPERT.search(name)
-        if match is None:
-            continue
-        names = experts.setdefault((int(match["layer"]), int(match["expert"])), {})
-        key = _Part(_ROLE[match["projection"]], match["part"])
-        if key in names:
-            raise InputError(
-                "an expert has one projection under two names", where=f"{shards.where(name)} and {names[key]}"
-            )
-        names[key] = name
-    return experts
+    @staticmethod
+    def _read(descriptor: int, target: memoryview, offset: int, where: str) -> None:
+        done = 0
+        while done < len(target):
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+            if not count:
+                raise InputError("a tensor of the checkpoint changed after it was opened", where=where)
+            done += count
 
 
-def _without_prediction_layers(
-    experts: _Experts, num_hidden_layers: int, num_prediction_layers: int, shards: Shards
-) -> _Experts:
-    """Leave out the multi-token prediction layers, which DeepSeek-V3 numbers after the others."""
-    for (layer, _), names in experts.items():
-        if layer >= num_hidden_layers + num_prediction_layers:
-            raise InputError(
-                f"config.json states {num_hidden_layers} layers, but the checkpoint has experts in layer {layer}",
-                where=shards.where(next(iter(names.values()))),
-            )
-    return {key: names for key, names in experts.items() if key[0] < num_hidden_layers}
-
-
-def _check_complete(experts: _Experts, layer_ids: Iterable[int], stated: int | None, shards: Shards) -> int:
-    """Return how many experts each layer has. Raises `InputError` if an expert or a projection is missing."""
-    highest = max(expert for _, expert in experts)
-    num_experts = stated or highest + 1
-    if highest >= num_experts:
-        raise InputError(
-            f"config.json states {stated} experts, but the checkpoint has expert {highest}", where=str(shards.directory)
-        )
-    any_name = next(iter(next(iter(experts.values())).values()))
-    for layer in layer_ids:
-        for expert in range(num_experts):
-            names = experts.get((layer, expert))
-            if names is None:
+def _find_stacks(shards: Shards) -> _Stacks:
+    """Return all tensors below experts, by sequence of layers."""
+    stacks: _Stacks = {}
+    doubtful: _Stacks = {}
+    for name, stored in shards.tensors.items():
+        place = locate(name)
+        if place is None:
+            if is_below_experts(name):
                 raise InputError(
-                    f"expert {expert} of layer {layer} is missing",
-                    where=shards.where(_renumbered(any_name, layer, expert)),
-                    why=f"{'config.json states' if stated else 'other layers have'} {num_experts} experts",
-                )
-            missing = {"gate", "up", "down"} - {key.role for key in names}
-            if missing:
-                raise InputError(
-                    f"expert {expert} of layer {layer} has no {' and no '.join(sorted(missing))} projection",
-                    where=shards.where(next(iter(names.values()))),
-                )
-    return num_experts
-
-
-def _alike(experts: list[_Names], layer: int, shards: Shards) -> dict[_Part, Header]:
-    """Return the headers that all experts of a layer share. Raises `InputError` if one differs."""
-    first = {key: shards.header(name) for key, name in experts[0].items()}
-    for expert, names in enumerate(experts):
-        for key in first.keys() | names.keys():
-            if key not in names or key not in first:
-                lacking, having = (expert, 0) if key in first else (0, expert)
-                name = _renumbered(experts[having][key], layer, lacking)
-                raise InputError(
-                    f"expert {lacking} of layer {layer} lacks a tensor that expert {having} has",
+                    "a tensor below experts belongs to no numbered layer",
                     where=shards.where(name),
+                    why=f"a name looks like {LAYOUTS[0].example}",
                 )
-            header = shards.header(names[key])
-            if header != first[key]:
-                raise InputError(
-                    f"experts of layer {layer} differ in shape or dtype",
-                    where=shards.where(names[key]),
-                    why=f"it is {header}, that of expert 0 is {first[key]}",
-                )
-    for key in first:
-        if key.role == "down":
             continue
-        gate, up = first.get(_Part("gate", key.part)), first.get(_Part("up", key.part))
-        if gate is None or up is None or gate.dtype != up.dtype or gate.shape[1:] != up.shape[1:]:
+        evident = place.layout.is_evident(stored.shape)
+        target = stacks if evident else doubtful
+        target.setdefault(place.stack, {}).setdefault(place.layer, []).append(Found(name, place))
+    for stack, layers in doubtful.items():
+        for layer, found in layers.items():
+            # The scales of a fused tensor may have fewer dimensions than those of a dense layer's weights.
+            if layer in stacks.get(stack, {}):
+                stacks[stack][layer] += found
+    return stacks
+
+
+def _split_prediction_layers(stacks: _Stacks, directory: Path, shards: Shards) -> _Stacks:
+    """Put layers behind the last one that the configuration states into stacks of their own.
+
+    DeepSeek-V3 and its descendants number their prediction layers like that.
+    """
+    split: _Stacks = {}
+    for stack, layers in stacks.items():
+        config = ModelConfig.read(directory, sorted(stack.words))
+        stated = config.num_hidden_layers
+        if stated is None or stack.predicts:
+            split[stack] = layers
+            continue
+        behind = sorted(layer for layer in layers if layer >= stated)
+        # Some configurations do not state them; then they must follow the last layer without a gap.
+        if behind and behind[-1] >= stated + max(config.num_prediction_layers, len(behind)):
+            name = layers[behind[-1]][0].name
             raise InputError(
-                f"gate and up projection of layer {layer} cannot be stacked",
-                where=shards.where(experts[0][key]),
-                why=f"gate is {gate or 'absent'}, up is {up or 'absent'}",
+                f"config.json states {stated} layers, but the checkpoint has experts in layer {behind[-1]}",
+                where=shards.where(name),
             )
-    return first
+        if len(behind) < len(layers):
+            split[stack] = {layer: found for layer, found in layers.items() if layer < stated}
+        if behind:
+            split[stack._replace(predicts=True)] = {layer: layers[layer] for layer in behind}
+    return split
 
 
-def _fuse(headers: Mapping[_Part, Header]) -> tuple[_Fused, ...]:
-    """Return the tensors that engines hold, weights first, gate stacked on up."""
-    fused = []
-    for part in sorted({key.part for key in headers}, key=lambda part: (part != "weight", part)):
-        suffix = "" if part == "weight" else f".{part}"
-        gate, up, down = _Part("gate", part), _Part("up", part), _Part("down", part)
-        if gate in headers:
-            # A scale without dimensions counts as one row.
-            rows = sum((headers[key].shape or (1,))[0] for key in (gate, up))
-            spec = TensorSpec(f"w13{suffix}", (rows, *headers[gate].shape[1:]), headers[gate].dtype)
-            fused.append(_Fused(spec, (gate, up)))
-        if down in headers:
-            fused.append(_Fused(TensorSpec(f"w2{suffix}", *headers[down]), (down,)))
-    return tuple(fused)
+def _choose(stacks: _Stacks, part: str | None, directory: Path, notes: list[str]) -> list[Stack]:
+    """Return the stacks that belong together: one decoder, or what the user asked for."""
+    if part is None:
+        candidates = [stack for stack in stacks if not stack.predicts]
+        if not candidates:
+            raise InputError(
+                "only prediction layers have experts in a layout that is known",
+                where=str(directory),
+                why="; ".join(_describe(stack, layers) for stack, layers in stacks.items()),
+                remedy="give --part mtp to balance them alone",
+            )
+        notes += [
+            f"experts of prediction layers were left out: {_describe(stack, layers)}; --part mtp balances them alone"
+            for stack, layers in stacks.items()
+            if stack.predicts
+        ]
+    else:
+        candidates = [stack for stack in stacks if part in stack.words]
+        if part != "mtp" and any(not stack.predicts for stack in candidates):
+            candidates = [stack for stack in candidates if not stack.predicts]
+    listed = "; ".join(_describe(stack, layers) for stack, layers in stacks.items())
+    if not candidates:
+        raise InputError(f"no part of the checkpoint is called {part!r}", where=str(directory), why=f"it has {listed}")
+    numbers = [layer for stack in candidates for layer in stacks[stack]]
+    if len({stack.prefix for stack in candidates}) > 1 or len(set(numbers)) < len(numbers):
+        words = [sorted(stack.words - _common(candidates)) for stack in candidates]
+        raise InputError(
+            "the checkpoint has several sequences of experts",
+            where=str(directory),
+            why=listed,
+            remedy="give --part " + " or --part ".join(own[-1] for own in words if own),
+        )
+    return candidates
 
 
-def _renumbered(name: str, layer: int, expert: int) -> str:
-    """Return what the same tensor of another layer and expert is called."""
-    name = re.sub(r"layers\.\d+\.", f"layers.{layer}.", name)
-    return re.sub(r"experts\.\d+\.", f"experts.{expert}.", name)
+def _common(stacks: Sequence[Stack]) -> frozenset[str]:
+    return frozenset.intersection(*(stack.words for stack in stacks))
+
+
+def _describe(stack: Stack, layers: Iterable[int]) -> str:
+    numbers = list(layers)
+    return f"{stack} (layer{'' if len(numbers) == 1 else 's'} {_ranges(numbers)})"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return `0-3, 5` for 0, 1, 2, 3, 5."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def _account_for_layers(
+    shards: Shards, config: ModelConfig, prefixes: set[str], layers: Mapping[int, object], num_experts: int
+) -> None:
+    """Raise `InputError` if a layer that the configuration states is neither among `layers` nor dense."""
+    if config.num_hidden_layers is None:
+        return
+    rest: dict[int, list[tuple[str, str]]] = {}
+    routers = set()
+    for name, stored in shards.tensors.items():
+        split = layer_of(name)
+        if split is None or split[0] not in prefixes:
+            continue
+        if split[1] not in layers:
+            rest.setdefault(split[1], []).append((split[2], name))
+        elif re.search(r"(?:^|\.)(?:gate|router)(?:\.|$)", split[2]) and num_experts in stored.shape[:1]:
+            routers.add(split[2])
+    first, last = min(layers), max(layers)
+    for layer in range(config.num_hidden_layers):
+        if layer in layers:
+            continue
+        declared = config.has_experts(layer)
+        signs = [
+            name for inner, name in rest.get(layer, []) if inner in routers or _holds_many(shards, name, num_experts)
+        ]
+        if not signs and not declared and (layer in rest or declared is False or layer < first):
+            continue
+        near = signs or [name for _, name in rest.get(layer, [])]
+        raise InputError(
+            f"layer {layer} has no experts in a layout that is known",
+            where=shards.where(near[0]) if near else str(shards.directory),
+            why=f"config.json states {config.num_hidden_layers} layers"
+            + (", and that this one has experts" if declared else "")
+            + f"; experts were found in layers {_ranges(layers)}"
+            + ("" if near else f"; layer {layer} has no tensors at all" + (", nor has any later one" * (layer > last))),
+        )
+
+
+def _holds_many(shards: Shards, name: str, num_experts: int) -> bool:
+    shape = shards.tensors[name].shape
+    return len(shape) == 3 and shape[0] == num_experts > 1 and min(shape) > 1
+
+
+def _no_experts(shards: Shards, config: ModelConfig) -> InputError:
+    """Return the error for a checkpoint in which nothing looks like an expert."""
+    templates = {re.sub(r"\d+", "0", name): name for name in shards.tensors}
+    wanted = [layout.example for layout in LAYOUTS]
+    scores = {
+        template: max(difflib.SequenceMatcher(None, template, example).ratio() for example in wanted)
+        + ("expert" in template) + ("moe" in template)
+        for template in templates
+    }  # fmt: skip
+    nearest = max(scores, key=lambda template: scores[template], default=None)
+    return InputError(
+        "the checkpoint has no experts",
+        where=str(shards.directory),
+        why=(f"model type {config.model_type!r}; " if config.model_type else "")
+        + ("it has no tensors" if nearest is None else f"the nearest of its tensors is {templates[nearest]}"),
+        remedy=f"names that are known look like {' or '.join(wanted)}",
+    )

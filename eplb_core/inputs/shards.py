@@ -1,168 +1,206 @@
-"""The tensors of a safetensors checkpoint, in one file or many: where each lies, its header, its bytes."""
+"""The tensors of a safetensors checkpoint, in one file or many: in which bytes of which file each of them lies.
+
+Headers are read here and nowhere else. What is done with a tensor afterwards needs its bytes alone, so a dtype that
+torch or the safetensors package does not know is as good as any other.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
+
+import msgspec
 
 from eplb_core.errors import InputError
 
-if TYPE_CHECKING:
-    import torch
-
 INDEX = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 
-# How safetensors names the dtypes, and what torch calls them: https://github.com/huggingface/safetensors
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+# Bits of one element of each dtype whose name is known: https://github.com/huggingface/safetensors
+_DTYPES_OF = {
+    64: "F64 I64 U64 C64",
+    32: "F32 I32 U32",
+    16: "F16 BF16 I16 U16",
+    8: "BOOL I8 U8 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ",
+    4: "F4",
 }
+_BITS_OF = {dtype: bits for bits, dtypes in _DTYPES_OF.items() for dtype in dtypes.split()}
 
 
-class Header(NamedTuple):
-    """What a file says of a tensor before it is read.
+class StoredTensor(NamedTuple):
+    """Where one tensor lies, and what its file says of it.
 
     Attributes:
-        shape: its shape.
-        dtype: the name of its torch dtype.
+        file: index into `Shards.files`.
+        offset: its first byte, counted from the beginning of the file.
+        nbytes: how many bytes it has.
+        dtype: safetensors' name of its dtype, such as `BF16`.
+        shape: in elements.
     """
 
-    shape: tuple[int, ...]
+    file: int
+    offset: int
+    nbytes: int
     dtype: str
+    shape: tuple[int, ...]
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
 
 
 class Shards:
-    """All tensors of one checkpoint folder, read one at a time. Make it with `Shards.open`."""
+    """All tensors of one checkpoint folder. Make it with `Shards.open`.
+
+    Attributes:
+        directory: the folder.
+        files: its safetensors files.
+        tensors: name -> where it lies.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._path_of: dict[str, Path] = {}
-        self._files: dict[Path, Any] = {}
+        self.files: list[Path] = []
+        self.tensors: dict[str, StoredTensor] = {}
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Find the files of a checkpoint; no tensor is read.
+        """Read the header of every file of a checkpoint; no tensor is read.
 
         Args:
             directory: a folder with `model.safetensors.index.json` and the shards that it names, or with
                 `.safetensors` files alone.
 
         Raises:
-            InputError: there is no such folder, no safetensors file in it, or a shard is missing.
+            InputError: there is no such folder, no safetensors file in it, a shard or a tensor is missing, or a file is
+                not safetensors.
         """
         if not directory.is_dir():
-            kind = "is no folder" if directory.exists() else "does not exist"
+            kind = "is not a folder" if directory.exists() else "does not exist"
             raise InputError(f"the checkpoint {kind}", where=str(directory))
         shards = cls(directory)
-        if (directory / INDEX).is_file():
-            shards._follow_index()
+        index = _find_index(directory)
+        if index is None:
+            shards._read_files(_list_files(directory))
         else:
-            shards._list_files()
+            shards._follow_index(index)
         return shards
-
-    @property
-    def names(self) -> Iterable[str]:
-        """The names of all tensors."""
-        return self._path_of.keys()
 
     def where(self, name: str) -> str:
         """Return the file and the tensor, for messages; for an absent tensor, the folder and the tensor."""
-        return f"{self._path_of.get(name, self.directory)}, {name}"
+        stored = self.tensors.get(name)
+        return f"{self.directory if stored is None else self.files[stored.file]}, {name}"
 
-    def header(self, name: str) -> Header:
-        """Return the shape and dtype of a tensor without reading it.
-
-        Raises:
-            InputError: the shard lacks it, cannot be read, or gives it a dtype that torch does not have.
-        """
-        from safetensors import SafetensorError
-
-        try:
-            piece = self._file(self._path_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise InputError("a tensor is missing in its shard", where=self.where(name), why=str(error)) from error
-        code = str(piece.get_dtype())
-        if code not in _DTYPES:
-            raise InputError(f"a tensor has the unknown dtype {code}", where=self.where(name))
-        return Header(tuple(piece.get_shape()), _DTYPES[code])
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, on the CPU. Raises `InputError` if it cannot be read."""
-        from safetensors import SafetensorError
-
-        try:
-            tensor: torch.Tensor = self._file(self._path_of[name]).get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError("a tensor cannot be read", where=self.where(name), why=str(error)) from error
-        return tensor
-
-    def _follow_index(self) -> None:
-        index = self.directory / INDEX
+    def _follow_index(self, index: Path) -> None:
         weight_map = read_json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise InputError("the index has no weight_map", where=str(index))
-        present: dict[str, bool] = {}
+        paths: dict[str, Path] = {}
         for name, shard in weight_map.items():
-            # A path that leads out of the folder is no shard of this checkpoint.
+            if shard in paths:
+                continue
+            # A path that leads out of the folder is not a shard of this checkpoint.
             if Path(shard).name != shard:
-                raise InputError(f"the index names the shard {shard!r}, which is no file name", where=str(index))
-            path = self.directory / shard
-            if shard not in present:
-                present[shard] = path.is_file()
-            if not present[shard]:
-                raise InputError("a shard is missing", where=str(path), why=f"{INDEX} puts {name} there")
-            self._path_of[name] = path
+                raise InputError(f"the index names the shard {shard!r}, which is not a file name", where=str(index))
+            paths[shard] = self.directory / shard
+            if not paths[shard].is_file():
+                raise InputError("a shard is missing", where=str(paths[shard]), why=f"{index.name} puts {name} there")
+        # Tensors of a shard that the index does not mention are read too: engines load whole files.
+        self._read_files(list(paths.values()), weight_map)
+        for name, shard in weight_map.items():
+            stored = self.tensors.get(name)
+            if stored is None or self.files[stored.file].name != shard:
+                raise InputError("a tensor is missing in its shard", where=f"{paths[shard]}, {name}")
 
-    def _list_files(self) -> None:
-        # Mixtral's folder also has its original weights, `consolidated.*`, under other names.
-        paths = sorted(self.directory.glob("model*.safetensors")) or sorted(self.directory.glob("*.safetensors"))
-        if not paths:
-            raise InputError(
-                "the folder holds no safetensors checkpoint",
-                where=str(self.directory),
-                why=f"there is neither {INDEX} nor any .safetensors file",
-            )
-        for path in paths:
-            for name in self._file(path).keys():  # noqa: SIM118 - an open file is no mapping
-                if name in self._path_of:
-                    raise InputError(
-                        "two files hold the same tensor", where=f"{self._path_of[name]} and {path}, {name}"
-                    )
-                self._path_of[name] = path
+    def _read_files(self, paths: list[Path], weight_map: dict[str, str] | None = None) -> None:
+        """Add the tensors of all files. Where two have the same one, the index decides."""
+        self.files = paths
+        for file, path in enumerate(paths):
+            for name, stored in _read_header(path, file).items():
+                if name in self.tensors:
+                    chosen = (weight_map or {}).get(name)
+                    if chosen is None:
+                        raise InputError(
+                            "two files hold the same tensor",
+                            where=f"{paths[self.tensors[name].file]} and {path}, {name}",
+                        )
+                    if chosen != path.name:
+                        continue
+                self.tensors[name] = stored
 
-    def _file(self, path: Path) -> Any:
-        """Return the open file; opening maps it and reads its header, not its tensors."""
-        from safetensors import SafetensorError, safe_open
 
-        if path not in self._files:
-            try:
-                self._files[path] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError) as error:
-                raise InputError("a shard cannot be read as safetensors", where=str(path), why=str(error)) from error
-        return self._files[path]
+def _find_index(directory: Path) -> Path | None:
+    if (directory / INDEX).is_file():
+        return directory / INDEX
+    others = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
+    if len(others) > 1:
+        raise InputError(
+            "the folder has several checkpoints",
+            where=str(directory),
+            why=f"it has {', '.join(path.name for path in others)}",
+            remedy=f"keep one of them, or name the right one {INDEX}",
+        )
+    return others[0] if others else None
+
+
+def _list_files(directory: Path) -> list[Path]:
+    # Mixtral's folder also has its original weights, `consolidated.*`, under other names.
+    paths = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise InputError(
+            "the folder holds no safetensors checkpoint",
+            where=str(directory),
+            why=f"there is neither {INDEX} nor any .safetensors file",
+        )
+    return paths
+
+
+def _read_header(path: Path, file: int) -> dict[str, StoredTensor]:
+    """Return the tensors of one file. The format: https://github.com/huggingface/safetensors#format."""
+    try:
+        with path.open("rb") as stream:
+            file_bytes = os.fstat(stream.fileno()).st_size
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            if header_bytes > file_bytes - 8:
+                raise _NotSafetensorsError(f"its header would have {header_bytes} bytes, the file has {file_bytes}")
+            entries = msgspec.json.decode(stream.read(header_bytes), type=dict[str, Any])
+        entries.pop("__metadata__", None)
+        begin = 8 + header_bytes
+        found = {name: _stored(entry, file, begin, name) for name, entry in entries.items()}
+        end = max((stored.offset + stored.nbytes for stored in found.values()), default=begin)
+        if end != file_bytes:
+            raise _NotSafetensorsError(f"its tensors end at byte {end}, the file has {file_bytes} bytes")
+    except OSError as error:
+        raise InputError("a shard cannot be read", where=str(path), why=error.strerror) from error
+    except (msgspec.DecodeError, UnicodeDecodeError, _NotSafetensorsError) as error:
+        raise InputError("a shard cannot be read as safetensors", where=str(path), why=str(error)) from error
+    return found
+
+
+class _NotSafetensorsError(ValueError):
+    """A file, or an entry of its header, is not as the format wants it."""
+
+
+def _stored(entry: object, file: int, begin: int, name: str) -> StoredTensor:
+    match entry:
+        case {"dtype": str() as dtype, "shape": list() as shape, "data_offsets": [int() as start, int() as stop]}:
+            pass
+        case _:
+            raise _NotSafetensorsError(f"the entry of {name} is not complete")
+    if not all(isinstance(extent, int) and extent >= 0 for extent in shape) or not 0 <= start <= stop:
+        raise _NotSafetensorsError(f"the entry of {name} has a negative number")
+    if dtype in _BITS_OF and math.prod(shape) * _BITS_OF[dtype] != 8 * (stop - start):
+        raise _NotSafetensorsError(f"{name} is {dtype} {shape}, and has {stop - start} bytes")
+    return StoredTensor(file, begin + start, stop - start, dtype, tuple(shape))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises `InputError` if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path.name} cannot be read", where=str(path), why=str(error)) from error
     if not isinstance(content, dict):
         raise InputError(f"{path.name} is not a JSON object", where=str(path))

@@ -338,7 +338,7 @@ def test_rows_of_dense_layers_without_load_are_left_out(tmp_path: Path) -> None:
     job = prepare(RebalanceRequest(loads=loads, checkpoint=make(tmp_path, "deepseek"), ranks=2))
     assert job.loads.tolist() == LOADS.tolist()
     assert job.layer_names == (1, 2)
-    assert "dense" in job.notes[0]
+    assert "1 row of the loads belongs to dense layers and was left out" in job.notes
 
 
 def test_rows_of_dense_layers_with_load_are_refused(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ BAD_LOADS: dict[str, tuple[object, str]] = {
     "infinite": ([[1.0, float("inf")]], "1 load is infinite"),
     "negative": ([[1, -1]], "1 load is negative"),
     "words": ([["a"]], "the loads are not numbers"),
-    "too few layers": (LOADS[:1].tolist(), "the loads have 1 layers, the checkpoint has 2 MoE layers"),
+    "too few layers": (LOADS[:1].tolist(), "the loads have 1 layer, the checkpoint has 2 MoE layers"),
     "too few experts": (LOADS[:, :10].tolist(), "the loads have 10 experts, the checkpoint has 12 experts"),
 }
 

@@ -65,19 +65,21 @@ FAMILIES = {
 
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("style", STYLES)
-def test_every_expert_is_its_gate_on_its_up_beside_its_down(made: MakeCheckpoint, style: Style, shards: int) -> None:
+def test_every_expert_has_its_tensors_and_no_others(made: MakeCheckpoint, style: Style, shards: int) -> None:
     directory = made(style, shards=shards)
     stored = all_tensors(directory)
     checkpoint = Checkpoint.open(directory)
     prefix, gate, up, down, first_layer = FAMILIES[style]
     for layer in range(2):
+        names = [spec.name for spec in checkpoint.tensor_specs(layer)]
         for expert in range(3):
             name = prefix.format(layer=first_layer + layer, expert=expert)
-            expected = []
-            for part in ("weight", "weight_scale_inv")[: 2 if style == "deepseek" else 1]:
-                expected.append(raw(stored[f"{name}{gate}.{part}"]) + raw(stored[f"{name}{up}.{part}"]))
-                expected.append(raw(stored[f"{name}{down}.{part}"]))
-            assert [raw(tensor) for tensor in checkpoint.expert_tensors(layer, expert)] == expected
+            expected = {projection: raw(stored[f"{name}{projection}.weight"]) for projection in (gate, up, down)}
+            if style == "deepseek":
+                scales = [f"{projection}.weight_scale_inv" for projection in (gate, up, down)]
+                expected |= {scale: raw(stored[name + scale]) for scale in scales}
+            found = [raw(tensor) for tensor in checkpoint.expert_tensors(layer, expert)]
+            assert dict(zip(names, found, strict=True)) == expected
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -90,10 +92,12 @@ def test_tensors_are_as_their_specs_say(made: MakeCheckpoint, style: Style) -> N
 
 def test_fp8_weights_come_with_their_scales(made: MakeCheckpoint) -> None:
     assert Checkpoint.open(made("deepseek")).tensor_specs(0) == (
-        TensorSpec("w13", (32, 8), "float8_e4m3fn"),
-        TensorSpec("w2", (8, 16), "float8_e4m3fn"),
-        TensorSpec("w13.weight_scale_inv", (2, 1), "float32"),
-        TensorSpec("w2.weight_scale_inv", (1, 1), "float32"),
+        TensorSpec("down_proj", (8, 16), "float8_e4m3fn"),
+        TensorSpec("gate_proj", (16, 8), "float8_e4m3fn"),
+        TensorSpec("up_proj", (16, 8), "float8_e4m3fn"),
+        TensorSpec("down_proj.weight_scale_inv", (1, 1), "float32"),
+        TensorSpec("gate_proj.weight_scale_inv", (1, 1), "float32"),
+        TensorSpec("up_proj.weight_scale_inv", (1, 1), "float32"),
     )
 
 
@@ -102,6 +106,15 @@ def test_dense_and_prediction_layers_are_not_counted(made: MakeCheckpoint) -> No
     assert checkpoint.layer_ids == (1, 2)
     assert checkpoint.num_layers == 2
     assert checkpoint.num_hidden_layers == 3
+    assert checkpoint.notes == (
+        "experts of prediction layers were left out: model.layers.N.mlp.experts (layer 3); "
+        "--part mtp balances them alone",
+    )
+
+
+def test_prediction_layers_can_be_balanced_alone(made: MakeCheckpoint) -> None:
+    checkpoint = Checkpoint.open(made("deepseek"), part="mtp")
+    assert (checkpoint.layer_ids, checkpoint.num_experts, checkpoint.notes) == ((3,), 3, ())
 
 
 def test_files_without_an_index_are_found(made: MakeCheckpoint) -> None:
@@ -152,10 +165,6 @@ def refusals() -> Iterator[object]:
     def add_part(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{expert}.w2.bias"] = torch.zeros(8)
 
-    def half_a_scale(tensors: dict[str, torch.Tensor]) -> None:
-        for other in range(3):
-            tensors[f"model.layers.1.block_sparse_moe.experts.{other}.w1.weight_scale"] = torch.ones(1)
-
     def no_experts(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "experts" in name]:
             del tensors[name]
@@ -167,11 +176,10 @@ def refusals() -> Iterator[object]:
         tensors["model.layers.5.block_sparse_moe.experts.0.w1.weight"] = torch.zeros(16, 8)
 
     yield pytest.param(drop_expert, "expert 2 of layer 1 is missing", f"{expert}.w1.weight", id="missing expert")
-    yield pytest.param(drop_projection, "expert 2 of layer 1 has no up projection", expert, id="missing projection")
+    yield pytest.param(drop_projection, "expert 2 of layer 1 lacks", f"{expert}.w3.weight", id="missing projection")
     yield pytest.param(reshape, "experts of layer 1 differ", f"{expert}.w2.weight", id="another shape")
     yield pytest.param(retype, "experts of layer 1 differ", f"{expert}.w2.weight", id="another dtype")
     yield pytest.param(add_part, "expert 0 of layer 1 lacks", "experts.0.w2.bias", id="a part of one expert only")
-    yield pytest.param(half_a_scale, "cannot be stacked", "w1.weight_scale", id="a scale of gate only")
     yield pytest.param(no_experts, "no experts", "mixtral", id="no experts")
     yield pytest.param(one_too_many, "states 3 experts, but the checkpoint has expert 3", "mixtral", id="more experts")
     yield pytest.param(layer_too_many, "states 2 layers", "model.layers.5", id="more layers")
@@ -186,6 +194,20 @@ def test_a_damaged_checkpoint_is_refused(
     with pytest.raises(InputError, match=message) as caught:
         Checkpoint.open(directory)
     assert named in str(caught.value)
+
+
+def test_a_scale_of_one_projection_only_is_moved_like_any_other_tensor(made: MakeCheckpoint) -> None:
+    directory = made("mixtral", shards=1)
+
+    def add_scale(tensors: dict[str, torch.Tensor]) -> None:
+        for expert in range(3):
+            tensors[f"model.layers.1.block_sparse_moe.experts.{expert}.w1.weight_scale"] = torch.ones(1) * expert
+
+    edit(directory, add_scale)
+    checkpoint = Checkpoint.open(directory)
+    assert [spec.name for spec in checkpoint.tensor_specs(0)] == ["w1", "w2", "w3"]
+    assert [spec.name for spec in checkpoint.tensor_specs(1)] == ["w1", "w2", "w3", "w1.weight_scale"]
+    assert checkpoint.expert_tensors(1, 2)[3].tolist() == [2.0]
 
 
 def test_an_expert_that_config_counts_but_no_layer_has_is_missing(made: MakeCheckpoint) -> None:
@@ -225,7 +247,7 @@ def test_a_truncated_shard_is_refused(made: MakeCheckpoint) -> None:
         ("config.json", "[]", "config.json is not a JSON object"),
         ("model.safetensors.index.json", "{}", "no weight_map"),
         ("model.safetensors.index.json", '{"weight_map": {"a": 1}}', "no weight_map"),
-        ("model.safetensors.index.json", '{"weight_map": {"a": "../secret"}}', "which is no file name"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../secret"}}', "which is not a file name"),
     ],
 )
 def test_a_damaged_description_is_refused(made: MakeCheckpoint, name: str, content: str, message: str) -> None:
@@ -241,7 +263,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no safetensors checkpoint"):
         Checkpoint.open(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="the checkpoint is no folder"):
+    with pytest.raises(InputError, match="the checkpoint is not a folder"):
         Checkpoint.open(tmp_path / "file")
 
 

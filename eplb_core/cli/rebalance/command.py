@@ -27,6 +27,7 @@ _DEFAULT_RANKS = 4
 @click.command()
 @click.argument("loads", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Real weights: a Hugging Face MoE checkpoint.")
+@click.option("--part", help="One of a checkpoint's parts with experts: thinker, talker, encoder, decoder, mtp.")
 @click.option(
     "--model", shell_complete=complete_models, help="Random weights of a published model's shapes, such as deepseek-v3."
 )

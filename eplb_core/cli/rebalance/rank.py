@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_core.cli.rebalance.request import RebalanceTask, open_source
+from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.inputs.slots import allocate_slots, check_slots, fill_slots
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run_rank(
 
     report = report or environment.report
     rank = environment.rank
-    source, truth = open_source(job.weights), open_source(job.truth)
+    source, truth = job.weights, job.truth
     device = rank_device(job.device, environment)
     weights = allocate_slots(source, job.layers, job.slots_per_rank, device)
     environment.init_process_group(job.timeout_s)

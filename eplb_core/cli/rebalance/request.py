@@ -16,7 +16,6 @@ from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import BackendUnavailableError, ConfigError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
-from eplb_core.inputs.experts import ExpertSource
 from eplb_core.inputs.loads import read_load_window
 from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scaled
 from eplb_core.inputs.placements import read_placement
@@ -44,6 +43,7 @@ class RebalanceRequest:
     Attributes:
         loads: the file with the loads.
         checkpoint: the folder with the weights, or None for random ones of `model`.
+        part: a word that chooses one of several sequences of layers of the checkpoint, or None.
         model: the model whose shapes random weights have, or None.
         scale: what each of its tensors is shrunk to.
         verify_against: another copy of the checkpoint, to compare with in the end.
@@ -69,6 +69,7 @@ class RebalanceRequest:
 
     loads: Path
     checkpoint: Path | None = None
+    part: str | None = None
     model: str | None = None
     scale: str = "1"
     verify_against: Path | None = None
@@ -96,7 +97,7 @@ class RebalanceTask:
     """What the ranks do. Rows of its arrays are the layers that take part.
 
     Attributes:
-        weights: where the experts come from: a checkpoint's folder, or random ones.
+        weights: where the experts come from: a checkpoint, whose headers were read once, or random ones.
         truth: the same, for the comparison in the end.
         layers: for each row, the layer of the source.
         layer_names: for each row, the model's own number of the layer.
@@ -113,13 +114,13 @@ class RebalanceTask:
         verify: how thoroughly checksums are compared before and after.
         policy: the canonical config string of the policy.
         plans: for each row, which plan the policy made.
-        notes: what the user may want to know about the loads and the plan.
+        notes: what was left out of the loads or of the checkpoint, and what there is to know about the plan.
         worth: whether moving pays.
         device: where the weights lie, `cpu` or `cuda`.
     """
 
-    weights: Path | RandomExperts
-    truth: Path | RandomExperts
+    weights: Checkpoint | RandomExperts
+    truth: Checkpoint | RandomExperts
     layers: tuple[int, ...]
     layer_names: tuple[int, ...]
     loads: NDArray[np.float64]
@@ -171,11 +172,6 @@ class RebalanceTask:
         return found.hexdigest()[:16]
 
 
-def open_source(source: Path | RandomExperts) -> ExpertSource:
-    """Return the source of experts that a job names. Raises `InputError` as `Checkpoint.open` does."""
-    return source if isinstance(source, RandomExperts) else Checkpoint.open(source)
-
-
 def prepare(request: RebalanceRequest) -> RebalanceTask:
     """Read all input, check it, and let the policy make the new placement.
 
@@ -186,7 +182,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
     _check_counts(request)
     _check_device(request.device)
     window = read_load_window(request.loads)
-    weights, source, window, note = _open_weights(request, window)
+    source, window, notes = _open_weights(request, window)
     _, num_layers, num_experts = window.shape
     layers = _parse_layers(request.layers, num_layers)
     window = window[:, list(layers)]
@@ -199,10 +195,10 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
             remedy="record loads while the model serves",
         )
 
-    truth = weights
+    truth = source
     if request.verify_against is not None:
-        truth = request.verify_against
-        check_same_experts(source, Checkpoint.open(truth), layers)
+        truth = Checkpoint.open(request.verify_against, request.part)
+        check_same_experts(source, truth, layers)
 
     old = _start_placement(request, num_layers, layers, num_experts)
     load_per_rank(old, loads, request.ranks)  # says so if an expert with a load has no copy
@@ -228,7 +224,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         new = minimize_movement(old, new, request.ranks, num_nodes=request.nodes if decision.nodes_kept else 1)
     ranks_per_node = request.ranks // request.nodes
     job = RebalanceTask(
-        weights=weights,
+        weights=source,
         truth=truth,
         layers=layers,
         layer_names=tuple(source.layer_ids[i] for i in layers) if isinstance(source, Checkpoint) else layers,
@@ -246,7 +242,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         verify=_parse_verify(request.verify),
         policy=selected.text,
         plans=decision.plans,
-        notes=(*([note] if note else []), *decision.notes, *_doubts(old, new, loads, request.ranks)),
+        notes=(*notes, *decision.notes, *_doubts(old, new, loads, request.ranks)),
         device=request.device,
     )
     if job.window_bytes is not None:
@@ -351,25 +347,27 @@ def _check_counts(request: RebalanceRequest) -> None:
             f"{given} of --checkpoint and --model {'were' if given == 'both' else 'was'} given",
             remedy="give one: --checkpoint DIR for real weights, --model NAME for random ones of that model's shapes",
         )
+    if request.checkpoint is None and request.part is not None:
+        raise InputError("--part needs --checkpoint", why="random weights have no parts")
     if request.checkpoint is None and request.verify_against is not None:
         raise InputError("--verify-against needs --checkpoint", why="random weights are made anew to verify them")
 
 
 def _open_weights(
     request: RebalanceRequest, window: NDArray[np.float64]
-) -> tuple[Path | RandomExperts, ExpertSource, NDArray[np.float64], str]:
-    """Return the weights, in both forms, and the loads of their layers, with a note if some loads were left out."""
-    loads = window.sum(axis=0)
+) -> tuple[Checkpoint | RandomExperts, NDArray[np.float64], tuple[str, ...]]:
+    """Return the weights and the loads of their layers, with notes on what was left out."""
+    loads = window[0]
     if request.model is not None:
         model, scale = find_model(request.model), parse_scale(request.scale)
         experts = RandomExperts(
             scaled(model.tensors, scale), num_layers=loads.shape[0], num_experts=loads.shape[1], seed=request.seed
         )
-        return experts, experts, window, ""
+        return experts, window, ()
     if parse_scale(request.scale) != Fraction(1):
         raise InputError("--scale goes with --model", why="a checkpoint's tensors are what they are")
     assert request.checkpoint is not None  # exactly one of the two was given
-    checkpoint = Checkpoint.open(request.checkpoint)
+    checkpoint = Checkpoint.open(request.checkpoint, request.part)
     window, note = _without_dense_layers(window, checkpoint)
     loads = window[0]
     for what, ours, theirs in (
@@ -378,11 +376,11 @@ def _open_weights(
     ):
         if ours != theirs:
             raise InputError(
-                f"the loads have {theirs} {what.removeprefix('MoE ')}, the checkpoint has {ours} {what}",
+                f"the loads have {_count(theirs, what.removeprefix('MoE '))}, the checkpoint has {_count(ours, what)}",
                 where=f"{request.loads}, {request.checkpoint}",
                 remedy="give the loads that were recorded with this model",
             )
-    return request.checkpoint, checkpoint, window, note
+    return checkpoint, window, checkpoint.notes + ((note,) if note else ())
 
 
 def _without_dense_layers(window: NDArray[np.float64], checkpoint: Checkpoint) -> tuple[NDArray[np.float64], str]:
@@ -393,9 +391,13 @@ def _without_dense_layers(window: NDArray[np.float64], checkpoint: Checkpoint) -
     dense = sorted(set(range(rows)) - set(checkpoint.layer_ids))
     if window[:, dense].any():
         return window, ""
-    return window[
-        :, list(checkpoint.layer_ids)
-    ], f"{len(dense)} rows of the loads belong to dense layers and were left out"
+    row = "1 row of the loads belongs" if len(dense) == 1 else f"{len(dense)} rows of the loads belong"
+    note = f"{row} to dense layers and {'was' if len(dense) == 1 else 'were'} left out"
+    return window[:, list(checkpoint.layer_ids)], note
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun.removesuffix('s') if number == 1 else noun}"
 
 
 def _parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
