@@ -40,6 +40,7 @@ class Checkpoint:
         num_experts: logical experts in each of them.
         num_groups: the expert groups that the configuration states, else 1.
         num_hidden_layers: all layers that the configuration states, dense ones included, or None.
+        experts_per_token: how many experts the router chooses, or None if the configuration does not say.
         model_type: what the configuration calls the model, or "".
         layouts: names of the layouts that its tensors have.
         notes: what was left out, and why.
@@ -50,6 +51,7 @@ class Checkpoint:
     num_experts: int
     num_groups: int
     num_hidden_layers: int | None
+    experts_per_token: int | None
     model_type: str
     layouts: tuple[str, ...]
     notes: tuple[str, ...]
@@ -97,6 +99,7 @@ class Checkpoint:
             num_experts=num_experts,
             num_groups=config.num_groups,
             num_hidden_layers=config.num_hidden_layers,
+            experts_per_token=config.experts_per_token,
             model_type=config.model_type,
             layouts=tuple(layout.name for layout in layouts_of(layers)),
             notes=(*notes, *builder.notes),

@@ -18,7 +18,8 @@ _SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 _EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", "num_moe_experts")
-_GROUPS = ("n_group", "num_expert_group", "num_expert_groups", "n_groups_experts")
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k", "moe_top_k")
+_GROUPS = ("n_group", "num_expert_group", "num_expert_groups")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class ModelConfig:
         num_prediction_layers: layers that predict further tokens and follow the others.
         num_experts: logical experts of a layer, or None.
         num_zero_experts: experts that compute nothing and have no weights of use.
+        experts_per_token: how many the router chooses, or None.
         num_groups: groups of experts that the router knows.
         settings: the sections, innermost first.
     """
@@ -40,6 +42,7 @@ class ModelConfig:
     num_prediction_layers: int = 0
     num_experts: int | None = None
     num_zero_experts: int = 0
+    experts_per_token: int | None = None
     num_groups: int = 1
     settings: tuple[Mapping[str, Any], ...] = ()
 
@@ -75,6 +78,7 @@ class ModelConfig:
             num_prediction_layers=_number(settings, _PREDICTION_LAYERS) or 0,
             num_experts=_number(settings, _EXPERTS),
             num_zero_experts=_number(settings, ("zero_expert_num",)) or 0,
+            experts_per_token=_number(settings, _PER_TOKEN),
             num_groups=_number(settings, _GROUPS) or 1,
             settings=settings,
         )

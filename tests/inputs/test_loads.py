@@ -93,7 +93,7 @@ def test_the_shipped_example_is_the_published_one() -> None:
         ("two.npz", {"a": [[1]], "b": [[2]]}, "several arrays, and none is called 'loads'.*: it has a, b"),
         ("none.json", {"note": "nothing"}, "no array, and none is called 'loads'"),
         ("none.npz", {}, "no array, and none is called 'loads'.*: it has nothing"),
-        ("table.csv", LOADS, "unknown extension '.csv'"),
+        ("table.txt", LOADS, "unknown extension '.txt'"),
         ("loads", LOADS, "unknown extension ''"),
     ],
 )
@@ -118,9 +118,9 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         read_loads(tmp_path / "absent.json")
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="the loads file is no file"):
+    with pytest.raises(InputError, match="the folder holds no file with loads"):
         read_loads(tmp_path / "folder.json")
 
 

@@ -56,6 +56,11 @@ _DEFAULT_RANKS = 4
 @click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
 @click.option(
+    "--counts", default="logical", show_default=True, help="What LOADS counts: logical experts, or physical slots."
+)
+@click.option("--window-steps", type=int, help="Add up only so many of the last steps of LOADS.  [default: all]")
+@click.option("--decay", type=float, default=1.0, show_default=True, help="How much a step counts beside the next.")
+@click.option(
     "--backend",
     shell_complete=complete_backends,
     help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.errors import BackendUnavailableError, ConfigError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
-from eplb_core.inputs.loads import read_load_window
+from eplb_core.inputs.loads import Counts, LoadOptions, RecordedLoads, read_recording
 from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scaled
 from eplb_core.inputs.placements import read_placement
+from eplb_core.inputs.recordings import ModelHints
 from eplb_core.inputs.slots import check_same_experts
 from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
@@ -51,6 +52,9 @@ class RebalanceRequest:
         ranks: how many ranks.
         nodes: how many nodes they are spread over.
         redundant: slots beyond one for each expert; None for those of `placement`, or 0.
+        counts: whether an array in the loads counts logical experts or physical slots.
+        window_steps: how many of the last steps of the loads to add up, or None for all.
+        decay: how much a step counts, compared with the one after it.
         groups: expert groups that the policy keeps on one node; None for what the checkpoint states, or 1.
         policy: a config string of the policy; None for `incremental` if there is a placement to start from, else
             `deepseek`.
@@ -77,6 +81,9 @@ class RebalanceRequest:
     ranks: int = 4
     nodes: int = 1
     redundant: int | None = None
+    counts: str = "logical"
+    window_steps: int | None = None
+    decay: float = 1.0
     groups: int | None = None
     policy: str | None = None
     as_planned: bool = False
@@ -181,12 +188,13 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
     """
     _check_counts(request)
     _check_device(request.device)
-    window = read_load_window(request.loads)
-    source, window, notes = _open_weights(request, window)
-    _, num_layers, num_experts = window.shape
+    checkpoint = None if request.checkpoint is None else Checkpoint.open(request.checkpoint, request.part)
+    placement = None if request.placement is None else read_placement(request.placement)
+    recorded = read_recording(request.loads, _load_options(request, checkpoint, placement))
+    source, recorded = _match_weights(request, checkpoint, recorded, placement)
+    num_layers, num_experts = recorded.loads.shape
     layers = _parse_layers(request.layers, num_layers)
-    window = window[:, list(layers)]
-    loads = window.sum(axis=0)
+    loads, window = recorded.loads[list(layers)], recorded.window[:, list(layers)]
     if not loads.any():
         raise InputError(
             "all loads are zero",
@@ -200,7 +208,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         truth = Checkpoint.open(request.verify_against, request.part)
         check_same_experts(source, truth, layers)
 
-    old = _start_placement(request, num_layers, layers, num_experts)
+    old = _start_placement(request, placement, num_layers, layers, num_experts)
     load_per_rank(old, loads, request.ranks)  # says so if an expert with a load has no copy
     groups = request.groups
     if groups is None:
@@ -242,7 +250,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         verify=_parse_verify(request.verify),
         policy=selected.text,
         plans=decision.plans,
-        notes=(*notes, *decision.notes, *_doubts(old, new, loads, request.ranks)),
+        notes=(*recorded.notes, *decision.notes, *_doubts(old, new, loads, request.ranks)),
         device=request.device,
     )
     if job.window_bytes is not None:
@@ -353,47 +361,76 @@ def _check_counts(request: RebalanceRequest) -> None:
         raise InputError("--verify-against needs --checkpoint", why="random weights are made anew to verify them")
 
 
-def _open_weights(
-    request: RebalanceRequest, window: NDArray[np.float64]
-) -> tuple[Checkpoint | RandomExperts, NDArray[np.float64], tuple[str, ...]]:
+def _load_options(
+    request: RebalanceRequest, checkpoint: Checkpoint | None, placement: NDArray[np.int64] | None
+) -> LoadOptions:
+    if request.counts not in get_args(Counts):
+        raise InputError(f"--counts cannot be {request.counts!r}", remedy=f"give {' or '.join(get_args(Counts))}")
+    model = ModelHints()
+    if checkpoint is not None:
+        model = ModelHints(
+            num_experts=checkpoint.num_experts,
+            num_layers=checkpoint.num_hidden_layers,
+            num_moe_layers=checkpoint.num_layers,
+            experts_per_token=checkpoint.experts_per_token,
+        )
+    return LoadOptions(
+        counts=cast("Counts", request.counts),
+        placement=placement,
+        window_steps=request.window_steps,
+        decay=request.decay,
+        model=model,
+    )
+
+
+def _match_weights(
+    request: RebalanceRequest,
+    checkpoint: Checkpoint | None,
+    recorded: RecordedLoads,
+    placement: NDArray[np.int64] | None,
+) -> tuple[Checkpoint | RandomExperts, RecordedLoads]:
     """Return the weights and the loads of their layers, with notes on what was left out."""
-    loads = window[0]
-    if request.model is not None:
-        model, scale = find_model(request.model), parse_scale(request.scale)
+    loads = recorded.loads
+    if checkpoint is None:
+        model, scale = find_model(request.model or ""), parse_scale(request.scale)
         experts = RandomExperts(
             scaled(model.tensors, scale), num_layers=loads.shape[0], num_experts=loads.shape[1], seed=request.seed
         )
-        return experts, window, ()
+        return experts, recorded
     if parse_scale(request.scale) != Fraction(1):
         raise InputError("--scale goes with --model", why="a checkpoint's tensors are what they are")
-    assert request.checkpoint is not None  # exactly one of the two was given
-    checkpoint = Checkpoint.open(request.checkpoint, request.part)
-    window, note = _without_dense_layers(window, checkpoint)
-    loads = window[0]
+    recorded = _without_dense_layers(recorded, checkpoint)
+    loads = recorded.loads
     for what, ours, theirs in (
         ("MoE layers", checkpoint.num_layers, loads.shape[0]),
         ("experts", checkpoint.num_experts, loads.shape[1]),
     ):
-        if ours != theirs:
-            raise InputError(
-                f"the loads have {_count(theirs, what.removeprefix('MoE '))}, the checkpoint has {_count(ours, what)}",
-                where=f"{request.loads}, {request.checkpoint}",
-                remedy="give the loads that were recorded with this model",
-            )
-    return checkpoint, window, checkpoint.notes + ((note,) if note else ())
+        if ours == theirs:
+            continue
+        as_many_slots = what == "experts" and placement is not None and theirs == placement.shape[1]
+        raise InputError(
+            f"the loads have {_count(theirs, what.removeprefix('MoE '))}, the checkpoint has {_count(ours, what)}",
+            where=f"{request.loads}, {request.checkpoint}",
+            why="they have as many columns as the placement has slots" if as_many_slots else None,
+            remedy="give --counts physical if they count slots"
+            if as_many_slots
+            else "give the loads that were recorded with this model",
+        )
+    return checkpoint, replace(recorded, notes=(*checkpoint.notes, *recorded.notes))
 
 
-def _without_dense_layers(window: NDArray[np.float64], checkpoint: Checkpoint) -> tuple[NDArray[np.float64], str]:
+def _without_dense_layers(recorded: RecordedLoads, checkpoint: Checkpoint) -> RecordedLoads:
     """Leave out dense layers: SGLang's recorder has a row for every layer, and those of dense ones are zero."""
-    rows = window.shape[1]
-    if rows == checkpoint.num_layers or rows != checkpoint.num_hidden_layers:
-        return window, ""
-    dense = sorted(set(range(rows)) - set(checkpoint.layer_ids))
-    if window[:, dense].any():
-        return window, ""
+    loads = recorded.loads
+    if loads.shape[0] == checkpoint.num_layers or loads.shape[0] != checkpoint.num_hidden_layers:
+        return recorded
+    dense = sorted(set(range(loads.shape[0])) - set(checkpoint.layer_ids))
+    if loads[dense].any():
+        return recorded
     row = "1 row of the loads belongs" if len(dense) == 1 else f"{len(dense)} rows of the loads belong"
     note = f"{row} to dense layers and {'was' if len(dense) == 1 else 'were'} left out"
-    return window[:, list(checkpoint.layer_ids)], note
+    layers = list(checkpoint.layer_ids)
+    return replace(recorded, loads=loads[layers], window=recorded.window[:, layers], notes=(*recorded.notes, note))
 
 
 def _count(number: int, noun: str) -> str:
@@ -415,9 +452,13 @@ def _parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
 
 
 def _start_placement(
-    request: RebalanceRequest, num_layers: int, layers: tuple[int, ...], num_experts: int
+    request: RebalanceRequest,
+    placement: NDArray[np.int64] | None,
+    num_layers: int,
+    layers: tuple[int, ...],
+    num_experts: int,
 ) -> NDArray[np.int64]:
-    if request.placement is None:
+    if placement is None:
         num_slots = num_experts + (request.redundant or 0)
         if request.ranks > num_slots:
             raise InputError(
@@ -433,7 +474,6 @@ def _start_placement(
                 remedy=f"give --redundant {(request.redundant or 0) + missing}",
             )
         return contiguous_placement(len(layers), num_experts, num_slots, request.ranks)
-    placement = read_placement(request.placement)
     rows, num_slots = placement.shape
     if rows == num_layers:
         placement = placement[list(layers)]
