@@ -101,7 +101,8 @@ class ModelConfig:
             if isinstance(period, int) and isinstance(offset, int) and period > 0:
                 return layer % period == offset
             step, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers")
-            if isinstance(step, int) and step > 0:
+            # Switch Transformers has a setting of the same name that counts from another layer.
+            if isinstance(step, int) and step > 0 and "encoder_sparse_step" not in config:
                 return (layer + 1) % step == 0 and layer not in (dense or ())
         return None
 
