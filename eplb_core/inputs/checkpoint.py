@@ -44,6 +44,7 @@ class Checkpoint:
         model_type: what the configuration calls the model, or "".
         layouts: names of the layouts that its tensors have.
         notes: what was left out, and why.
+        left_out: the tensors below experts that are not an expert's of these layers.
     """
 
     directory: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     model_type: str
     layouts: tuple[str, ...]
     notes: tuple[str, ...]
+    left_out: frozenset[str] = field(repr=False)
     _files: tuple[Path, ...] = field(repr=False)
     _tables: tuple[LayerTable, ...] = field(repr=False)
 
@@ -103,6 +105,8 @@ class Checkpoint:
             model_type=config.model_type,
             layouts=tuple(layout.name for layout in layouts_of(layers)),
             notes=(*notes, *builder.notes),
+            left_out=frozenset(builder.left_out)
+            | {name for stack in stacks.keys() - set(chosen) for found in stacks[stack].values() for name, _ in found},
             _files=tuple(shards.files),
             _tables=tables,
         )

@@ -91,12 +91,24 @@ class TableBuilder:
                 which bytes belong to which expert.
         """
         experts = {layer: self._experts_of(layer, layers[layer]) for layer in sorted(layers)}
+        if not any(experts.values()):
+            name = next(found[0].name for found in layers.values())
+            raise InputError(
+                "the checkpoint has no experts",
+                where=self.shards.where(name),
+                why=f"what stands below experts there belongs to none: it is {self.shards.tensors[name]}",
+            )
         num_experts = self._check_numbers(experts)
         for reason, names in self._left.items():
             self.notes.append(f"{reason}: {len(names)} such as {names[0]}")
         return tuple(
             self._table([found[expert] for expert in range(num_experts)], layer) for layer, found in experts.items()
         )
+
+    @property
+    def left_out(self) -> list[str]:
+        """The tensors that belong to no expert."""
+        return [name for names in self._left.values() for name in names]
 
     def _experts_of(self, layer: int, found: Sequence[Found]) -> dict[int, _Expert]:
         experts: dict[int, _Expert] = {}

@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from stored import Stored
 
 from eplb_core.cli import main
 from eplb_core.cli.rebalance.launch import run_local
@@ -341,6 +342,69 @@ def test_rows_of_dense_layers_without_load_are_left_out(tmp_path: Path) -> None:
     assert "1 row of the loads belongs to dense layers and was left out" in job.notes
 
 
+BF16, FP4 = ("BF16", (4, 6)), ("F4", (4, 6))
+LAYOUTS = {
+    "fused": (Stored.fused, "model.layers.{l}.mlp.experts.{p}", {"gate_up_proj_blocks": ("U8", (8, 3)), "bias": BF16}),
+    "joined": (Stored.joined, "blocks.{l}.ffn.experts.{p}", {"mlp.w1": BF16, "mlp.v1": BF16}),
+    "odd dtypes": (
+        Stored.numbered,
+        "layers.{l}.ffn.experts.{e}.{p}",
+        {"a": FP4, "b": ("U32", (3,)), "c": ("C64", (2, 1)), "d": ("F8_E4M3FNUZ", (3, 5)), "e": ("F8_E8M0", ())},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["torch_gloo", "torch_nccl"])
+def test_two_ranks_move_experts_of_any_layout_and_dtype(tmp_path: Path, layout: str, backend: str) -> None:
+    stored, document = Stored(), tmp_path / "numbers.json"
+    add, template, parts = LAYOUTS[layout]
+    add(stored, template, range(2), parts, experts=12)
+    stored.add("mtp.layers.0.mlp.experts.0.w1")
+    result = rebalance(
+        PUBLISHED, "--checkpoint", stored.write(tmp_path / "c", {"num_experts": 12}), "--ranks", 2, "--redundant", 4,
+        "--backend", backend, "--json", document,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "note: experts of prediction layers were left out: mtp.layers.N.mlp.experts (layer 0)" in result.stdout
+    found = json.loads(document.read_text())
+    assert found["verified"] is True
+    assert found["checked_bytes"] == 2 * 16 * sum(len(content) for content in stored.expected[0, 0].values())
+    assert found["bytes_remote"] > 0
+
+
+def test_a_part_is_chosen_by_its_name(tmp_path: Path) -> None:
+    stored = Stored()
+    for part in ("thinker", "talker"):
+        stored.numbered(f"{part}.model.layers.{{l}}.mlp.experts.{{e}}.{{p}}", range(2), {"w1": BF16}, experts=12)
+    checkpoint = stored.write(tmp_path / "c")
+    result = rebalance(PUBLISHED, "--checkpoint", checkpoint, "--ranks", 2)
+    assert_one_line(result, "give --part thinker or --part talker")
+    assert prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, part="talker", ranks=2)).layers == (0, 1)
+
+
+def test_counts_of_slots_are_mapped_with_the_placement_to_start_from(checkpoint: Path, tmp_path: Path) -> None:
+    start = [[*range(12), 0, 0], [*range(12), 5, 6]]
+    slots = np.arange(28).reshape(2, 14)
+    expected = slots[:, :12].copy()
+    expected[0, 0] += 12 + 13
+    expected[1, 5:7] += [14 + 12, 14 + 13]
+    loads, placement = write(tmp_path / "slots.json", slots.tolist()), write(tmp_path / "start.json", start)
+    request = {"loads": loads, "checkpoint": checkpoint, "placement": placement, "ranks": 2}
+    assert prepare(RebalanceRequest(**request, counts="physical")).loads.tolist() == expected.tolist()
+    with pytest.raises(InputError, match=r"as many columns as the placement has slots.*\n.*give --counts physical"):
+        prepare(RebalanceRequest(**request))
+
+
+def test_the_last_steps_of_the_loads_can_be_chosen(checkpoint: Path, tmp_path: Path) -> None:
+    steps = np.arange(3 * 24).reshape(3, 2, 12)
+    loads = write(tmp_path / "steps.json", steps.tolist())
+    window = prepare(RebalanceRequest(loads=loads, checkpoint=checkpoint, ranks=2, window_steps=1))
+    assert window.loads.tolist() == steps[2].tolist()
+    faded = prepare(RebalanceRequest(loads=loads, checkpoint=checkpoint, ranks=2, decay=0.5))
+    assert faded.loads.tolist() == (steps[0] / 4 + steps[1] / 2 + steps[2]).tolist()
+
+
 def test_rows_of_dense_layers_with_load_are_refused(tmp_path: Path) -> None:
     loads = write(tmp_path / "loads.json", [[1] * 12, *LOADS.tolist()])
     with pytest.raises(InputError, match="the loads have 3 layers, the checkpoint has 2 MoE layers"):
@@ -398,6 +462,11 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--timeout 0", "--timeout is 0"),
         ("--layers 3", "--layers 3 selects no layers that exist"),
         ("--layers 1:1", "--layers 1:1 selects no layers that exist"),
+        ("--counts tokens", "--counts cannot be 'tokens'; to mend it: give logical or physical"),
+        ("--window-steps 0", "--window-steps is 0"),
+        ("--window-steps 2", "--window-steps needs loads with steps"),
+        ("--decay 2", "--decay is 2"),
+        ("--part talker", "no part of the checkpoint is called 'talker'"),
         ("--layers first", "--layers 'first' is neither a number nor a range"),
         ("--policy nonsense", "nonsense"),
         ("--backend nonsense", "nonsense"),
@@ -435,6 +504,7 @@ def test_bad_options_are_refused(checkpoint: Path, arguments: str, message: str)
         ("--model deepseek-v2", "did you mean deepseek-v3"),
         ("--model deepseek-v3 --scale 3", "'3' is not a scale"),
         ("--model deepseek-v3 --verify-against x", "--verify-against needs --checkpoint"),
+        ("--model deepseek-v3 --part mtp", "--part needs --checkpoint"),
         ("--checkpoint absent", "the checkpoint does not exist"),
         ("--checkpoint .", "no safetensors checkpoint"),
     ],

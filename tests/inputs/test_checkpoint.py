@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -360,3 +362,51 @@ def test_random_experts_are_the_same_for_everyone_and_differ_from_one_another() 
                 assert [raw(t) for t in made] == [raw(t) for t in again.expert_tensors(layer, expert)]
                 contents.update(raw(tensor) for tensor in made)
     assert len(contents) == 2 * 2 * 2 * 2
+
+
+def test_an_open_checkpoint_can_be_sent_and_needs_no_header_again(made: MakeCheckpoint) -> None:
+    directory = made("mixtral", shards=1)
+    checkpoint = Checkpoint.open(directory)
+    expected = [raw(tensor) for tensor in checkpoint.expert_tensors(1, 2)]
+    (path,) = directory.glob("*.safetensors")
+    content = path.read_bytes()
+    header_bytes = int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:8] + b"?" * header_bytes + content[8 + header_bytes :])
+    sent = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301 - what this test made itself
+    assert [raw(tensor) for tensor in sent.expert_tensors(1, 2)] == expected
+
+
+def test_a_shard_that_was_cut_after_opening_is_noticed(made: MakeCheckpoint) -> None:
+    directory = made("mixtral", shards=1)
+    checkpoint = Checkpoint.open(directory)
+    (path,) = directory.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="a tensor of the checkpoint changed after it was opened"):
+        checkpoint.expert_tensors(1, 2)
+    path.unlink()
+    with pytest.raises(InputError, match=r"a tensor cannot be read .*No such file"):
+        checkpoint.expert_tensors(1, 2)
+
+
+def test_many_shards_need_few_open_files(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "many", experts=30, hidden=8, intermediate=8, shards=100)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 8, limits[1]))
+    try:
+        checkpoint = Checkpoint.open(tmp_path / "many")
+        for expert in range(30):
+            checkpoint.expert_tensors(1, expert)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert checkpoint.num_experts == 30
+
+
+def test_another_index_is_followed_and_several_are_refused(made: MakeCheckpoint) -> None:
+    directory = made("mixtral")
+    index = directory / "model.safetensors.index.json"
+    index.rename(directory / "consolidated.safetensors.index.json")
+    assert Checkpoint.open(directory).num_experts == 3
+    shutil.copy(directory / "consolidated.safetensors.index.json", directory / "model.fp8.safetensors.index.json")
+    with pytest.raises(InputError, match=r"the folder has several checkpoints .*consolidated.*, model\.fp8"):
+        Checkpoint.open(directory)
