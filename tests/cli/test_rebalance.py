@@ -20,7 +20,6 @@ import torch
 from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from stored import Stored
 
 from eplb_core.cli import main
 from eplb_core.cli.rebalance.launch import run_local
@@ -29,6 +28,7 @@ from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement
 from eplb_core.policies import slots_anew
+from tests.support.stored import Stored
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "published-loads.json"
 LOADS = np.array(json.loads(PUBLISHED.read_text())["loads"])

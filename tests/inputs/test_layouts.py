@@ -16,10 +16,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stored import Stored
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.checkpoint import Checkpoint
+from tests.support.stored import Stored
 
 BYTES = torch.uint8
 Parts = dict[str, tuple[str, tuple[int, ...]]]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, NUM_EXPERTS, build, experts_in_memory
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.checkpoint import Checkpoint
+from tests.support.tiny_models import FAMILIES, NUM_EXPERTS, build, experts_in_memory
 
 pytest.importorskip("transformers", reason="transformers is the oracle for what checkpoints look like")
 
