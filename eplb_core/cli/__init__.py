@@ -39,6 +39,7 @@ _COMMANDS = {
     "doctor": ("eplb_core.cli.doctor.command:doctor", "Show what works on this machine, and how fast its links are."),
     "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
     "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
+    "placement": ("eplb_core.cli.placement:placement", "Convert placements between the formats of engines."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
     "rebalance": (
         "eplb_core.cli.rebalance.command:rebalance",

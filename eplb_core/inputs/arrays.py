@@ -49,7 +49,11 @@ class StoredArray:
     @classmethod
     def of(cls, array: NDArray[Any]) -> StoredArray:
         """Return an array that is in memory already."""
-        return cls(array.shape, array.dtype.kind in "iuf", array.dtype.name, lambda start, stop: array[start:stop])
+
+        def read(start: int, stop: int) -> NDArray[Any]:
+            return array[start:stop] if array.ndim else array
+
+        return cls(array.shape, array.dtype.kind in "iuf", array.dtype.name, read)
 
     def blocks(self, start: int = 0) -> Iterator[NDArray[Any]]:
         """Yield the rows from `start` on, as many at a time as fit into a block."""

@@ -208,6 +208,8 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
         truth = Checkpoint.open(request.verify_against, request.part)
         check_same_experts(source, truth, layers)
 
+    if placement is not None and checkpoint is not None and len(placement) == checkpoint.num_hidden_layers:
+        placement = placement[list(checkpoint.layer_ids)]  # SGLang has a row for every layer
     old = _start_placement(request, placement, num_layers, layers, num_experts)
     load_per_rank(old, loads, request.ranks)  # says so if an expert with a load has no copy
     groups = request.groups
