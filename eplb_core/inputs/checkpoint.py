@@ -32,7 +32,7 @@ _Stacks = dict[Stack, _Layers]
 class Checkpoint:
     """The experts of a checkpoint; an `ExpertSource`. Make one with `Checkpoint.open`.
 
-    It holds no open file, only where the bytes are, so it can be sent to another process of the machine.
+    It holds no open file, only where the bytes are, so it can be sent to another process.
 
     Attributes:
         directory: where it lies.
@@ -45,6 +45,8 @@ class Checkpoint:
         layouts: names of the layouts that its tensors have.
         notes: what was left out, and why.
         left_out: the tensors below experts that are not an expert's of these layers.
+        files: its safetensors files, and how many bytes each has.
+        tables: for each MoE layer, which bytes of which file are whose.
     """
 
     directory: Path
@@ -57,8 +59,8 @@ class Checkpoint:
     layouts: tuple[str, ...]
     notes: tuple[str, ...]
     left_out: frozenset[str] = field(repr=False)
-    _files: tuple[Path, ...] = field(repr=False)
-    _tables: tuple[LayerTable, ...] = field(repr=False)
+    files: tuple[tuple[Path, int], ...] = field(repr=False)
+    tables: tuple[LayerTable, ...] = field(repr=False)
 
     @classmethod
     def open(cls, directory: str | Path, part: str | None = None) -> Self:
@@ -107,8 +109,8 @@ class Checkpoint:
             notes=(*notes, *builder.notes),
             left_out=frozenset(builder.left_out)
             | {name for stack in stacks.keys() - set(chosen) for found in stacks[stack].values() for name, _ in found},
-            _files=tuple(shards.files),
-            _tables=tables,
+            files=tuple(zip(shards.files, shards.sizes, strict=True)),
+            tables=tables,
         )
 
     @property
@@ -118,7 +120,7 @@ class Checkpoint:
 
     def tensor_specs(self, layer: int) -> tuple[TensorSpec, ...]:
         """Return what one expert of MoE layer number `layer` consists of."""
-        return self._tables[layer].specs
+        return self.tables[layer].specs
 
     def expert_tensors(self, layer: int, expert: int) -> list[torch.Tensor]:
         """Read one expert of MoE layer number `layer`, and no byte of another one.
@@ -131,7 +133,7 @@ class Checkpoint:
         """
         import torch
 
-        table = self._tables[layer]
+        table = self.tables[layer]
         files, offsets = table.files[expert].tolist(), table.offsets[expert].tolist()
         tensors = []
         opened: dict[int, int] = {}
@@ -139,11 +141,11 @@ class Checkpoint:
             for spec, file, offset in zip(table.specs, files, offsets, strict=True):
                 content = torch.empty(spec.nbytes, dtype=torch.uint8)
                 if file not in opened:
-                    opened[file] = os.open(self._files[file], os.O_RDONLY | os.O_CLOEXEC)
-                self._read(opened[file], content.numpy().data, offset, f"{self._files[file]}, {spec.name}")
+                    opened[file] = os.open(self.files[file][0], os.O_RDONLY | os.O_CLOEXEC)
+                self._read(opened[file], content.numpy().data, offset, f"{self.files[file][0]}, {spec.name}")
                 tensors.append(content.view(spec.torch_dtype).reshape(spec.shape))
         except OSError as error:
-            raise InputError("a tensor cannot be read", where=str(self._files[file]), why=error.strerror) from error
+            raise InputError("a tensor cannot be read", where=str(self.files[file][0]), why=error.strerror) from error
         finally:
             for descriptor in opened.values():
                 os.close(descriptor)

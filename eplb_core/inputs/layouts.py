@@ -9,6 +9,7 @@ The layouts are those of published checkpoints and of what transformers saves
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -114,6 +115,11 @@ class Place(NamedTuple):
         return self.expert is None and _ROUTER.search(self.part) is not None
 
 
+@functools.cache
+def _stack(prefix: str, block: str) -> Stack:
+    return Stack(prefix, block, any(_PREDICTION.fullmatch(word) for word in prefix.split(".")))
+
+
 def locate(name: str) -> Place | None:
     """Return what `name` says, or None if it is not below experts of a numbered layer."""
     numbered = _NUMBERED.match(name)
@@ -125,10 +131,9 @@ def locate(name: str) -> Place | None:
         if found is None:
             continue
         groups = found.groupdict()
-        part = ".".join(groups[key] for key in ("projection", "part") if groups.get(key))
-        expert = None if groups.get("expert") is None else int(groups["expert"])
-        predicts = any(_PREDICTION.fullmatch(word) for word in prefix.split("."))
-        return Place(layout, Stack(prefix, groups["block"], predicts), int(numbered["layer"]), expert, part)
+        expert = int(groups["expert"]) if "expert" in groups else None
+        part = f"{groups['projection']}.{groups['part']}" if "projection" in groups else groups["part"]
+        return Place(layout, _stack(prefix, groups["block"]), int(numbered["layer"]), expert, part)
     return None
 
 

@@ -57,12 +57,14 @@ class Shards:
     Attributes:
         directory: the folder.
         files: its safetensors files.
+        sizes: how many bytes each has.
         tensors: name -> where it lies.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: list[Path] = []
+        self.sizes: list[int] = []
         self.tensors: dict[str, StoredTensor] = {}
 
     @classmethod
@@ -118,7 +120,9 @@ class Shards:
         """Add the tensors of all files. Where two have the same one, the index decides."""
         self.files = paths
         for file, path in enumerate(paths):
-            for name, stored in _read_header(path, file).items():
+            tensors, file_bytes = _read_header(path, file)
+            self.sizes.append(file_bytes)
+            for name, stored in tensors.items():
                 if name in self.tensors:
                     chosen = (weight_map or {}).get(name)
                     if chosen is None:
@@ -157,8 +161,8 @@ def _list_files(directory: Path) -> list[Path]:
     return paths
 
 
-def _read_header(path: Path, file: int) -> dict[str, StoredTensor]:
-    """Return the tensors of one file. The format: https://github.com/huggingface/safetensors#format."""
+def _read_header(path: Path, file: int) -> tuple[dict[str, StoredTensor], int]:
+    """Return the tensors of one file, and its size. The format: https://github.com/huggingface/safetensors#format."""
     try:
         with path.open("rb") as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
@@ -176,7 +180,7 @@ def _read_header(path: Path, file: int) -> dict[str, StoredTensor]:
         raise InputError("a shard cannot be read", where=str(path), why=error.strerror) from error
     except (msgspec.DecodeError, UnicodeDecodeError, _NotSafetensorsError) as error:
         raise InputError("a shard cannot be read as safetensors", where=str(path), why=str(error)) from error
-    return found
+    return found, file_bytes
 
 
 class _NotSafetensorsError(ValueError):

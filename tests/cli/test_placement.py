@@ -75,7 +75,7 @@ def test_vllm_ascend_gets_the_experts_of_each_device(source: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("first", "second"), permutations(FORMATS, 2))
+@pytest.mark.parametrize(("first", "second"), list(permutations(FORMATS, 2)))
 def test_from_any_format_to_any_other_and_back_is_the_same(source: Path, first: str, second: str) -> None:
     once = converted(source, first)
     assert read_placement_file(once).format == first

@@ -605,3 +605,21 @@ def test_under_torchrun_bad_input_is_one_line_too(checkpoint: Path) -> None:
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: --ranks is 3, but torchrun started 2; to mend it: leave --ranks away"]
+
+
+def test_under_torchrun_a_checkpoint_that_cannot_be_opened_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"?" * 20)
+    done = torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "broken")
+    assert done.returncode == 1  # torchrun's own
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "a shard cannot be read as safetensors" in line
+
+
+def test_under_torchrun_a_copy_is_compared_with_too(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    done = torchrun(
+        2, PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "copy", "--backend", "torch_gloo"
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"verified +yes", done.stdout)

@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.checkpoint import Checkpoint
+from eplb_core.inputs.checkpoint_wire import decode_checkpoint, encode_checkpoint
 from eplb_core.inputs.experts import TensorSpec
 from eplb_core.inputs.make_checkpoint import STYLES, Style, make_checkpoint
 from eplb_core.inputs.models import MODELS, RandomExperts, find_model, parse_scale, scaled
@@ -374,6 +376,40 @@ def test_an_open_checkpoint_can_be_sent_and_needs_no_header_again(made: MakeChec
     path.write_bytes(content[:8] + b"?" * header_bytes + content[8 + header_bytes :])
     sent = pickle.loads(pickle.dumps(checkpoint))  # noqa: S301 - what this test made itself
     assert [raw(tensor) for tensor in sent.expert_tensors(1, 2)] == expected
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_table_sent_to_another_rank_reads_the_same(made: MakeCheckpoint, style: Style) -> None:
+    checkpoint = Checkpoint.open(made(style))
+    received = decode_checkpoint(encode_checkpoint(checkpoint))
+    for name in ("layer_ids", "num_experts", "num_groups", "num_hidden_layers", "notes", "left_out", "files"):
+        assert getattr(received, name) == getattr(checkpoint, name)
+    for layer in range(2):
+        assert received.tensor_specs(layer) == checkpoint.tensor_specs(layer)
+        expected = [raw(tensor) for tensor in checkpoint.expert_tensors(layer, 2)]
+        assert [raw(tensor) for tensor in received.expert_tensors(layer, 2)] == expected
+
+
+def test_a_rank_that_sees_other_files_refuses_the_table(made: MakeCheckpoint) -> None:
+    directory = made("mixtral", shards=1)
+    payload = encode_checkpoint(Checkpoint.open(directory))
+    (path,) = directory.glob("*.safetensors")
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"?")
+    with pytest.raises(
+        InputError, match=rf"not the one that rank 0 has read .*it has {size + 1} bytes here, {size} there"
+    ):
+        decode_checkpoint(payload)
+    path.unlink()
+    with pytest.raises(InputError, match="a shard is missing on this machine"):
+        decode_checkpoint(payload)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b.replace(b"int64", b"objec"), lambda b: b"\x90"])
+def test_bytes_that_are_no_table_are_refused(made: MakeCheckpoint, damage: Callable[[bytes], bytes]) -> None:
+    payload = damage(encode_checkpoint(Checkpoint.open(made("mixtral"))))
+    with pytest.raises(msgspec.DecodeError):
+        decode_checkpoint(payload)
 
 
 def test_a_shard_that_was_cut_after_opening_is_noticed(made: MakeCheckpoint) -> None:

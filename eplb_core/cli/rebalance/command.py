@@ -136,7 +136,7 @@ def rebalance(
             )
         if joined.is_first:
             output.check()
-        return prepare(request)
+        return prepare(request, joined.open_checkpoint)
 
     try:
         job = joined.agree(check_and_prepare, request.timeout_s)

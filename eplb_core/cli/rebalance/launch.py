@@ -15,14 +15,21 @@ from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
 from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, InputError
+from eplb_core.inputs.checkpoint import Checkpoint
+from eplb_core.inputs.checkpoint_wire import decode_checkpoint, encode_checkpoint
 from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, collect_local_ranks
 from eplb_core.launch.memory import free_memory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
 _STAGES = {"read": "read weights", "move": "move experts", "verify": "compare bytes"}
 _MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
+
+
+_MOST_CHECKPOINTS = 2  # one to move, and one to compare with
 
 
 class RefusedError(EplbError):
@@ -73,11 +80,31 @@ class JoinedRanks:
         self.is_first = self.environment.rank == 0
         store = dist.PrefixStore("rebalance/input", self.environment.store)
         self._control = ControlPlane(store, self.environment.rank, self.world_size)
+        self._timeout_s = 0.0
+        self._num_opened = 0
 
     @property
     def num_nodes(self) -> int:
         """How many machines there are, as far as can be told."""
         return max(1, self.world_size // self.environment.local_world_size)
+
+    def open_checkpoint(self, directory: Path, part: str | None) -> Checkpoint:
+        """Open a checkpoint on rank 0; the others are told where the experts lie, and read no header.
+
+        Raises:
+            InputError: rank 0 could not open it, or this rank does not see the same files.
+        """
+        name = f"checkpoint {self._num_opened}"
+        if self.is_first:
+            checkpoint = Checkpoint.open(directory, part)
+            self._control.publish(name, encode_checkpoint(checkpoint))
+            self._num_opened += 1
+            return checkpoint
+        self._num_opened += 1
+        payload = self._control.fetch(0, name, self._timeout_s)
+        if not payload:
+            raise InputError("rank 0 could not open the checkpoint", where=str(directory))
+        return decode_checkpoint(payload)
 
     def agree(self, prepare: Callable[[], RebalanceTask], timeout_s: float) -> RebalanceTask:
         """Prepare the job on every rank; go on only if all of them could, and have read the same.
@@ -86,6 +113,7 @@ class JoinedRanks:
             RefusedError: some rank could not; rank 0 has printed the reason.
         """
         job, verdict = None, ""
+        self._timeout_s = timeout_s
         try:
             job = prepare()
             # How many ranks share a GPU is not known here: torchrun's may each see one of their own.
@@ -93,6 +121,9 @@ class JoinedRanks:
             verdict = f"ok {job.digest()}"
         except EplbError as error:
             verdict = f"{exit_code_of(error)} {one_line(error)}"
+            while self.is_first and self._num_opened < _MOST_CHECKPOINTS:  # nobody may wait for them
+                self._control.publish(f"checkpoint {self._num_opened}", b"")
+                self._num_opened += 1
         verdicts = [text.decode() for text in self._control.all_gather("the input", verdict.encode(), timeout_s)]
         refusals = [(rank, text) for rank, text in enumerate(verdicts) if not text.startswith("ok ")]
         if not refusals and len(set(verdicts)) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -179,8 +180,14 @@ class RebalanceTask:
         return found.hexdigest()[:16]
 
 
-def prepare(request: RebalanceRequest) -> RebalanceTask:
+def prepare(
+    request: RebalanceRequest, open_checkpoint: Callable[[Path, str | None], Checkpoint] = Checkpoint.open
+) -> RebalanceTask:
     """Read all input, check it, and let the policy make the new placement.
+
+    Args:
+        request: what the user asked for.
+        open_checkpoint: opens the part of a checkpoint; among ranks that are joined, one of them does.
 
     Raises:
         InputError: something that the user gave cannot be used.
@@ -188,7 +195,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
     """
     _check_counts(request)
     _check_device(request.device)
-    checkpoint = None if request.checkpoint is None else Checkpoint.open(request.checkpoint, request.part)
+    checkpoint = None if request.checkpoint is None else open_checkpoint(request.checkpoint, request.part)
     placement = None if request.placement is None else read_placement(request.placement)
     recorded = read_recording(request.loads, _load_options(request, checkpoint, placement))
     source, recorded = _match_weights(request, checkpoint, recorded, placement)
@@ -205,7 +212,7 @@ def prepare(request: RebalanceRequest) -> RebalanceTask:
 
     truth = source
     if request.verify_against is not None:
-        truth = Checkpoint.open(request.verify_against, request.part)
+        truth = open_checkpoint(request.verify_against, request.part)
         check_same_experts(source, truth, layers)
 
     if placement is not None and checkpoint is not None and len(placement) == checkpoint.num_hidden_layers:
