@@ -24,6 +24,7 @@ from eplb_core.inputs.shards import Shards
 if TYPE_CHECKING:
     import torch
 
+_CODES = (".trellis", ".codes")  # of quantised matrices (EXL3, AQLM): three dimensions, and none of experts
 _Layers = dict[int, list[Found]]
 _Stacks = dict[Stack, _Layers]
 
@@ -175,7 +176,7 @@ def _find_stacks(shards: Shards) -> _Stacks:
                     why=f"a name looks like {LAYOUTS[0].example}",
                 )
             continue
-        evident = place.layout.is_evident(stored.shape)
+        evident = place.layout.is_evident(place.part, stored.shape)
         target = stacks if evident else doubtful
         target.setdefault(place.stack, {}).setdefault(place.layer, []).append(Found(name, place))
     for stack, layers in doubtful.items():
@@ -290,7 +291,9 @@ def _account_for_layers(
             continue
         declared = config.has_experts(layer)
         signs = [
-            name for inner, name in rest.get(layer, []) if inner in routers or _holds_many(shards, name, num_experts)
+            name
+            for inner, name in rest.get(layer, [])
+            if inner in routers or (declared is not False and _holds_many(shards, name, num_experts))
         ]
         if not signs and not declared and (layer in rest or declared is False or layer < first):
             continue
@@ -307,7 +310,7 @@ def _account_for_layers(
 
 def _holds_many(shards: Shards, name: str, num_experts: int) -> bool:
     shape = shards.tensors[name].shape
-    return len(shape) == 3 and shape[0] == num_experts > 1 and min(shape) > 1
+    return len(shape) == 3 and shape[0] == num_experts > 1 and min(shape) > 1 and not name.endswith(_CODES)
 
 
 def _no_experts(shards: Shards, config: ModelConfig) -> InputError:

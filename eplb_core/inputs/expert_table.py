@@ -5,6 +5,7 @@ Every tensor there is an expert's, belongs to the layer for a reason that is not
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -114,7 +115,7 @@ class TableBuilder:
         experts: dict[int, _Expert] = {}
         whole: list[Found] = []
         for name, place in found:
-            if place.is_of_router and len(self.shards.tensors[name].shape) < 3:
+            if place.is_of_router and not self._is_of_all_experts(self.shards.tensors[name].shape):
                 self._left.setdefault("tensors of routers stay where they are", []).append(name)
             elif place.expert is None:
                 whole.append(Found(name, place))
@@ -127,6 +128,11 @@ class TableBuilder:
         if whole:
             self._cut(layer, whole, experts)
         return experts
+
+    def _is_of_all_experts(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is too large for a router, which has one row for each expert."""
+        most = (self.config.num_experts or math.inf) + self.config.num_zero_experts
+        return len(shape) > 2 or (len(shape) == 2 and shape[0] > most)
 
     def _leave_zero_experts(self, experts: dict[int, _Expert]) -> None:
         stated, zero = self.config.num_experts, self.config.num_zero_experts

@@ -24,7 +24,7 @@ class Layout:
         example: a name as it stands in a checkpoint.
         pattern: of what follows the number of the layer, with the groups `block` and `part`; `expert` if each expert
             has tensors of its own; `projection` if that comes before the number of the expert.
-        needs_dimensions: whether only a tensor of three dimensions is evidence of experts, as dense layers have the
+        needs_dimensions: whether only weights of three dimensions are evidence of experts, as dense layers have the
             same names.
     """
 
@@ -33,9 +33,14 @@ class Layout:
     pattern: re.Pattern[str]
     needs_dimensions: bool = False
 
-    def is_evident(self, shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape shows that there are experts; a convolution's kernel of width 1 does not."""
-        return not self.needs_dimensions or (len(shape) == 3 and min(shape) > 1)
+    def is_evident(self, part: str, shape: tuple[int, ...]) -> bool:
+        """Whether such a tensor shows that there are experts.
+
+        A convolution's kernel of width 1 does not, nor do the codes of a quantised matrix, which have three dimensions.
+        """
+        if not self.needs_dimensions:
+            return True
+        return len(shape) == 3 and min(shape) > 1 and part.rpartition(".")[2] in (part, "weight")
 
 
 # `experts`, `text_experts`, but not `shared_experts`: of those every rank has all.

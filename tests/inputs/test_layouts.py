@@ -172,6 +172,15 @@ LAYOUTS: dict[str, Layout] = {
     "DeepSeek-V3 nvfp4 (compressed-tensors)": deepseek(COMPRESSED),
     "DeepSeek-V3 mxfp4 (Quark)": deepseek(QUARK),
     "DeepSeek-V3 EXL3": deepseek(EXL3),
+    "EXL3 with a dense layer": Layout(
+        together(
+            lambda stored: stored.add("model.layers.0.mlp.gate_proj.trellis", "I16", (8, 2, 16)),
+            lambda stored: stored.add("model.layers.0.mlp.down_proj.trellis", "I16", (2, 8, 16)),
+            numbered(MLP, range(1, 3), EXL3),
+        ),
+        (1, 2),
+        {"num_hidden_layers": 3, "n_routed_experts": 8},
+    ),
     "DeepSeek-V3 without num_nextn_predict_layers": Layout(
         deepseek(FP8).make, (1, 2), {**DEEPSEEK, "num_nextn_predict_layers": None}, groups=4, noted=PREDICTION
     ),
@@ -424,6 +433,15 @@ LAYOUTS: dict[str, Layout] = {
         joined("transformer.blocks.{l}.ffn.experts.{p}", range(2), each("mlp.w1 mlp.v1 mlp.w2", "BF16", (4, 6), "")),
         (0, 1),
         {"n_layers": 2, "ffn_config": {"moe_num_experts": 8, "moe_top_k": 4}},
+    ),
+    "all experts in one matrix, with a projection called gate": Layout(
+        together(
+            joined("model.layers.{l}.moe.experts.{p}", range(2), each("gate up down", "BF16", (4, 6))),
+            dense("model.layers.0.moe.experts.router.weight", shape=(8, 4)),
+        ),
+        (0, 1),
+        {"num_hidden_layers": 2, "num_experts": 8},
+        noted=("tensors of routers stay where they are",),
     ),
     "Granite": Layout(
         fused(
