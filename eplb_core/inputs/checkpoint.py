@@ -135,15 +135,16 @@ class Checkpoint:
         import torch
 
         table = self.tables[layer]
-        files, offsets = table.files[expert].tolist(), table.offsets[expert].tolist()
+        places = (table.files[expert].tolist(), table.offsets[expert].tolist(), table.sizes[expert].tolist())
         tensors = []
         opened: dict[int, int] = {}
         try:
-            for spec, file, offset in zip(table.specs, files, offsets, strict=True):
+            for spec, file, offset, size in zip(table.specs, *places, strict=True):
                 content = torch.empty(spec.nbytes, dtype=torch.uint8)
+                content[size:] = ord(" ")  # of text that is shorter than that of other experts
                 if file not in opened:
                     opened[file] = os.open(self.files[file][0], os.O_RDONLY | os.O_CLOEXEC)
-                self._read(opened[file], content.numpy().data, offset, f"{self.files[file][0]}, {spec.name}")
+                self._read(opened[file], content.numpy().data[:size], offset, f"{self.files[file][0]}, {spec.name}")
                 tensors.append(content.view(spec.torch_dtype).reshape(spec.shape))
         except OSError as error:
             raise InputError("a tensor cannot be read", where=str(self.files[file][0]), why=error.strerror) from error

@@ -371,6 +371,7 @@ def test_two_ranks_move_experts_of_any_layout_and_dtype(tmp_path: Path, layout: 
     assert found["verified"] is True
     assert found["checked_bytes"] == 2 * 16 * sum(len(content) for content in stored.expected[0, 0].values())
     assert found["bytes_remote"] > 0
+    assert found["notes"][0].startswith("experts of prediction layers were left out")
 
 
 def test_a_part_is_chosen_by_its_name(tmp_path: Path) -> None:

@@ -524,6 +524,20 @@ def test_a_published_layout_is_read_to_the_byte(name: str, tmp_path: Path) -> No
     assert all(note.startswith(start) for note, start in zip(checkpoint.notes, layout.noted, strict=True))
 
 
+def test_settings_in_text_of_unlike_lengths_are_filled_up_with_spaces(tmp_path: Path) -> None:
+    stored = Stored()
+    stored.numbered(MLP, range(1), NF4, experts=3)
+    texts = [b'{"offset": 0.25}', b'{"offset": 0.0625}', b'{"offset": 1}']
+    for expert, text in enumerate(texts):
+        name = f"model.layers.0.mlp.experts.{expert}.up_proj.weight.quant_state.bitsandbytes__nf4"
+        stored.tensors[name] = ("U8", (len(text),), text)
+    checkpoint = Checkpoint.open(stored.write(tmp_path / "c"))
+    names = [spec.name for spec in checkpoint.tensor_specs(0)]
+    place = names.index("up_proj.weight.quant_state.bitsandbytes__nf4")
+    found = [checkpoint.expert_tensors(0, expert)[place].numpy().tobytes() for expert in range(3)]
+    assert found == [text.ljust(18) for text in texts]
+
+
 def test_dtypes_that_torch_has_keep_their_names_and_others_are_bytes(tmp_path: Path) -> None:
     stored = Stored()
     stored.numbered(MLP, range(1), {"a.weight": ("U32", (2, 3)), "b.weight": ("F4", (2, 4)), "c.weight": ("C64", (2,))})
