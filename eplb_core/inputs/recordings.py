@@ -41,6 +41,8 @@ _PLACEMENTS = (
 _ROUTED = "routed_experts"
 _STEP_AND_LAYER = re.compile(r"(\d+)_(\d+)")
 
+_KINDS = (".csv", ".safetensors", ".pt", ".json", ".jsonl", ".npy", ".npz")
+
 Counted = NDArray[Any]
 
 
@@ -105,7 +107,7 @@ def _open_folder(path: Path, model: ModelHints) -> Recording:
     for file in sorted(path.iterdir()):
         if file.is_file() and file.name != "meta_info.json" and not file.name.startswith("cooccurrence_"):
             kinds[file.suffix.lower().replace(".pth", ".pt")].append(file)
-    kinds = {kind: files for kind, files in kinds.items() if kind in (".csv", ".safetensors", ".pt", ".json", ".npy")}
+    kinds = {kind: files for kind, files in kinds.items() if kind in _KINDS}
     if len(kinds) != 1:
         raise InputError(
             "the folder holds " + ("files of several kinds" if kinds else "no file with loads"),
@@ -118,6 +120,8 @@ def _open_folder(path: Path, model: ModelHints) -> Recording:
         return _csv(files)
     if kind == ".safetensors":
         return _tensorrt_llm(files)
+    if kind == ".jsonl":
+        return _sum_of([_lines(file, model) for file in files], path)
     contents = [(file, read_content(file, "loads")) for file in files]
     if all(isinstance(content, Mapping) and "records" in content for _, content in contents):
         return _sglang_records([content for _, content in contents], path)  # type: ignore[misc]
@@ -135,12 +139,18 @@ def _sum_of(recordings: Sequence[Recording], path: Path) -> Recording:
                 why=f"some count {first.shape[0]} layers of {first.shape[1]}, "
                 f"some {recording.shape[0]} layers of {recording.shape[1]}",
             )
+        if not _same(first.placement, recording.placement):
+            raise InputError("the files of the folder count the slots of different placements", where=str(path))
 
     def blocks(start: int) -> Iterator[Counted]:
         for recording in recordings:
             yield from recording.blocks(0)
 
     return Recording(first.shape, 0, blocks, first.is_physical, first.placement)
+
+
+def _same(first: NDArray[np.int64] | None, second: NDArray[np.int64] | None) -> bool:
+    return first is second if first is None or second is None else np.array_equal(first, second)
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
@@ -269,7 +279,10 @@ def _sglang_records(dumps: Sequence[Mapping[str, Any]], path: Path) -> Recording
                     where=str(path),
                     remedy="record with SGLang's expert distribution recorder in mode stat, per_pass or per_token",
                 )
-            key = (record.get("forward_pass_id"), record.get("rank"), record.get("gatherer_key"))
+            number = record.get("forward_pass_id")
+            if type(number) is not int:
+                raise InputError("a record has no forward_pass_id", where=str(path), why=f"it is {number!r}")
+            key = (number, record.get("rank"), str(record.get("gatherer_key")))
             if key in seen:
                 raise InputError(
                     f"pass {key[0]} of rank {key[1]} was recorded twice",
@@ -277,7 +290,7 @@ def _sglang_records(dumps: Sequence[Mapping[str, Any]], path: Path) -> Recording
                     remedy="omit one of the files",
                 )
             seen.add(key)
-            passes[int(record.get("forward_pass_id", 0))].append(count)
+            passes[number].append(count)
     shapes = {count.shape for counts in passes.values() for count in counts}
     if len(shapes) != 1:
         raise InputError("the records have different shapes" if shapes else "there are no records", where=str(path))

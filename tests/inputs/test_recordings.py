@@ -35,8 +35,8 @@ def records(rank: int, passes: int = 2, **more: Any) -> dict[str, Any]:
                 "rank": rank,
                 "gatherer_key": "primary",
                 "global_physical_count": torch.tensor(SLOTS, dtype=torch.int32) * (number + 1),
-                **more,
             }
+            | more
             for number in range(passes)
         ],
         "last_physical_to_logical_map": torch.tensor(PLACEMENT),
@@ -106,6 +106,23 @@ def test_several_dumps_of_logical_counts_are_added_up(tmp_path: Path) -> None:
     for number in range(2):
         torch.save({"rank": 0, "logical_count": torch.tensor([EXPERTS, EXPERTS])}, tmp_path / f"{number}.pt")
     assert read_loads(tmp_path).tolist() == (4 * np.array(EXPERTS)).tolist()
+
+
+def test_dumps_of_slots_under_different_placements_are_not_added_up(tmp_path: Path) -> None:
+    for number, placement in enumerate((PLACEMENT, PLACEMENT[::-1])):
+        content = {"expert_load_window": [SLOTS], "physical_to_logical_map": placement}
+        write_json(tmp_path / f"{number}.json", content)
+    with pytest.raises(InputError, match="count the slots of different placements"):
+        read_loads(tmp_path)
+    write_json(tmp_path / "1.json", {"expert_load_window": [SLOTS], "physical_to_logical_map": PLACEMENT})
+    assert read_loads(tmp_path).tolist() == (2 * np.array(EXPERTS)).tolist()
+
+
+@pytest.mark.parametrize("number", [None, "7", 1.5])
+def test_records_without_the_number_of_their_pass_are_refused(tmp_path: Path, number: object) -> None:
+    torch.save(records(0, forward_pass_id=number), tmp_path / "dump.pt")
+    with pytest.raises(InputError, match="a record has no forward_pass_id"):
+        read_loads(tmp_path / "dump.pt")
 
 
 def test_csv_files_of_all_ranks_are_added_up(tmp_path: Path) -> None:
