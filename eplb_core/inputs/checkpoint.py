@@ -40,7 +40,8 @@ class Checkpoint:
         layer_ids: the model's own number of each MoE layer; dense layers are skipped.
         num_experts: logical experts in each of them.
         num_groups: the expert groups that the configuration states, else 1.
-        num_hidden_layers: all layers that the configuration states, dense ones included, or None.
+        num_hidden_layers: all layers that the configuration states, dense ones included; None if it does not, or if
+            these are prediction layers, which are not among them.
         experts_per_token: how many experts the router chooses, or None if the configuration does not say.
         model_type: what the configuration calls the model, or "".
         layouts: names of the layouts that its tensors have.
@@ -96,14 +97,15 @@ class Checkpoint:
         builder = TableBuilder(shards, config)
         tables = builder.build(layers)
         num_experts = len(tables[0].files)
-        if not any(stack.predicts for stack in chosen):
+        predicts = any(stack.predicts for stack in chosen)
+        if not predicts:
             _account_for_layers(shards, config, {stack.prefix for stack in chosen}, layers, num_experts)
         return cls(
             directory=directory,
             layer_ids=tuple(sorted(layers)),
             num_experts=num_experts,
             num_groups=config.num_groups,
-            num_hidden_layers=config.num_hidden_layers,
+            num_hidden_layers=None if predicts else config.num_hidden_layers,
             experts_per_token=config.experts_per_token,
             model_type=config.model_type,
             layouts=tuple(layout.name for layout in layouts_of(layers)),

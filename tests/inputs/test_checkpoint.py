@@ -119,6 +119,7 @@ def test_dense_and_prediction_layers_are_not_counted(made: MakeCheckpoint) -> No
 def test_prediction_layers_can_be_balanced_alone(made: MakeCheckpoint) -> None:
     checkpoint = Checkpoint.open(made("deepseek"), part="mtp")
     assert (checkpoint.layer_ids, checkpoint.num_experts, checkpoint.notes) == ((3,), 3, ())
+    assert checkpoint.num_hidden_layers is None
 
 
 def test_files_without_an_index_are_found(made: MakeCheckpoint) -> None:

@@ -98,8 +98,8 @@ def rebalance(
 ) -> None:
     """Move experts to a better placement, and verify every byte.
 
-    LOADS is a .json, .npy, .npz or .pt file with how often each expert was chosen: [layers, experts], or
-    [steps, layers, experts], as an engine's recorder writes it.
+    LOADS is what an engine has recorded: how often each expert was chosen, [layers, experts] or [steps, layers,
+    experts], in a .json, .jsonl, .npy, .npz, .pt, .csv or .safetensors file, or a folder with the files of all ranks.
 
     Alone it starts local ranks. Under torchrun it joins the ranks that it is given, on several machines too.
 
