@@ -106,6 +106,8 @@ def read_recording(path: str | Path, options: LoadOptions | None = None) -> Reco
 
 def _placement_of(recording: Recording, options: LoadOptions, path: Path) -> NDArray[np.int64] | None:
     """Return what the counted slots held; None if experts were counted."""
+    if options.counts == "physical" and recording.is_physical is False:
+        raise InputError("the loads count logical experts", where=str(path), remedy="omit --counts physical")
     if not recording.is_physical and options.counts == "logical":
         return None
     placement = recording.placement if recording.placement is not None else options.placement

@@ -71,7 +71,7 @@ class Recording:
         shape: of one step: layers, and logical experts or physical slots.
         num_steps: how many steps there are; 0 if they were added up before they were written.
         blocks: yields the steps from a given one on, `[some steps, layers, columns]`.
-        is_physical: whether the columns are known to be physical slots.
+        is_physical: whether the columns are physical slots, or logical experts; None if the recording does not say.
         placement: what these held, int64 `[layers, slots]`, if the recording says so.
         notes: what the user may want to know.
     """
@@ -79,7 +79,7 @@ class Recording:
     shape: tuple[int, ...]
     num_steps: int
     blocks: Callable[[int], Iterator[Counted]]
-    is_physical: bool = False
+    is_physical: bool | None = None
     placement: NDArray[np.int64] | None = None
     notes: tuple[str, ...] = ()
 
@@ -180,10 +180,11 @@ def _of_content(content: object, path: Path, model: ModelHints) -> Recording:
         if routed:
             return _answers(routed, path, model)
         return _records_of_steps(content, path)
-    return _array(pick(content, path, "loads", _LOGICAL), path)
+    says_logical = isinstance(content, Mapping) and "loads" not in content and "logical_count" in content
+    return _array(pick(content, path, "loads", _LOGICAL), path, is_physical=False if says_logical else None)
 
 
-def _array(value: object, path: Path, *, is_physical: bool = False, placement: object = None) -> Recording:
+def _array(value: object, path: Path, *, is_physical: bool | None = None, placement: object = None) -> Recording:
     array = numeric(value, path, "loads")
     check_shape(array.shape, path)
     held = None if placement is None else _placement(placement, path)
@@ -245,16 +246,14 @@ def _records_of_steps(records: Sequence[Mapping[str, Any]], path: Path) -> Recor
     if len(shapes) > 1:
         raise InputError("the records have loads of different shapes", where=str(path))
     check_shape((len(steps), *steps[0].shape), path)
-    is_physical = key in _PHYSICAL
-    placements = [record.get("physical_to_logical_map") for record in records]
-    if is_physical and placements[0] is not None and all(placement == placements[0] for placement in placements):
-        placement = _placement(placements[0], path)
-    elif is_physical and any(placement is not None for placement in placements):
+    is_physical = {"logical_count": False, "loads": None}.get(key, True)
+    maps = [record.get("physical_to_logical_map") for record in records] if is_physical else []
+    placements = [None if held is None else _placement(held, path) for held in maps]
+    if any(not _same(held, placements[0]) for held in placements):
         raise InputError(
             "the placement changes between the records", where=str(path), remedy="cut the file where it does"
         )
-    else:
-        placement = None
+    placement = placements[0] if placements else None
 
     def blocks(start: int) -> Iterator[Counted]:
         for step in steps[start:]:
@@ -341,7 +340,7 @@ def _csv(paths: Sequence[Path]) -> Recording:
     loads = np.zeros((len(layers), max(expert for _, expert in counts) + 1))
     for (layer, expert), count in counts.items():
         loads[layers.index(layer), expert] = count
-    return Recording(loads.shape, 0, lambda start: iter([loads[None]]))
+    return Recording(loads.shape, 0, lambda start: iter([loads[None]]), is_physical=False)
 
 
 # --- TensorRT-LLM ----------------------------------------------------------------------------------------------------
@@ -394,7 +393,7 @@ def _tensorrt_llm(paths: Sequence[Path]) -> Recording:
     note = "these are the tokens of one rank only; give the folder to add up all ranks"
     shape = (len(layers), len(counts(steps[0], layers[0])))
     check_shape(shape, paths[0])
-    return Recording(shape, len(steps), blocks, notes=() if len(paths) > 1 else (note,))
+    return Recording(shape, len(steps), blocks, is_physical=False, notes=() if len(paths) > 1 else (note,))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -431,7 +430,7 @@ def _answers(routed: Sequence[object], path: Path, model: ModelHints) -> Recordi
                 None
             ]
 
-    return Recording(shape, len(chosen), blocks)
+    return Recording(shape, len(chosen), blocks, is_physical=False)
 
 
 def _chosen_experts(value: object, path: Path, model: ModelHints) -> NDArray[np.int64]:

@@ -213,6 +213,14 @@ def test_names_that_mean_slots_are_never_taken_for_experts(tmp_path: Path, name:
     assert read_loads(tmp_path / "loads.pt", options).tolist() == EXPERTS
 
 
+@pytest.mark.parametrize("name", ["logical_count", "routed_experts"])
+def test_counts_that_are_said_to_be_of_experts_are_not_taken_for_slots(tmp_path: Path, name: str) -> None:
+    content = {name: [SLOTS, SLOTS]}
+    options = LoadOptions(counts="physical", placement=np.array(PLACEMENT))
+    with pytest.raises(InputError, match="the loads count logical experts"):
+        read_loads(write_json(tmp_path / "loads.json", content), options)
+
+
 def test_a_file_with_counts_of_slots_may_bring_the_placement(tmp_path: Path) -> None:
     content = {"expert_load_window": [SLOTS], "physical_to_logical_map": PLACEMENT}
     assert read_loads(write_json(tmp_path / "loads.json", content)).tolist() == EXPERTS
