@@ -122,8 +122,9 @@ def _number(settings: Iterable[Mapping[str, Any]], names: Iterable[str]) -> int 
         for name in names:
             value = config.get(name)
             if isinstance(value, list) and value and all(type(entry) is int for entry in value):
-                # One for each kind of expert, as ERNIE-4.5-VL numbers two kinds in one sequence, or one for each layer.
-                value = sum(value) if len(value) == 2 else value[0] if len(set(value)) == 1 else None
+                # ERNIE-4.5-VL numbers two kinds of experts in one sequence; elsewhere there is an entry for each layer.
+                kinds = name == "moe_num_experts" and len(value) == 2
+                value = sum(value) if kinds else value[0] if len(set(value)) == 1 else None
             if type(value) is int and value > 0:
                 return value
     return None

@@ -99,6 +99,13 @@ def open_recording(path: Path, model: ModelHints) -> Recording:
         return _tensorrt_llm([path])
     if kind == ".jsonl":
         return _lines(path, model)
+    if kind in (".yaml", ".yml"):
+        raise InputError(
+            "loads are not read from YAML",
+            where=str(path),
+            why="what TensorRT-LLM keeps in YAML is a placement",
+            remedy="give it as --placement, and the folder of its EXPERT_STATISTIC_PATH as LOADS",
+        )
     return _of_content(read_content(path, "loads"), path, model)
 
 

@@ -613,6 +613,13 @@ def test_nested_configurations_say_how_many_experts_there_are(tmp_path: Path, se
     assert "config.json states 9 experts" in message
 
 
+@pytest.mark.parametrize("stated", [8, [8, 8], [8, 8, 8]])
+def test_the_number_of_experts_may_stand_there_for_each_layer(tmp_path: Path, stated: object) -> None:
+    stored = Stored()
+    stored.numbered(MLP, range(2), BF16)
+    assert Checkpoint.open(stored.write(tmp_path / "c", {"num_experts": stated})).num_experts == 8
+
+
 def test_fused_tensors_with_fewer_rows_than_stated_experts_are_refused(tmp_path: Path) -> None:
     stored = Stored()
     stored.fused(FUSED, range(2), GATE_UP)

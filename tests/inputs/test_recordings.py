@@ -314,6 +314,12 @@ def test_a_placement_is_not_taken_for_loads(tmp_path: Path, content: object) -> 
         read_loads(write_json(tmp_path / "placement.json", content))
 
 
+def test_yaml_is_refused_as_a_placement(tmp_path: Path) -> None:
+    (tmp_path / "balancer.yaml").write_text("initial_global_assignments: {3: [0, 1]}")
+    with pytest.raises(InputError, match=r"loads are not read from YAML.*is a placement\n.*EXPERT_STATISTIC_PATH"):
+        read_loads(tmp_path / "balancer.yaml")
+
+
 @pytest.mark.parametrize("extension", [".json", ".npz"])
 def test_what_out_wrote_is_not_taken_for_loads(tmp_path: Path, extension: str) -> None:
     write_placement(tmp_path / f"new{extension}", np.array(PLACEMENT), num_ranks=1)

@@ -197,9 +197,9 @@ def build(name: str) -> PreTrainedModel:
     if found is None:
         found = transformers.Qwen3OmniMoeForConditionalGeneration  # in none of them
     torch.manual_seed(len(name))
-    model = (found[0] if isinstance(found, tuple) else found)(config).to(torch.bfloat16)
+    model = (found[0] if isinstance(found, tuple) else found)(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)  # some are zero
+        parameter.data = torch.randn_like(parameter, dtype=torch.bfloat16)  # some would be zero
     return model
 
 
