@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from eplb_core.inputs.checkpoint import Checkpoint
     from eplb_core.inputs.placement_formats import PlacementFile
 
 
@@ -48,6 +49,7 @@ def convert(
     SGLang has a row for every layer of the model and TensorRT-LLM names layers by their number: for models with dense
     layers, give --checkpoint or --first-layer.
     """
+    from eplb_core.inputs.checkpoint import Checkpoint
     from eplb_core.inputs.placement_formats import (
         check_placement_target,
         read_placement_file,
@@ -55,9 +57,10 @@ def convert(
     )
 
     check_placement_target(target, target_format)
-    file = read_placement_file(source)
+    model = None if checkpoint is None else Checkpoint.open(checkpoint, part)
+    file = read_placement_file(source, None if model is None else model.num_layers)
     ranks = _check_ranks(file, ranks, source, needed=target_format in ("eplb", "vllm-ascend"))
-    layers = _Layers.of(checkpoint, part, first_layer, file)
+    layers = _Layers.of(model, first_layer, file)
     file = replace(file, placement=layers.with_experts(file.placement, source), layer_ids=layers.ids)
     check = _check(file.placement, ranks, experts if experts is not None else layers.num_experts, source)
     written = replace(file, placement=layers.all_rows(check) if target_format == "sglang" else check)
@@ -115,12 +118,9 @@ class _Layers:
         self.num_experts = num_experts
 
     @classmethod
-    def of(cls, checkpoint: Path | None, part: str | None, first_layer: int | None, file: PlacementFile) -> _Layers:
-        """Find out which they are: from the model, from what the user says, from the file, or all from 0 on."""
-        if checkpoint is not None:
-            from eplb_core.inputs.checkpoint import Checkpoint
-
-            model = Checkpoint.open(checkpoint, part)
+    def of(cls, model: Checkpoint | None, first_layer: int | None, file: PlacementFile) -> _Layers:
+        """Find out which they are: from the model, from the file, from what the user says, or all from 0 on."""
+        if model is not None:
             return cls(model.layer_ids, model.num_hidden_layers or model.layer_ids[-1] + 1, model.num_experts)
         rows = len(file.placement)
         if file.layer_ids is not None:

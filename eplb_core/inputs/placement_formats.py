@@ -5,7 +5,7 @@
 | `eplb` | JSON or NPZ with `placement` `[layers, slots]` and `num_ranks`; empty slots are -1 |
 | `sglang` | JSON with `physical_to_logical_map`, a row for every layer of the model, for `--init-expert-location` |
 | `tensorrt-llm` | YAML with `num_slots`, and `initial_global_assignments` by the model's number of the layer |
-| `vllm` | JSON, one list for each layer with experts (proposed in vllm-project/vllm#49572) |
+| `vllm` | JSON, one list for each layer with experts, or one for all (proposed in vllm-project/vllm#49572) |
 | `vllm-ascend` | JSON with `layer_list`, in it `device_list`, in it `device_expert`, for `expert_map_path` |
 
 Engines have no empty slots, and every layer of theirs holds every expert.
@@ -50,8 +50,12 @@ class PlacementFile:
     layer_ids: tuple[int, ...] | None = None
 
 
-def read_placement_file(path: str | Path) -> PlacementFile:
+def read_placement_file(path: str | Path, num_layers: int | None = None) -> PlacementFile:
     """Read a placement in any of the formats; which one it is, is told by what is in the file.
+
+    Args:
+        path: the file.
+        num_layers: how many layers have experts, if that is known: for a file with one list for all of them.
 
     Raises:
         InputError: the file is missing or cannot be read, or holds no table of whole numbers.
@@ -69,6 +73,8 @@ def read_placement_file(path: str | Path) -> PlacementFile:
         kind: Format = "sglang" if "physical_to_logical_map" in content and "placement" not in content else "eplb"
         rows = pick({key: value for key, value in content.items() if key != "num_ranks"}, path, "placement", _KEYS)
         return PlacementFile(_table(rows, path), kind, ranks if type(ranks) is int else None)
+    if num_layers is not None and isinstance(content, list) and content and all(type(slot) is int for slot in content):
+        content = [content] * num_layers
     return PlacementFile(_table(content, path), "vllm")
 
 

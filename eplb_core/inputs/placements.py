@@ -17,8 +17,12 @@ from eplb_core.inputs.placement_formats import (
 __all__ = ["check_placement_target", "read_placement", "write_placement"]
 
 
-def read_placement(path: str | Path) -> NDArray[np.int64]:
+def read_placement(path: str | Path, num_layers: int | None = None) -> NDArray[np.int64]:
     """Return the placement that a file holds, in any of the formats of `placement_formats`.
+
+    Args:
+        path: the file.
+        num_layers: how many layers have experts, if that is known: for a file with one list for all of them.
 
     Returns:
         int64 `[layers, slots]`, physical slot -> logical expert, -1 = empty. Whether the experts exist is not checked.
@@ -26,7 +30,7 @@ def read_placement(path: str | Path) -> NDArray[np.int64]:
     Raises:
         InputError: the file is missing or cannot be read, or holds no table of whole numbers.
     """
-    return read_placement_file(path).placement
+    return read_placement_file(path, num_layers).placement
 
 
 def write_placement(path: str | Path, placement: NDArray[np.int64], num_ranks: int) -> None:

@@ -96,6 +96,15 @@ def test_the_checkpoint_says_which_layers_have_experts(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "v.json").read_text()) == PLACEMENT.tolist()
 
 
+def test_one_list_of_vllm_is_for_all_layers_of_the_model(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model", style="deepseek", experts=4)
+    (tmp_path / "map.json").write_text("[0, 1, 2, 3, 0, 1]")
+    arguments = ("--to", "eplb", "--ranks", 2, "--checkpoint", tmp_path / "model")
+    result = convert(tmp_path / "map.json", tmp_path / "p.json", *arguments)
+    assert result.exit_code == 0, result.output
+    assert read_placement(tmp_path / "p.json").tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+
+
 def test_a_torch_file_of_sglang_is_read(tmp_path: Path) -> None:
     torch.save({"physical_to_logical_map": torch.from_numpy(PLACEMENT)}, tmp_path / "map.pt")
     assert read_placement(tmp_path / "map.pt").tolist() == PLACEMENT.tolist()

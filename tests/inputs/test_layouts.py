@@ -538,6 +538,23 @@ def test_settings_in_text_of_unlike_lengths_are_filled_up_with_spaces(tmp_path: 
     assert found == [text.ljust(18) for text in texts]
 
 
+def test_one_expert_of_a_fused_tensor_is_read_without_the_others(tmp_path: Path) -> None:
+    num_experts, row_bytes = 4096, 16 << 20  # 64 GiB, of which the disk holds two numbers
+    shape = [num_experts, row_bytes // 4, 1]
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    header = json.dumps({name: {"dtype": "F32", "shape": shape, "data_offsets": [0, num_experts * row_bytes]}}).encode()
+    begin = 8 + len(header)
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for expert, number in ((2999, 1.0), (3000, 2.0)):
+            stream.seek(begin + (expert + 1) * row_bytes - 4)
+            stream.write(np.float32(number).tobytes())
+        stream.truncate(begin + num_experts * row_bytes)
+    (tensor,) = Checkpoint.open(tmp_path).expert_tensors(0, 3000)
+    assert tensor.shape == (row_bytes // 4, 1)
+    assert (tensor[-1].item(), tensor.count_nonzero().item()) == (2.0, 1)
+
+
 def test_dtypes_that_torch_has_keep_their_names_and_others_are_bytes(tmp_path: Path) -> None:
     stored = Stored()
     stored.numbered(MLP, range(1), {"a.weight": ("U32", (2, 3)), "b.weight": ("F4", (2, 4)), "c.weight": ("C64", (2,))})

@@ -196,7 +196,9 @@ def prepare(
     _check_counts(request)
     _check_device(request.device)
     checkpoint = None if request.checkpoint is None else open_checkpoint(request.checkpoint, request.part)
-    placement = None if request.placement is None else read_placement(request.placement)
+    placement = None
+    if request.placement is not None:
+        placement = read_placement(request.placement, None if checkpoint is None else checkpoint.num_layers)
     recorded = read_recording(request.loads, _load_options(request, checkpoint, placement))
     source, recorded = _match_weights(request, checkpoint, recorded, placement)
     num_layers, num_experts = recorded.loads.shape
