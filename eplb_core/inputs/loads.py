@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.load_window import LoadWindow
-from eplb_core.inputs.recordings import ModelHints, Recording, open_recording
+from eplb_core.inputs.recording import ModelHints, Recording
+from eplb_core.inputs.recordings import open_recording
 
 Counts = Literal["logical", "physical"]
 

@@ -48,7 +48,7 @@ class ModelConfig:
 
     @classmethod
     def read(cls, directory: Path, words: Iterable[str] = ()) -> Self:
-        """Read `config.json`, or `params.json` as Mistral's own format has it; neither has to be there.
+        """Read `config.json`, or `params.json` as Mistral's own format has it; both may be absent.
 
         Args:
             directory: the checkpoint's folder.

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from eplb_core.errors import InputError
 from eplb_core.inputs.loads import LoadOptions, RecordedLoads, read_loads, read_recording
 from eplb_core.inputs.placements import write_placement
-from eplb_core.inputs.recordings import ModelHints
+from eplb_core.inputs.recording import ModelHints
 
 # Two layers, three experts in five slots. Passes of two ranks: counts of slots, and by hand of experts.
 PLACEMENT = [[0, 1, 2, 0, -1], [2, 2, 1, 0, 1]]

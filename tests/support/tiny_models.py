@@ -28,7 +28,7 @@ class Family:
         fused: the same in the fused layout.
         parts: the sequences of layers to choose from, if there is more than one.
         experts: in memory, a piece of the names of the experts of layer `{layer}`; the part's name is another.
-        settings: what has to be set beside the sizes, by path.
+        settings: what must be set beside the sizes, by path.
     """
 
     layers: tuple[int, ...] = (0, 1, 2, 3)

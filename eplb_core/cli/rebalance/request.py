@@ -20,7 +20,7 @@ from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.loads import Counts, LoadOptions, RecordedLoads, read_recording
 from eplb_core.inputs.models import RandomExperts, find_model, parse_scale, scaled
 from eplb_core.inputs.placements import read_placement
-from eplb_core.inputs.recordings import ModelHints
+from eplb_core.inputs.recording import ModelHints
 from eplb_core.inputs.slots import check_same_experts
 from eplb_core.planning.placement import check_pair, check_placement, contiguous_placement, imbalance, load_per_rank
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
