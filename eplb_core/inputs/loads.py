@@ -81,16 +81,9 @@ def read_recording(path: str | Path, options: LoadOptions | None = None) -> Reco
     placement = _placement_of(recording, options, path)
     first = _first_step(recording, options, path)
     window = LoadWindow(recording.shape, max(1, recording.num_steps - first), options.decay)
-    step = first
     notes = list(recording.notes)
-    for block in recording.blocks(first):
-        loads = block.astype(np.float64)
-        where = (step,) if recording.num_steps else ()
-        _check_all(loads, np.isnan(loads), "NaN", path, where)
-        _check_all(loads, np.isinf(loads), "infinite", path, where)
-        _check_all(loads, loads < 0, "negative", path, where)
+    for loads in _checked_blocks(recording, first, path):
         window.add(loads)
-        step += len(loads)
     total, steps = window.loads, window.steps
     _check_all(total[None], np.isinf(total[None]), "infinite after summing the steps", path, ())
     if not recording.is_physical and options.counts == "logical" and _looks_like_a_placement(total, recording):
@@ -103,6 +96,44 @@ def read_recording(path: str | Path, options: LoadOptions | None = None) -> Reco
         total = _to_logical(total, placement, num_experts)
         steps = np.stack([_to_logical(each, placement, num_experts) for each in steps])
     return RecordedLoads(total, steps, max(0, recording.num_steps - first), (*notes, *_never_chosen(total)))
+
+
+def read_load_window(path: str | Path, options: LoadOptions | None = None) -> NDArray[np.float64]:
+    """Return every step of a recording by itself, which takes memory for all of them; `decay` is not looked at.
+
+    Returns:
+        float64 `[steps, layers, experts]`; one step if the file does not tell steps apart.
+
+    Raises:
+        InputError: as `read_recording`.
+    """
+    path, options = Path(path), options or LoadOptions()
+    recording = open_recording(path, options.model)
+    placement = _placement_of(recording, options, path)
+    steps = np.concatenate(list(_checked_blocks(recording, _first_step(recording, options, path), path)))
+    if placement is None:
+        return steps
+    return np.stack([_to_logical(step, placement, options.model.num_experts) for step in steps])
+
+
+def _checked_blocks(recording: Recording, first: int, path: Path) -> Iterator[NDArray[np.float64]]:
+    """Yield the steps from `first` on, a block at a time; raise `InputError` if one holds what cannot be a load."""
+    step = first
+    added_up = np.zeros((1, *recording.shape))  # files without steps, one after the other
+    for block in recording.blocks(first):
+        loads = block.astype(np.float64)
+        where = (step,) if recording.num_steps else ()
+        _check_all(loads, np.isnan(loads), "NaN", path, where)
+        _check_all(loads, np.isinf(loads), "infinite", path, where)
+        _check_all(loads, loads < 0, "negative", path, where)
+        step += len(loads)
+        if recording.num_steps:
+            yield loads
+        else:
+            with np.errstate(over="ignore"):
+                added_up += loads.sum(axis=0)
+    if not recording.num_steps:
+        yield added_up
 
 
 def _placement_of(recording: Recording, options: LoadOptions, path: Path) -> NDArray[np.int64] | None:

@@ -28,6 +28,7 @@ from eplb_core.errors import InputError
 from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement
 from eplb_core.policies import slots_anew
+from eplb_core.policies.base import PlacementDecision, PlacementRequest, decide
 from tests.support.stored import Stored
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "published-loads.json"
@@ -332,6 +333,35 @@ def test_the_published_loads_give_the_published_placement(checkpoint: Path) -> N
         [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
     ]
     assert job.node_of_rank == (0, 0, 0, 0, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("num_steps", "given"), [(3, 3), (256, 64)])
+def test_a_policy_gets_the_steps_of_a_recording_and_of_a_long_one_a_few_joined_ones(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int, given: int
+) -> None:
+    asked: list[PlacementRequest] = []
+
+    def note_and_decide(policy: Any, request: PlacementRequest) -> PlacementDecision:
+        asked.append(request)
+        return decide(policy, request)
+
+    monkeypatch.setattr("eplb_core.cli.rebalance.request.decide", note_and_decide)
+    steps = np.random.default_rng(0).poisson(LOADS, (num_steps, *LOADS.shape))
+    np.save(tmp_path / "steps.npy", steps)
+    job = prepare(RebalanceRequest(loads=tmp_path / "steps.npy", checkpoint=checkpoint, layers="1:2"))
+    expected = steps[:, 1:2].reshape(given, -1, 1, LOADS.shape[1]).sum(axis=1)
+    assert asked[0].window().tolist() == expected.tolist()
+    assert job.loads.tolist() == steps[:, 1:2].sum(axis=0).tolist()
+
+
+def test_noise_of_a_long_recording_moves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    start = tmp_path / "start.json"
+    placed = prepare(RebalanceRequest(loads=PUBLISHED, checkpoint=checkpoint, redundant=4))
+    write_placement(start, placed.new, num_ranks=4)
+    np.save(tmp_path / "steps.npy", np.random.default_rng(0).poisson(LOADS, (200, *LOADS.shape)))
+    request = RebalanceRequest(loads=tmp_path / "steps.npy", checkpoint=checkpoint, placement=start)
+    assert prepare(request).plan().num_moves == 0
+    assert prepare(replace(request, policy="deepseek", as_planned=True)).plan().num_moves > 0
 
 
 def test_rows_of_dense_layers_without_load_are_left_out(tmp_path: Path) -> None:
