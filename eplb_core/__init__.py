@@ -1,6 +1,7 @@
 """eplb moves mixture-of-experts weights between the ranks of an expert-parallel group.
 
-What this package exports here is promised, and so are `eplb_core.errors`, `eplb_core.hooks` and `eplb_core.testing`.
+What this package exports here is promised, and so are `eplb_core.transport` (to write a backend with),
+`eplb_core.errors`, `eplb_core.hooks` and `eplb_core.testing`.
 Every name loads on first use, so that importing the package is cheap and imports neither torch nor any backend.
 """
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from eplb_core.contract.option_types import ByteSize as ByteSize
     from eplb_core.contract.option_types import CommonOptions as CommonOptions
     from eplb_core.contract.option_types import Duration as Duration
-    from eplb_core.contract.payload import Payload as Payload
-    from eplb_core.contract.payload import Transfer as Transfer
     from eplb_core.contract.stats import TransferStats as TransferStats
     from eplb_core.control.groups import StatelessGroup as StatelessGroup
     from eplb_core.control.groups import TorchGroups as TorchGroups
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
     from eplb_core.rearrange.job import RearrangeJob as RearrangeJob
     from eplb_core.rearrange.rearranger import Rearranger as Rearranger
     from eplb_core.rearrange.result import RearrangeResult as RearrangeResult
-    from eplb_core.transport.coalesce import as_bytes as as_bytes
-    from eplb_core.transport.match import check_match as check_match
-    from eplb_core.transport.queue import PayloadQueue as PayloadQueue
-    from eplb_core.transport.queue import TransferQueue as TransferQueue
 
 __version__ = "0.1.0"
 
@@ -53,8 +48,6 @@ _HOME = {
     "EplbError": "errors",
     "HandshakeError": "errors",
     "PLUGIN_API_VERSION": "contract.backend",
-    "Payload": "contract.payload",
-    "PayloadQueue": "transport.queue",
     "PendingTransfer": "contract.communicator",
     "ProbeResult": "contract.backend",
     "RearrangeJob": "rearrange.job",
@@ -62,12 +55,8 @@ _HOME = {
     "Rearranger": "rearrange.rearranger",
     "StatelessGroup": "control.groups",
     "TorchGroups": "control.groups",
-    "Transfer": "contract.payload",
     "TransferError": "errors",
-    "TransferQueue": "transport.queue",
     "TransferStats": "contract.stats",
-    "as_bytes": "transport.coalesce",
-    "check_match": "transport.match",
     "create_eplb_communicator": "factory.create",
     "minimize_movement": "policies.movement",
     "plan_rearrangement": "planning.plan",

@@ -45,7 +45,8 @@ from eplb_core.errors import (
 from eplb_core.transport.checksums import checksums
 from eplb_core.transport.coalesce import as_bytes
 from eplb_core.transport.match import check_match
-from eplb_core.transport.queue import PayloadQueue
+from eplb_core.transport.queue import TransferQueue
+from eplb_core.transport.queued import as_transfer_error
 from eplb_core.transport.streams import mark, on_stream
 from eplb_core.words import ranks_text
 
@@ -80,7 +81,7 @@ class NixlCommunicator(EplbCommunicator):
         self._options = options
         self._mode = options.mode
         self._timeout_s = float(options.timeout)
-        self._queue = PayloadQueue(context.rank, context.world_size, context.device)
+        self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._registered = Regions()
         self._landing = Regions()
         self._unpublished = False
@@ -305,8 +306,7 @@ class NixlCommunicator(EplbCommunicator):
     def _agree(self, sends: Payloads, recvs: Payloads) -> None:
         problem = layout.unregistered(sends, self._registered) if self._mode == "direct" else None
         if not self._trusted:
-            queued = self._queue.transfers(sends), self._queue.transfers(recvs)
-            check_match(self._control, *queued, self._timeout_s, problem)
+            check_match(self._control, sends, recvs, self._timeout_s, problem)
         elif problem is not None:
             raise problem
 
@@ -352,6 +352,8 @@ class NixlCommunicator(EplbCommunicator):
             raise TransferError("NIXL failed on this rank", phase="pack", why=str(error)) from error
         except BaseException as error:
             self._break(f"{type(error).__name__}: {error}")
+            if isinstance(error, Exception):
+                raise as_transfer_error(error) from error
             raise
 
     def _break(self, why: str) -> None:

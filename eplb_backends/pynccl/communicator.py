@@ -18,14 +18,9 @@ from eplb_backends.pynccl.dtypes import name_of, unsupported
 from eplb_backends.pynccl.exchange import CudaLane, Lane, NcclExchange
 from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.transport import Transport
-from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.contract.context import BackendContext
-from eplb_core.contract.stats import TransferStats
+from eplb_core import BackendContext, TransferStats
 from eplb_core.errors import BackendUnavailableError, InvalidTransferError, TransferError
-from eplb_core.transport.coalesce import coalesce
-from eplb_core.transport.match import check_match
-from eplb_core.transport.queue import TransferQueue
-from eplb_core.transport.streams import on_stream
+from eplb_core.transport import Payloads, QueuedCommunicator, coalesce, in_order
 
 _REINTERPRET = "pynccl?reinterpret=bytes moves their bytes as they are"
 
@@ -62,7 +57,7 @@ def create(
     return communicator
 
 
-class PyNcclCommunicator(EplbCommunicator):
+class PyNcclCommunicator(QueuedCommunicator):
     """Sends and receives over an NCCL communicator, ordered on the communicator's stream.
 
     Args:
@@ -72,62 +67,44 @@ class PyNcclCommunicator(EplbCommunicator):
         lane: the stream that NCCL's kernels run on.
     """
 
+    path = "NCCL"
+
     def __init__(self, context: BackendContext, options: PyNcclOptions, transport: Transport, lane: Lane) -> None:
-        self._control = context.control
-        self._device = context.device
-        self._timeout_s = float(options.timeout)
+        super().__init__(context, options)
         self._small_bytes = int(options.coalesce)
         self._any_dtype = options.reinterpret == "bytes"
         self._transport = transport
-        self._exchange = NcclExchange(transport, lane, context.device, self._timeout_s, abort=options.abort)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
-        self._stats: TransferStats | None = None
-
-    @property
-    def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
-        return self._stats
+        self._exchange = NcclExchange(transport, lane, context.device, self.timeout_s, abort=options.abort)
 
     def warm_up(self) -> None:
         """Connect this rank with every other one; raises `TransferError` if that fails."""
-        self._exchange.warm_up(self._queue.rank, self._queue.world_size)
+        self._exchange.warm_up(self.context.rank, self.context.world_size)
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         """Queue a send."""
         self._check_dtype(tensor)
-        self._queue.add_send(tensor, dst_rank)
+        super().add_send(tensor, dst_rank)
 
     def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
         """Queue a receive."""
         self._check_dtype(tensor)
-        self._queue.add_recv(tensor, src_rank)
+        super().add_recv(tensor, src_rank)
 
-    def execute(self) -> None:
-        """Compare, then issue everything as one group."""
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many at once."""
+        if not self._any_dtype:
+            for payload in (*in_order(sends), *in_order(recvs)):
+                self._check_dtype(payload.tensor)
+        super().add_payloads(sends, recvs)
+
+    def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
+        """Issue everything as one group."""
         began = time.perf_counter()
-        sends, recvs = self._queue.take()
-        try:
-            check_match(self._control, sends, recvs, self._timeout_s)
-            agreed = time.perf_counter()
-            with on_stream(self._device, self._stream):
-                self._exchange.run(coalesce(sends, self._small_bytes), coalesce(recvs, self._small_bytes))
-        except TransferError as error:
-            if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
-            raise
-        ended = time.perf_counter()
-        self._stats = TransferStats(
-            seconds=ended - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
-            phases={"agree": agreed - began, "transfer": ended - agreed},
-            paths={transfer.peer: "NCCL" for transfer in (*sends, *recvs)},
-        )
+        self._exchange.run(coalesce(sends, self._small_bytes), coalesce(recvs, self._small_bytes))
+        return TransferStats(phases={"transfer": time.perf_counter() - began})
 
-    def close(self) -> None:
-        """Refuse further use, and let a communicator of our own go."""
-        self._queue.close("it was closed")
+    def release(self) -> None:
+        """Close a communicator of our own."""
         self._transport.close()
 
     def _check_dtype(self, tensor: object) -> None:

@@ -11,16 +11,9 @@ import torch.distributed as dist
 
 from eplb_backends.torch_gloo.options import GlooOptions
 from eplb_backends.torch_gloo.staging import HostBuffer, Part, cut
-from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.contract.context import BackendContext
-from eplb_core.contract.payload import Transfer
-from eplb_core.contract.stats import TransferStats
-from eplb_core.errors import BackendUnavailableError, TransferError
-from eplb_core.transport.coalesce import Message, coalesce
-from eplb_core.transport.match import check_match
-from eplb_core.transport.process_group import exchange
-from eplb_core.transport.queue import TransferQueue
-from eplb_core.transport.streams import on_stream, synchronize
+from eplb_core import BackendContext, TransferStats
+from eplb_core.errors import BackendUnavailableError
+from eplb_core.transport import Message, Payloads, QueuedCommunicator, coalesce, exchange, synchronize
 
 
 def create(context: BackendContext, options: GlooOptions, expert_weights: Sequence[torch.Tensor]) -> GlooCommunicator:
@@ -39,7 +32,7 @@ def create(context: BackendContext, options: GlooOptions, expert_weights: Sequen
     return GlooCommunicator(context, options, context.cpu_group)
 
 
-class GlooCommunicator(EplbCommunicator):
+class GlooCommunicator(QueuedCommunicator):
     """Sends and receives over gloo.
 
     Args:
@@ -49,6 +42,8 @@ class GlooCommunicator(EplbCommunicator):
         staged: whether tensors go through host buffers; None means exactly those on a device.
     """
 
+    path = "gloo"
+
     def __init__(
         self,
         context: BackendContext,
@@ -57,95 +52,60 @@ class GlooCommunicator(EplbCommunicator):
         *,
         staged: bool | None = None,
     ) -> None:
-        self._control = context.control
+        super().__init__(context, options)
         self._group = cpu_group
-        self._device = context.device
         self._staged = context.device.type != "cpu" if staged is None else staged
-        self._timeout_s = float(options.timeout)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
         half = int(options.window) // 2
         pin = options.pin_memory and context.device.type == "cuda"
         self._send_buffer = HostBuffer(half, pin)
         self._receive_buffer = HostBuffer(half, pin)
         self._part_bytes = self._send_buffer.part_bytes(context.world_size - 1)
-        self._stats: TransferStats | None = None
 
     @property
     def staging_bytes(self) -> int:
         """Bytes of the host buffers, which grow up to the window."""
         return self._send_buffer.nbytes + self._receive_buffer.nbytes
 
-    @property
-    def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
-        return self._stats
+    def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
+        """Send and receive; device tensors in rounds that fit the host buffers."""
+        phases = {"pack": 0.0, "transfer": 0.0, "unpack": 0.0}
+        if self._staged:
+            self._exchange_in_rounds(sends, recvs, phases)
+        else:
+            began = time.perf_counter()
+            exchange(self._group, coalesce(sends), coalesce(recvs), self.timeout_s)
+            phases["transfer"] = time.perf_counter() - began
+        return TransferStats(phases=phases)
 
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send."""
-        self._queue.add_send(tensor, dst_rank)
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive."""
-        self._queue.add_recv(tensor, src_rank)
-
-    def execute(self) -> None:
-        """Compare, then send and receive; device tensors in rounds that fit the host buffers."""
-        began = time.perf_counter()
-        sends, recvs = self._queue.take()
-        phases = {"agree": 0.0, "pack": 0.0, "transfer": 0.0, "unpack": 0.0}
-        try:
-            check_match(self._control, sends, recvs, self._timeout_s)
-            phases["agree"] = time.perf_counter() - began
-            if self._staged:
-                self._exchange_in_rounds(sends, recvs, phases)
-            else:
-                exchange(self._group, coalesce(sends), coalesce(recvs), self._timeout_s)
-                phases["transfer"] = time.perf_counter() - began - phases["agree"]
-        except TransferError as error:
-            if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
-            raise
-        self._stats = TransferStats(
-            seconds=time.perf_counter() - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
-            phases=phases,
-            paths={transfer.peer: "gloo" for transfer in (*sends, *recvs)},
-        )
-
-    def close(self) -> None:
-        """Let the host buffers go. The process group is the caller's."""
-        self._queue.close("it was closed")
+    def release(self) -> None:
+        """Free the host buffers. The process group is the caller's."""
         self._send_buffer.release()
         self._receive_buffer.release()
 
-    def _exchange_in_rounds(
-        self, sends: Sequence[Transfer], recvs: Sequence[Transfer], phases: dict[str, float]
-    ) -> None:
+    def _exchange_in_rounds(self, sends: Payloads, recvs: Payloads, phases: dict[str, float]) -> None:
         outgoing, incoming = cut(sends, self._part_bytes), cut(recvs, self._part_bytes)
         nothing: dict[int, Part] = {}
         for sent, received in itertools.zip_longest(outgoing, incoming, fillvalue=nothing):
             began = time.perf_counter()
             messages = self._send_buffer.messages(sent)
             landing = self._receive_buffer.messages(received)
-            self._copy([pair for message in messages for pair in message.parts])
+            _copy([pair for message in messages for pair in message.parts])
             # gloo knows no streams: the copies have to be there before it reads them.
-            synchronize(self._device, self._stream)
+            synchronize(self.context.device, self._stream)
             packed = time.perf_counter()
-            exchange(self._group, _payloads(messages), _payloads(landing), self._timeout_s)
+            exchange(self._group, _payloads(messages), _payloads(landing), self.timeout_s)
             moved = time.perf_counter()
-            self._copy([(piece, slot) for message in landing for slot, piece in message.parts])
+            _copy([(piece, slot) for message in landing for slot, piece in message.parts])
             # The buffers are the next round's too, and that one is not ordered behind these copies.
-            synchronize(self._device, self._stream)
+            synchronize(self.context.device, self._stream)
             phases["pack"] += packed - began
             phases["transfer"] += moved - packed
             phases["unpack"] += time.perf_counter() - moved
 
-    def _copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        with on_stream(self._device, self._stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
 
 
 def _payloads(messages: Sequence[Message]) -> list[Message]:

@@ -6,31 +6,29 @@ parts only, ranks with more rounds than others block nobody.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from eplb_core.contract.payload import Transfer
-from eplb_core.transport.coalesce import Message, as_bytes
+from eplb_core.transport import Message, Payloads, as_bytes
 
 Part = list[torch.Tensor]
 """Pieces of tensors, uint8 `[bytes]` each, that travel as one message."""
 
 
-def cut(transfers: Sequence[Transfer], part_bytes: int) -> list[dict[int, Part]]:
+def cut(payloads: Payloads, part_bytes: int) -> list[dict[int, Part]]:
     """Return the rounds: peer -> its part. Every part of a peer but its last is `part_bytes` long."""
     rounds: list[dict[int, Part]] = []
-    filled: dict[int, int] = {}
-    for transfer in transfers:
-        rest = as_bytes(transfer.tensor.detach())
-        while len(rest):
-            number, used = divmod(filled.get(transfer.peer, 0), part_bytes)
-            if number == len(rounds):
-                rounds.append({})
-            piece = rest[: part_bytes - used]
-            rounds[number].setdefault(transfer.peer, []).append(piece)
-            filled[transfer.peer] = filled.get(transfer.peer, 0) + len(piece)
-            rest = rest[len(piece) :]
+    for peer, queued in payloads.items():
+        filled = 0
+        for payload in queued:
+            rest = as_bytes(payload.tensor)
+            while len(rest):
+                number, used = divmod(filled, part_bytes)
+                if number == len(rounds):
+                    rounds.append({})
+                piece = rest[: part_bytes - used]
+                rounds[number].setdefault(peer, []).append(piece)
+                filled += len(piece)
+                rest = rest[len(piece) :]
     return rounds
 
 

@@ -10,15 +10,9 @@ import torch.distributed as dist
 
 from eplb_backends.torch_nccl.device_exchange import DeviceExchange
 from eplb_backends.torch_nccl.options import TorchNcclOptions
-from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.contract.context import BackendContext
-from eplb_core.contract.stats import TransferStats
+from eplb_core import BackendContext, TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError
-from eplb_core.transport.coalesce import coalesce
-from eplb_core.transport.match import check_match
-from eplb_core.transport.process_group import exchange
-from eplb_core.transport.queue import TransferQueue
-from eplb_core.transport.streams import on_stream
+from eplb_core.transport import Payloads, QueuedCommunicator, coalesce, exchange
 
 
 def create(
@@ -51,8 +45,8 @@ def create(
     return NcclCommunicator(context, options, group, device_exchange)
 
 
-class NcclCommunicator(EplbCommunicator):
-    """Sends and receives over a process group, ordered on the communicator's stream.
+class NcclCommunicator(QueuedCommunicator):
+    """Sends and receives over a process group, ordered on the communicator's stream. The group is the caller's.
 
     Args:
         context: the group.
@@ -68,55 +62,18 @@ class NcclCommunicator(EplbCommunicator):
         group: dist.ProcessGroup,
         device_exchange: DeviceExchange | None = None,
     ) -> None:
-        self._control = context.control
-        self._device = context.device
+        super().__init__(context, options)
+        self.path = "gloo" if context.device.type == "cpu" else "NCCL"
         self._group = group
         self._device_exchange = device_exchange
-        self._timeout_s = float(options.timeout)
         self._small_bytes = int(options.coalesce)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
-        self._stats: TransferStats | None = None
 
-    @property
-    def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
-        return self._stats
-
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send."""
-        self._queue.add_send(tensor, dst_rank)
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive."""
-        self._queue.add_recv(tensor, src_rank)
-
-    def execute(self) -> None:
-        """Compare, then run everything as one batch on the stream."""
+    def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
+        """Run everything as one batch on the stream."""
         began = time.perf_counter()
-        sends, recvs = self._queue.take()
-        try:
-            check_match(self._control, sends, recvs, self._timeout_s)
-            agreed = time.perf_counter()
-            with on_stream(self._device, self._stream):
-                outgoing, incoming = coalesce(sends, self._small_bytes), coalesce(recvs, self._small_bytes)
-                if self._device_exchange is None:
-                    exchange(self._group, outgoing, incoming, self._timeout_s)
-                else:
-                    self._device_exchange.run(outgoing, incoming)
-        except TransferError as error:
-            if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
-            raise
-        ended = time.perf_counter()
-        self._stats = TransferStats(
-            seconds=ended - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
-            phases={"agree": agreed - began, "transfer": ended - agreed},
-            paths={t.peer: "gloo" if self._device.type == "cpu" else "NCCL" for t in (*sends, *recvs)},
-        )
-
-    def close(self) -> None:
-        """Refuse further use. The process group is the caller's."""
-        self._queue.close("it was closed")
+        outgoing, incoming = coalesce(sends, self._small_bytes), coalesce(recvs, self._small_bytes)
+        if self._device_exchange is None:
+            exchange(self._group, outgoing, incoming, self.timeout_s)
+        else:
+            self._device_exchange.run(outgoing, incoming)
+        return TransferStats(phases={"transfer": time.perf_counter() - began})

@@ -91,7 +91,7 @@ class EplbCommunicator(ABC):
 
         The caller answers for the payloads: their tensors are such as `add_send` accepts, and nobody gave them other
         memory since they were made. The default adds one after the other; a backend for which hundreds of small
-        tensors matter holds a `PayloadQueue`, which takes them as they are.
+        tensors matter holds a `TransferQueue`, which takes them as they are.
 
         Args:
             sends: destination -> what it is sent, in order.

@@ -8,40 +8,27 @@ from collections.abc import Mapping, Sequence
 import torch
 
 
-class Transfer:
-    """One tensor that was queued, to or from `peer`.
-
-    Attributes:
-        tensor: as it was given.
-        peer: the other rank.
-        nbytes: bytes of payload.
-    """
-
-    __slots__ = ("nbytes", "peer", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, peer: int) -> None:
-        self.tensor = tensor
-        self.peer: int = peer
-        self.nbytes: int = tensor.nbytes
-
-
 class Payload:
-    """A tensor that will be sent or received, perhaps many times, and what that takes, looked up once.
+    """A tensor that will be sent or received, perhaps many times. What that takes is looked up once, on first use.
 
     Attributes:
         tensor: contiguous.
         nbytes: its bytes.
-        place: its address and its bytes.
-        kind: its bytes and dtype, for digests over what a pair of ranks exchanges.
     """
-
-    __slots__ = ("kind", "nbytes", "place", "tensor")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self.nbytes: int = tensor.nbytes
-        self.place: tuple[int, int] = tensor.data_ptr(), self.nbytes
-        self.kind: bytes = b"%d %s;" % (self.nbytes, _name(tensor.dtype))
+
+    @functools.cached_property
+    def place(self) -> tuple[int, int]:
+        """Its address and its bytes."""
+        return self.tensor.data_ptr(), self.nbytes
+
+    @functools.cached_property
+    def kind(self) -> bytes:
+        """Its bytes and dtype, for digests over what a pair of ranks exchanges."""
+        return b"%d %s;" % (self.nbytes, _name(self.tensor.dtype))
 
 
 @functools.cache

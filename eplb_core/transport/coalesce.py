@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eplb_core.contract.payload import Transfer
+from eplb_core.contract.payload import Payloads
 
 SMALL_BYTES = 64 << 10
 """Tensors below this many bytes are joined; copying one costs less than a message of its own."""
@@ -41,21 +41,18 @@ class Message:
             torch._foreach_copy_([tensor for _, tensor in self.parts], [slot for slot, _ in self.parts])
 
 
-def coalesce(transfers: Sequence[Transfer], small_bytes: int = SMALL_BYTES) -> list[Message]:
-    """Return the messages that carry `transfers`: for each peer first its small tensors, joined, then the others.
+def coalesce(payloads: Payloads, small_bytes: int = SMALL_BYTES) -> list[Message]:
+    """Return the messages that carry `payloads`: for each peer first its small tensors, joined, then the others.
 
     Tensors without elements need no message. Buffers are allocated on the tensors' device.
 
     Args:
-        transfers: what was queued, in order.
+        payloads: peer -> what was queued, in order.
         small_bytes: tensors below this many bytes are joined. It has to be the same on every rank.
     """
-    peers: dict[int, list[torch.Tensor]] = {}
-    for transfer in transfers:
-        if transfer.nbytes:
-            peers.setdefault(transfer.peer, []).append(as_bytes(transfer.tensor))
     messages = []
-    for peer, tensors in sorted(peers.items()):
+    for peer, queued in sorted(payloads.items()):
+        tensors = [as_bytes(payload.tensor) for payload in queued if payload.nbytes]
         small = [tensor for tensor in tensors if len(tensor) < small_bytes]
         if len(small) > 1:
             messages.append(_join(small, peer))
@@ -67,12 +64,12 @@ def coalesce(transfers: Sequence[Transfer], small_bytes: int = SMALL_BYTES) -> l
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor's memory as uint8 `[bytes]`, without a copy."""
+    """Return a contiguous tensor's memory as uint8 `[bytes]`, without a copy, and outside of autograd."""
     if tensor.dtype is torch.uint8 and tensor.dim() == 1:
         return tensor  # what a rearrangement queues: a view of a view for each of thousands would show
     if not tensor.numel():  # the strides of a tensor without elements may be such that it cannot be viewed
         return tensor.new_empty(0, dtype=torch.uint8)
-    return tensor.reshape(-1).view(torch.uint8)
+    return tensor.detach().reshape(-1).view(torch.uint8)
 
 
 def _join(tensors: Sequence[torch.Tensor], peer: int) -> Message:

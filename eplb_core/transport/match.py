@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from eplb_core.contract.payload import Transfer
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     ControlPlaneError,
@@ -17,8 +17,6 @@ from eplb_core.errors import (
 )
 
 _SUM_BYTES = 16
-
-
 _REFUSED = b"!"
 
 
@@ -31,8 +29,8 @@ class _Queued(msgspec.Struct, array_like=True):
 
 def check_match(
     control: ControlPlane,
-    sends: Sequence[Transfer],
-    recvs: Sequence[Transfer],
+    sends: Payloads,
+    recvs: Payloads,
     timeout_s: float,
     problem: TransferError | None = None,
     note: bytes = b"",
@@ -45,8 +43,8 @@ def check_match(
 
     Args:
         control: the group's control plane.
-        sends: this rank's sends, in order.
-        recvs: this rank's receives, in order.
+        sends: destination -> what this rank sends there, in order.
+        recvs: source -> what this rank receives from there, in order.
         timeout_s: the longest wait for the slowest rank, in seconds.
         problem: an error of this rank's own. It is raised here, and makes every other rank raise a
             `TransferMismatchError` that carries its text, so that none of them waits for this one.
@@ -62,15 +60,15 @@ def check_match(
     rank = control.rank
     total = 0
     if problem is None:
-        total += sum(_hashes((rank, send.peer, send) for send in sends))
-        total -= sum(_hashes((recv.peer, rank, recv) for recv in recvs))
+        total += sum(number for peer, payloads in sends.items() for number in _hashes(rank, peer, payloads))
+        total -= sum(number for peer, payloads in recvs.items() for number in _hashes(peer, rank, payloads))
     try:
         said = _REFUSED if problem else (total % 2**128).to_bytes(_SUM_BYTES, "big") + note
         sums = control.all_gather("what each rank queued", said, timeout_s)
         refused = [r for r, value in enumerate(sums) if value == _REFUSED]
         if not refused and sum(int.from_bytes(value[:_SUM_BYTES], "big") for value in sums) % 2**128 == 0:
             return [value[_SUM_BYTES:] for value in sums]
-        detail = str(problem).encode() if problem else msgspec.msgpack.encode(_Queued(_by_peer(sends), _by_peer(recvs)))
+        detail = str(problem).encode() if problem else msgspec.msgpack.encode(_Queued(_entries(sends), _entries(recvs)))
         details = control.all_gather("the details of transfers that do not match", detail, timeout_s)
     except ControlPlaneError as error:
         raise TransferTimeoutError(
@@ -89,20 +87,14 @@ def check_match(
     raise _first_difference(queued)
 
 
-def _hashes(transfers: Iterable[tuple[int, int, Transfer]]) -> Iterable[int]:
-    index: dict[tuple[int, int], int] = {}
-    for source, destination, transfer in transfers:
-        pair = (source, destination)
-        index[pair] = index.get(pair, -1) + 1
-        text = f"{source} {destination} {index[pair]} {transfer.nbytes} {transfer.tensor.dtype}"
-        yield int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")
+def _hashes(source: int, destination: int, payloads: Sequence[Payload]) -> Iterator[int]:
+    for index, payload in enumerate(payloads):
+        text = b"%d %d %d %s" % (source, destination, index, payload.kind)
+        yield int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), "big")
 
 
-def _by_peer(transfers: Sequence[Transfer]) -> dict[int, list[tuple[int, str]]]:
-    peers: dict[int, list[tuple[int, str]]] = {}
-    for transfer in transfers:
-        peers.setdefault(transfer.peer, []).append((transfer.nbytes, str(transfer.tensor.dtype)))
-    return peers
+def _entries(payloads: Payloads) -> dict[int, list[tuple[int, str]]]:
+    return {peer: [(each.nbytes, str(each.tensor.dtype)) for each in queued] for peer, queued in payloads.items()}
 
 
 def _first_difference(queued: Sequence[_Queued]) -> TransferMismatchError:

@@ -1,27 +1,21 @@
-"""The queue of a communicator: checks each transfer when it is added, and all of them against the peers'.
+"""The queue of a communicator: checks each tensor when it is added.
 
-A backend holds a `TransferQueue` rather than inheriting one, so that what the contract asks of every backend is
-written once.
+A backend that derives from `QueuedCommunicator` has one already.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
-
 import torch
 
-from eplb_core.contract.payload import Payload, Payloads, Transfer
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import (
     CommunicatorClosedError,
     InvalidTransferError,
 )
 
-_Form = TypeVar("_Form")
 
-
-class _Queue(ABC, Generic[_Form]):
-    """What `add_send` and `add_recv` queued and `execute()` has not yet done; a subclass says in which form.
+class TransferQueue:
+    """What `add_send` and `add_recv` queued and `execute()` has not yet done, by peer.
 
     Args:
         rank: this rank.
@@ -33,27 +27,36 @@ class _Queue(ABC, Generic[_Form]):
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.sends, self.recvs = self._nothing(), self._nothing()
+        self.sends: dict[int, list[Payload]] = {}
+        self.recvs: dict[int, list[Payload]] = {}
         self._closed_because: str | None = None
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         """Queue a send; raises as `EplbCommunicator.add_send` does."""
         self._check(tensor, dst_rank, "send", "to")
-        self._put(self.sends, tensor, dst_rank)
+        self.sends.setdefault(dst_rank, []).append(Payload(tensor))
 
     def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
         """Queue a receive; raises as `EplbCommunicator.add_recv` does."""
         self._check(tensor, src_rank, "receive", "from")
-        self._put(self.recvs, tensor, src_rank)
+        self.recvs.setdefault(src_rank, []).append(Payload(tensor))
 
-    def take(self) -> tuple[_Form, _Form]:
-        """Empty the queue and return its sends and receives.
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
+        """Queue many at once, unchecked; raises as `EplbCommunicator.add_payloads` does."""
+        self.check_open()
+        for queued, added in ((self.sends, sends), (self.recvs, recvs)):
+            for peer, payloads in added.items():
+                queued.setdefault(peer, []).extend(payloads)
+
+    def take(self) -> tuple[dict[int, list[Payload]], dict[int, list[Payload]]]:
+        """Empty the queue and return its sends and receives: peers in ascending order, each peer's as queued.
 
         Raises:
             CommunicatorClosedError: the queue was closed.
         """
         self.check_open()
-        return self._emptied()
+        sends, recvs = self._emptied()
+        return dict(sorted(sends.items())), dict(sorted(recvs.items()))
 
     def close(self, because: str) -> None:
         """Empty the queue and refuse everything from now on; the first reason stays."""
@@ -69,18 +72,10 @@ class _Queue(ABC, Generic[_Form]):
                 remedy="make a new one with create_eplb_communicator",
             )
 
-    def _emptied(self) -> tuple[_Form, _Form]:
+    def _emptied(self) -> tuple[dict[int, list[Payload]], dict[int, list[Payload]]]:
         sends, recvs = self.sends, self.recvs
-        self.sends, self.recvs = self._nothing(), self._nothing()
+        self.sends, self.recvs = {}, {}
         return sends, recvs
-
-    @abstractmethod
-    def _nothing(self) -> _Form:
-        """Return what an empty queue holds."""
-
-    @abstractmethod
-    def _put(self, queued: _Form, tensor: torch.Tensor, peer: int) -> None:
-        """Add a tensor that was checked."""
 
     def _check(self, tensor: torch.Tensor, peer: int, verb: str, preposition: str) -> None:
         self.check_open()
@@ -121,39 +116,3 @@ class _Queue(ABC, Generic[_Form]):
         if self.device is not None and tensor.device != self.device:
             return f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}", None
         return None
-
-
-class TransferQueue(_Queue[list[Transfer]]):
-    """What `add_send` and `add_recv` queued and `execute()` has not yet done, in the order queued."""
-
-    def _nothing(self) -> list[Transfer]:
-        return []
-
-    def _put(self, queued: list[Transfer], tensor: torch.Tensor, peer: int) -> None:
-        queued.append(Transfer(tensor, peer))
-
-
-class PayloadQueue(_Queue[dict[int, list[Payload]]]):
-    """The same by peer, for backends that take payloads as well (`EplbCommunicator.add_payloads`)."""
-
-    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
-        """Queue many at once; whoever made them has checked them."""
-        self.check_open()
-        for queued, added in ((self.sends, sends), (self.recvs, recvs)):
-            for peer, payloads in added.items():
-                queued.setdefault(peer, []).extend(payloads)
-
-    @staticmethod
-    def transfers(payloads: Payloads) -> list[Transfer]:
-        """Return payloads as transfers, for `check_match`."""
-        return [Transfer(payload.tensor, peer) for peer, each in payloads.items() for payload in each]
-
-    def _nothing(self) -> dict[int, list[Payload]]:
-        return {}
-
-    def _put(self, queued: dict[int, list[Payload]], tensor: torch.Tensor, peer: int) -> None:
-        queued.setdefault(peer, []).append(Payload(tensor))
-
-    def _emptied(self) -> tuple[dict[int, list[Payload]], dict[int, list[Payload]]]:
-        sends, recvs = super()._emptied()
-        return dict(sorted(sends.items())), dict(sorted(recvs.items()))

@@ -19,7 +19,7 @@ from eplb_backends.pynccl.probe import probe
 from eplb_backends.pynccl.transport import OwnTransport
 from eplb_backends.torch_nccl.device_exchange import DeviceExchange
 from eplb_core.contract.context import BackendContext
-from eplb_core.contract.payload import Transfer
+from eplb_core.contract.payload import Payload
 from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
@@ -102,7 +102,7 @@ def test_every_dtype_that_nccl_carries_arrives_as_it_is(transport: OwnTransport,
 def test_every_other_dtype_arrives_as_bytes(transport: OwnTransport, dtype: torch.dtype) -> None:
     sent = random_bytes(160_000).view(dtype)
     landed = random_bytes(160_000, seed=1).view(dtype)
-    exchange_over(transport).run(coalesce([Transfer(sent, 0)]), coalesce([Transfer(landed, 0)]))
+    exchange_over(transport).run(coalesce({0: [Payload(sent)]}), coalesce({0: [Payload(landed)]}))
     assert torch.equal(as_bytes(landed), as_bytes(sent))
 
 
@@ -112,7 +112,7 @@ def test_small_tensors_of_several_dtypes_are_joined_and_taken_apart(transport: O
         random_bytes(480, seed).view(dtype) for seed, dtype in enumerate((torch.float32, torch.bfloat16, torch.int8))
     ]
     landed = [torch.zeros_like(tensor) for tensor in sent]
-    outgoing, incoming = (coalesce([Transfer(tensor, 0) for tensor in tensors]) for tensors in (sent, landed))
+    outgoing, incoming = (coalesce({0: [*map(Payload, tensors)]}) for tensors in (sent, landed))
     assert len(outgoing) == 1
     exchange_over(transport).run(outgoing, incoming)
     assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(sent, landed, strict=True))
@@ -131,8 +131,8 @@ def test_tensors_of_inference_mode_are_moved(transport: OwnTransport) -> None:
     with torch.inference_mode():
         sent, landed = torch.ones(100, device=device()), torch.zeros(100, device=device())
         small_sent, small_landed = torch.ones(3, device=device()), torch.zeros(3, device=device())
-        outgoing = coalesce([Transfer(sent, 0), Transfer(small_sent, 0)])
-        exchange_over(transport).run(outgoing, coalesce([Transfer(landed, 0), Transfer(small_landed, 0)]))
+        outgoing = coalesce({0: [Payload(sent), Payload(small_sent)]})
+        exchange_over(transport).run(outgoing, coalesce({0: [Payload(landed), Payload(small_landed)]}))
     assert bool((landed == 1).all())
     assert bool((small_landed == 1).all())
 

@@ -24,6 +24,7 @@ from eplb_core.errors import (
     TransferMismatchError,
     TransferTimeoutError,
 )
+from eplb_core.transport import queued
 
 TIMEOUT_S = 0.2
 
@@ -115,7 +116,7 @@ def communicator_of(
         if not matches:
             raise TransferMismatchError("another size", peers=[1], usable=True)
 
-    monkeypatch.setattr("eplb_backends.pynccl.communicator.check_match", check)
+    monkeypatch.setattr(queued, "check_match", check)
     return PyNcclCommunicator(context_of(3), PyNcclOptions(timeout=Duration(TIMEOUT_S), **options), transport, lane)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import eplb_core
+from eplb_core import transport
 from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.contract.context import BackendContext
@@ -131,7 +132,8 @@ BACKEND = BackendSpec(
 """
 FIRST_COMMUNICATOR = """
 import torch
-from eplb_core import EplbCommunicator, TransferQueue, as_bytes, check_match
+from eplb_core import EplbCommunicator
+from eplb_core.transport import TransferQueue, as_bytes, check_match
 
 
 class First(EplbCommunicator):
@@ -148,17 +150,50 @@ class First(EplbCommunicator):
     def execute(self):
         sends, recvs = self._queue.take()
         check_match(self._control, sends, recvs, self._timeout_s)
-        mine = b"".join(as_bytes(send.tensor).numpy().tobytes() for send in sends)
+        mine = b"".join(as_bytes(send.tensor).numpy().tobytes() for each in sends.values() for send in each)
         theirs = self._control.all_gather("the weights", mine, self._timeout_s)
         start = 0
-        for recv in recvs:
-            content = bytearray(theirs[recv.peer][start : start + recv.nbytes])
-            as_bytes(recv.tensor).copy_(torch.frombuffer(content, dtype=torch.uint8))
-            start += recv.nbytes
+        for source, each in recvs.items():
+            for recv in each:
+                content = bytearray(theirs[source][start : start + recv.nbytes])
+                as_bytes(recv.tensor).copy_(torch.frombuffer(content, dtype=torch.uint8))
+                start += recv.nbytes
 
 
 def create(context, options, expert_weights):
     return First(context, options)
+"""
+FIRST_QUEUED = """
+import torch
+from eplb_core import TransferStats
+from eplb_core.transport import QueuedCommunicator, as_bytes
+
+
+class First(QueuedCommunicator):
+    path = "store"
+
+    def move(self, sends, recvs):
+        mine = b"".join(as_bytes(send.tensor).numpy().tobytes() for each in sends.values() for send in each)
+        theirs = self.context.control.all_gather("the weights", mine, self.timeout_s)
+        start = 0
+        for source, each in recvs.items():
+            for recv in each:
+                content = bytearray(theirs[source][start : start + recv.nbytes])
+                as_bytes(recv.tensor).copy_(torch.frombuffer(content, dtype=torch.uint8))
+                start += recv.nbytes
+        return TransferStats(phases={"gather": 0.0})
+
+    def refuse(self, sends, recvs):
+        return None
+
+    def give_up(self, error):
+        print(error.peers)
+
+    def release(self):
+        self.queue.check_open
+
+
+create = First
 """
 REARRANGE = """
 import threading
@@ -188,8 +223,11 @@ for thread in threads:
 """
 
 
-def test_a_backend_of_the_first_minor_version_moves_weights_with_an_eplb_of_the_next(tmp_path: Path) -> None:
-    modules = {"first_spec": FIRST, "first_eplb": FIRST_COMMUNICATOR}
+@pytest.mark.parametrize("communicator", [FIRST_COMMUNICATOR, FIRST_QUEUED], ids=["by hand", "queued"])
+def test_a_backend_of_the_first_minor_version_moves_weights_with_an_eplb_of_the_next(
+    communicator: str, tmp_path: Path
+) -> None:
+    modules = {"first_spec": FIRST, "first_eplb": communicator}
     site = install(tmp_path, "first", backends={"first": "first_spec:BACKEND"}, modules=modules)
     row = {expert: [10.0 * (expert // 2) + expert % 2] * 3 for expert in range(4)}
     assert run_python(REARRANGE, [site]) == [
@@ -219,8 +257,9 @@ def test_a_communicator_needs_the_same_three_methods() -> None:
         (CommonOptions, set()),
         (TransferStats, set()),
         (eplb_core.ProbeResult, {"available", "reason"}),
-        (eplb_core.TransferQueue, {"rank", "world_size"}),
-        (eplb_core.check_match, {"control", "sends", "recvs", "timeout_s"}),
+        (transport.TransferQueue, {"rank", "world_size"}),
+        (transport.check_match, {"control", "sends", "recvs", "timeout_s"}),
+        (transport.QueuedCommunicator, {"context", "options"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -246,17 +285,47 @@ def test_what_a_factory_is_given_does_not_shrink() -> None:
         "EplbCommunicator",
         "PendingTransfer",
         "ProbeResult",
-        "Transfer",
         "TransferError",
-        "TransferQueue",
         "TransferStats",
-        "as_bytes",
-        "check_match",
     ],
 )
 def test_what_a_backend_imports_stays_where_it_is(name: str) -> None:
     assert name in eplb_core.__all__
     assert hasattr(eplb_core, name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Message",
+        "Payload",
+        "Payloads",
+        "QueuedCommunicator",
+        "TransferQueue",
+        "as_bytes",
+        "as_transfer_error",
+        "call_within",
+        "check_match",
+        "checksums",
+        "coalesce",
+        "copy_all",
+        "exchange",
+        "in_order",
+        "mark",
+        "nbytes_of",
+        "on_stream",
+        "ordinal_of",
+        "synchronize",
+        "wait_until",
+    ],
+)
+def test_what_a_backend_moves_bytes_with_stays_where_it_is(name: str) -> None:
+    assert name in transport.__all__
+    assert hasattr(transport, name)
+
+
+def test_a_queued_communicator_needs_one_method() -> None:
+    assert transport.QueuedCommunicator.__abstractmethods__ == {"move"}
 
 
 class ThreeMethods(EplbCommunicator):
@@ -270,7 +339,7 @@ class ThreeMethods(EplbCommunicator):
 
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
-    "add_payloads": ({1: [eplb_core.Payload(torch.zeros(1))]}, {}),
+    "add_payloads": ({1: [transport.Payload(torch.zeros(1))]}, {}),
     "add_send": (torch.zeros(1), 1),
     "add_recv": (torch.zeros(1), 1),
     "set_stream": (None,),

@@ -10,21 +10,41 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from eplb_core import BackendContext, CommonOptions, EplbCommunicator, ProbeResult, TransferStats
-from eplb_core.contract.communicator import PendingTransfer
-from eplb_core.contract.payload import Payloads, Transfer
+from eplb_core import BackendContext, CommonOptions, EplbCommunicator, PendingTransfer, ProbeResult, TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError, TransferMismatchError, TransferTimeoutError
-from eplb_core.transport.coalesce import as_bytes
-from eplb_core.transport.match import check_match
-from eplb_core.transport.process_group import Message, exchange
-from eplb_core.transport.queue import TransferQueue
+from eplb_core.transport import (
+    Message,
+    Payload,
+    Payloads,
+    TransferQueue,
+    as_bytes,
+    as_transfer_error,
+    check_match,
+    exchange,
+)
 
 KIB, MIB = 1 << 10, 1 << 20
+
+
+class Transfer(NamedTuple):
+    """A tensor, and the rank that it goes to or comes from."""
+
+    tensor: torch.Tensor
+    peer: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+
+def by_peer(transfers: Sequence[Transfer]) -> Payloads:
+    peers = sorted({transfer.peer for transfer in transfers})
+    return {peer: [Payload(each.tensor) for each in transfers if each.peer == peer] for peer in peers}
 
 
 class Sound(EplbCommunicator):
@@ -47,22 +67,30 @@ class Sound(EplbCommunicator):
         self.queue.add_recv(tensor, src_rank)
 
     def execute(self) -> None:
-        sends, recvs = self.queue.take()
+        sends, recvs = self.take()
         try:
             self.check(sends, recvs)
             self.move(sends, recvs)
-        except TransferError as error:
-            if not error.usable:
-                self.queue.close(error.what)
-            raise
+        except Exception as error:
+            failure = as_transfer_error(error)
+            if not failure.usable:
+                self.queue.close(failure.what)
+            raise failure from error
         self.stats = TransferStats(
             bytes_sent=sum(send.nbytes for send in sends),
             bytes_received=sum(recv.nbytes for recv in recvs),
             messages=len(sends) + len(recvs),
         )
 
+    def take(self) -> tuple[list[Transfer], list[Transfer]]:
+        sends, recvs = (
+            [Transfer(payload.tensor, peer) for peer, payloads in side.items() for payload in payloads]
+            for side in self.queue.take()
+        )
+        return sends, recvs
+
     def check(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
-        check_match(self.control, sends, recvs, self.timeout_s)
+        check_match(self.control, by_peer(sends), by_peer(recvs), self.timeout_s)
 
     def move(self, sends: list[Transfer], recvs: list[Transfer]) -> None:
         post = [[Message(as_bytes(t.tensor), t.peer) for t in side if t.nbytes] for side in (sends, recvs)]
@@ -163,15 +191,16 @@ class ReadsTheSentTensorLate(Sound):
 class ReadsWhenAdded(Sound):
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
         super().add_send(tensor, dst_rank)
-        self.queue.sends[-1] = Transfer(tensor.clone(), dst_rank)
+        self.queue.sends[dst_rank][-1] = Payload(tensor.clone())
 
 
 class PutsPayloadsFirst(Sound):
     def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
         added = self.queue.sends
-        self.queue.sends = []
+        self.queue.sends = {}
         super().add_payloads(sends, recvs)
-        self.queue.sends += added
+        for peer, payloads in added.items():
+            self.queue.sends.setdefault(peer, []).extend(payloads)
 
 
 class GoesStale(Sound):
@@ -224,7 +253,7 @@ class HasOneInFlightOnly(Sound):
     started: Any = None
 
     def start(self) -> PendingTransfer:
-        self.started = self.queue.take()
+        self.started = self.take()
         communicator = self
 
         class Pending(PendingTransfer):
@@ -287,7 +316,7 @@ class TakesOtherDtypes(Sound):
 
 class ForgetsToEmptyTheQueue(Sound):
     def execute(self) -> None:
-        kept = (list(self.queue.sends), list(self.queue.recvs))
+        kept = (self.queue.sends, self.queue.recvs)
         try:
             super().execute()
         except TransferMismatchError:
@@ -392,6 +421,32 @@ class NamesNobody(Sound):
         except TransferError as error:
             if self.timeout_s > 2:
                 error.peers = ()
+            raise
+
+
+class StaysOpenWithoutMemory(Sound):
+    """It closes for errors of transfers only: another one leaves as it is, and what was queued in doubt."""
+
+    def execute(self) -> None:
+        sends, recvs = self.take()
+        try:
+            self.check(sends, recvs)
+            self.move(sends, recvs)
+        except TransferError as error:
+            if not error.usable:
+                self.queue.close(error.what)
+            raise
+
+
+class HidesThatMemoryRanOut(Sound):
+    """It raises what it should, and goes on as if nothing had happened."""
+
+    def execute(self) -> None:
+        try:
+            super().execute()
+        except TransferError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                self.queue._closed_because = None
             raise
 
 
@@ -502,6 +557,8 @@ OWN_CHECK = {
     "swallows_timeouts": "a_rank_that_does_not_execute_is_named_within_the_timeout",
     "waits_for_ever": "a_rank_that_does_not_execute_is_named_within_the_timeout",
     "lands_late": "nothing_lands_after_an_error_if_that_is_promised",
+    "stays_open_without_memory": "memory_that_runs_out_in_the_middle_closes_the_communicator",
+    "hides_that_memory_ran_out": "memory_that_runs_out_in_the_middle_closes_the_communicator",
     "claims_to_be_usable": "a_rank_that_does_not_execute_is_named_within_the_timeout",
     "names_nobody": "a_killed_rank_is_named_by_every_survivor",
     "hangs_on_close": "closing_returns",

@@ -82,6 +82,7 @@ def run_child(
     *,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    timeout_s: float = CHILD_TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with `path` before its own site-packages; `EPLB_*` variables come from `environment` alone."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("EPLB_", "PYTHON", "COLUMNS"))}
@@ -92,7 +93,7 @@ def run_child(
         env={**inherited, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=CHILD_TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -108,8 +109,12 @@ def run_python(
 
 
 def run_eplb(
-    *arguments: str, path: Sequence[Path] = (), cwd: Path | None = None, environment: Mapping[str, str] | None = None
+    *arguments: str,
+    path: Sequence[Path] = (),
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = CHILD_TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run the `eplb` command in a child."""
     starter = "import sys; sys.argv[0] = 'eplb'; from eplb_core.cli import main; main()"
-    return run_child(["-c", starter, *arguments], path, cwd=cwd, environment=environment)
+    return run_child(["-c", starter, *arguments], path, cwd=cwd, environment=environment, timeout_s=timeout_s)

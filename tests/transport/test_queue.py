@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_core.contract.payload import Payload, Transfer
+from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     CommunicatorClosedError,
@@ -24,7 +24,7 @@ from eplb_core.errors import (
     TransferTimeoutError,
 )
 from eplb_core.transport.match import check_match
-from eplb_core.transport.queue import PayloadQueue, TransferQueue
+from eplb_core.transport.queue import TransferQueue
 
 RANKS = 3
 LONG_S, SHORT_S = 20.0, 0.2
@@ -58,8 +58,8 @@ def compare(
     store = dist.PrefixStore(f"{next(SCOPES)}", STORE)
 
     def one(rank: int) -> Exception | list[bytes]:
-        sends = [Transfer(torch.empty(n, dtype=dtype), d) for s, d, n, dtype in sent if s == rank]
-        recvs = [Transfer(torch.empty(n, dtype=dtype), s) for s, d, n, dtype in expected if d == rank]
+        sends = queued((d, n, dtype) for s, d, n, dtype in sent if s == rank)
+        recvs = queued((s, n, dtype) for s, d, n, dtype in expected if d == rank)
         try:
             control = ControlPlane(store, rank, RANKS)
             return check_match(control, sends, recvs, timeout_s, (problems or {}).get(rank), f"note {rank}".encode())
@@ -67,6 +67,14 @@ def compare(
             return error
 
     return list(threads.map(one, present))
+
+
+def queued(entries: Iterable[tuple[int, int, torch.dtype]]) -> Payloads:
+    """Return peer -> payloads, of a peer, a number of elements and a dtype each."""
+    by_peer: dict[int, list[Payload]] = {}
+    for peer, elements, dtype in entries:
+        by_peer.setdefault(peer, []).append(Payload(torch.empty(elements, dtype=dtype)))
+    return by_peer
 
 
 def by_pair(transfers: list[Entry]) -> dict[tuple[int, int], list[tuple[int, torch.dtype]]]:
@@ -154,17 +162,18 @@ def test_taking_empties_the_queue_and_keeps_the_order() -> None:
     queue.add_send(tensors[2], 2)
     queue.add_send(tensors[3], 1)
     sends, recvs = queue.take()
-    assert [(transfer.tensor is tensors[at], transfer.peer) for at, transfer in zip((0, 2, 3), sends, strict=True)] == [
-        (True, 1),
-        (True, 2),
-        (True, 1),
+    assert list(sends) == [1, 2]
+    assert [[payload.tensor is tensors[at] for at in range(4)] for payload in sends[1]] == [
+        [True, False, False, False],
+        [False, False, False, True],
     ]
-    assert [(transfer.nbytes, transfer.peer) for transfer in recvs] == [(4, 2)]
-    assert queue.take() == ([], [])
+    assert [payload.tensor is tensors[2] for payload in sends[2]] == [True]
+    assert {peer: [payload.nbytes for payload in payloads] for peer, payloads in recvs.items()} == {2: [4]}
+    assert queue.take() == ({}, {})
 
 
 def test_payloads_join_what_was_queued_before_in_the_order_of_each_pair() -> None:
-    queue = PayloadQueue(0, 3)
+    queue = TransferQueue(0, 3)
     tensors = [torch.zeros(n, dtype=torch.int32) for n in range(6)]
     once = {2: [Payload(tensors[2]), Payload(tensors[0])], 1: [Payload(tensors[3])]}
     queue.add_send(tensors[1], 2)
@@ -172,14 +181,11 @@ def test_payloads_join_what_was_queued_before_in_the_order_of_each_pair() -> Non
     queue.add_send(tensors[5], 2)
     sends, recvs = queue.take()
     assert list(sends) == [1, 2]
-    assert [(transfer.nbytes // 4, transfer.peer) for transfer in PayloadQueue.transfers(sends)] == [
-        (3, 1),
-        (1, 2),
-        (2, 2),
-        (0, 2),
-        (5, 2),
-    ]
-    assert [(transfer.tensor is tensors[4], transfer.peer) for transfer in PayloadQueue.transfers(recvs)] == [(True, 1)]
+    assert {peer: [payload.nbytes // 4 for payload in payloads] for peer, payloads in sends.items()} == {
+        1: [3],
+        2: [1, 2, 0, 5],
+    }
+    assert [payload.tensor is tensors[4] for payload in recvs[1]] == [True]
     assert queue.take() == ({}, {})
     assert [len(each) for each in once.values()] == [2, 1]  # they belong to the caller
 
@@ -193,13 +199,9 @@ def test_a_payload_tells_where_a_tensor_lies_and_what_kind_it_is() -> None:
     assert Payload(torch.zeros(3, 2)).kind == Payload(torch.ones(6)).kind
 
 
-QUEUES = (TransferQueue, PayloadQueue)
-
-
-@pytest.mark.parametrize("kind", QUEUES)
 @pytest.mark.parametrize("peer", [0, 3, -1, True, 1.0, "1", None], ids=repr)
-def test_what_is_not_another_rank_is_refused_by_name(peer: Any, kind: type[TransferQueue | PayloadQueue]) -> None:
-    queue = kind(0, 3)
+def test_what_is_not_another_rank_is_refused_by_name(peer: Any) -> None:
+    queue = TransferQueue(0, 3)
     with pytest.raises(InvalidTransferError, match=rf"cannot send to rank {peer!r}"):
         queue.add_send(torch.zeros(1), peer)
     assert not any(queue.take())
@@ -217,26 +219,22 @@ def test_what_is_not_another_rank_is_refused_by_name(peer: Any, kind: type[Trans
     ],
     ids=["sliced", "sparse", "elsewhere", "conjugated", "negated", "a list"],
 )
-@pytest.mark.parametrize("kind", QUEUES)
-def test_a_tensor_that_cannot_be_moved_as_it_lies_is_refused_with_the_reason(
-    tensor: Any, why: str, kind: type[TransferQueue | PayloadQueue]
-) -> None:
-    queue = kind(0, 2, torch.device("cpu"))
+def test_a_tensor_that_cannot_be_moved_as_it_lies_is_refused_with_the_reason(tensor: Any, why: str) -> None:
+    queue = TransferQueue(0, 2, torch.device("cpu"))
     with pytest.raises(InvalidTransferError, match=why):
         queue.add_recv(tensor, 1)
     assert not any(queue.take())
 
 
 def test_a_closed_queue_takes_no_payloads() -> None:
-    queue = PayloadQueue(0, 2)
+    queue = TransferQueue(0, 2)
     queue.close("rank 1 is gone")
     with pytest.raises(CommunicatorClosedError, match="rank 1 is gone"):
         queue.add_payloads({1: [Payload(torch.zeros(1))]}, {})
 
 
-@pytest.mark.parametrize("kind", QUEUES)
-def test_a_closed_queue_is_empty_and_says_why_it_was_closed_first(kind: type[TransferQueue | PayloadQueue]) -> None:
-    queue = kind(0, 2)
+def test_a_closed_queue_is_empty_and_says_why_it_was_closed_first() -> None:
+    queue = TransferQueue(0, 2)
     queue.add_send(torch.zeros(1), 1)
     queue.close("rank 1 is gone")
     queue.close("it was closed")

@@ -23,9 +23,10 @@ from eplb_cuda_ipc.shown import Shown
 from eplb_cuda_ipc.spec import BACKEND
 from standin import ENGINE, HostMemory
 
-from eplb_core import ByteSize, Payload
+from eplb_core import ByteSize
 from eplb_core.errors import TransferTimeoutError
 from eplb_core.registry.registry import Registry
+from eplb_core.transport import Payload
 
 
 def numbers(*values: int) -> np.ndarray:

@@ -23,8 +23,8 @@ from eplb_mooncake.probe import probe
 from eplb_mooncake.regions import Regions
 from eplb_mooncake.window import Window
 
-from eplb_core import Transfer
 from eplb_core.errors import BackendUnavailableError, TransferTimeoutError
+from eplb_core.transport import Payload
 
 HOST = "127.0.0.1"
 
@@ -39,8 +39,8 @@ HOST = "127.0.0.1"
 def test_both_sides_cut_alike_whatever_the_sizes(sizes: list[int]) -> None:
     sent = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
     received = [torch.zeros_like(tensor) for tensor in sent]
-    chunks = cut([Transfer(tensor, 1) for tensor in sent], 1000).get(1, [])
-    places = cut([Transfer(tensor, 0) for tensor in received], 1000).get(0, [])
+    chunks = cut({1: [*map(Payload, sent)]}, 1000).get(1, [])
+    places = cut({0: [*map(Payload, received)]}, 1000).get(0, [])
     for chunk, place in zip(chunks, places, strict=True):
         slot = np.zeros(chunk.nbytes, np.uint8)
         chunk.pack(slot)
@@ -50,7 +50,7 @@ def test_both_sides_cut_alike_whatever_the_sizes(sizes: list[int]) -> None:
 
 def test_small_tensors_share_chunks_and_large_ones_do_not() -> None:
     sizes = [10, 10, ALONE_BYTES, 10, 10]
-    chunks = cut([Transfer(torch.zeros(size, dtype=torch.uint8), 1) for size in sizes], 1 << 20)[1]
+    chunks = cut({1: [Payload(torch.zeros(size, dtype=torch.uint8)) for size in sizes]}, 1 << 20)[1]
     assert [[len(piece) for piece in chunk.pieces] for chunk in chunks] == [[10, 10], [ALONE_BYTES], [10, 10]]
 
 

@@ -14,8 +14,8 @@ import torch
 from eplb_shm.chunks import cut, pack, unpack
 from eplb_shm.window import Window, map_window, probe
 
-from eplb_core import Transfer
 from eplb_core.testing import Check, RankContext, Status, Subject, expect, run_conformance
+from eplb_core.transport import Payload
 
 SHM = Subject(config="shm?window=64KiB", stateless=True, background=True)
 
@@ -32,8 +32,8 @@ def verdict(check: Check, ranks: int = 2) -> tuple[Status, str]:
 def test_both_sides_cut_alike_whatever_the_sizes(sizes: list[int]) -> None:
     sent = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
     received = [torch.zeros_like(tensor) for tensor in sent]
-    chunks = cut([Transfer(tensor, 1) for tensor in sent], 16).get(1, [])
-    places = cut([Transfer(tensor, 0) for tensor in received], 16).get(0, [])
+    chunks = cut({1: [*map(Payload, sent)]}, 16).get(1, [])
+    places = cut({0: [*map(Payload, received)]}, 16).get(0, [])
     slot = np.zeros(16, np.uint8)
     for chunk, place in zip(chunks, places, strict=True):
         pack(chunk, slot)
@@ -43,8 +43,9 @@ def test_both_sides_cut_alike_whatever_the_sizes(sizes: list[int]) -> None:
 
 
 def test_each_peer_has_chunks_of_its_own() -> None:
-    tensors = [Transfer(torch.zeros(10, dtype=torch.uint8), peer) for peer in (1, 2, 1)]
-    lengths = {peer: [sum(map(len, chunk)) for chunk in chunks] for peer, chunks in cut(tensors, 16).items()}
+    payload = Payload(torch.zeros(10, dtype=torch.uint8))
+    chunks_of = cut({1: [payload, payload], 2: [payload]}, 16)
+    lengths = {peer: [sum(map(len, chunk)) for chunk in chunks] for peer, chunks in chunks_of.items()}
     assert lengths == {1: [16, 4], 2: [10]}
 
 

@@ -53,7 +53,7 @@ from eplb_backends.nixl.round import Round
 from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
 from eplb_core.contract.payload import Payload
 from eplb_core.errors import IntegrityError, TransferError
-from eplb_core.transport.queue import PayloadQueue
+from eplb_core.transport.queue import TransferQueue
 from tests.backends.nixl.test_units import CPU, DESTINATION, SOURCE, TOKEN, MemoryAgent, MemoryPeers, round_of, tensors
 
 # --- how NIXL is loaded and asked ------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_only_segments_of_this_device_that_are_mapped_in_chunks_are_refused(monk
 def unconnected(mode: str) -> NixlCommunicator:
     """A communicator that can register, and nothing else."""
     one = object.__new__(NixlCommunicator)
-    one._queue, one._device, one._mode, one._shared = PayloadQueue(0, 2, CPU), CPU, mode, None
+    one._queue, one._device, one._mode, one._shared = TransferQueue(0, 2, CPU), CPU, mode, None
     one._registered, one._landing, one._agent = Regions(), Regions(), MemoryAgent()  # type: ignore[assignment]
     return one
 

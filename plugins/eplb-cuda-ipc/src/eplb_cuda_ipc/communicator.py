@@ -5,22 +5,15 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from eplb_core import (
-    BackendContext,
-    EplbCommunicator,
-    Payload,
-    PayloadQueue,
-    PendingTransfer,
-    TransferStats,
-    check_match,
-)
+from eplb_core import BackendContext, EplbCommunicator, PendingTransfer, TransferStats
 from eplb_core.errors import CommunicatorClosedError, InvalidTransferError, TransferError
+from eplb_core.transport import Payloads, TransferQueue, check_match
 from eplb_cuda_ipc.driver import CudaMemory
 from eplb_cuda_ipc.exchange import Exchange
 from eplb_cuda_ipc.layout import pieces_of
@@ -67,7 +60,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._device = context.device
         self._options = options
         self._timeout_s = float(options.timeout)
-        self._queue = PayloadQueue(context.rank, context.world_size, context.device)
+        self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._memory = memory
         self._shown = Shown(memory)
         self._links: dict[int, Link] = {}
@@ -117,7 +110,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         for link in self._links.values():
             link.send(show)
 
-    def add_payloads(self, sends: Mapping[int, Sequence[Payload]], recvs: Mapping[int, Sequence[Payload]]) -> None:
+    def add_payloads(self, sends: Payloads, recvs: Payloads) -> None:
         """Queue many at once."""
         self._queue.add_payloads(sends, recvs)
 
@@ -137,8 +130,7 @@ class CudaIpcCommunicator(EplbCommunicator):
                 )
             exchange.check()
             if not self._trusted:
-                queued = self._queue.transfers(sends), self._queue.transfers(recvs)
-                check_match(self._control, *queued, self._timeout_s)
+                check_match(self._control, sends, recvs, self._timeout_s)
             agreed = time.perf_counter()
             outgoing = {peer: pieces_of(payloads) for peer, payloads in sends.items()}
             incoming = {peer: pieces_of(payloads) for peer, payloads in recvs.items()}
@@ -352,7 +344,7 @@ class _Pending(PendingTransfer):
         round_: Round,
         began: float,
         stats: TransferStats,
-        kept: list[Mapping[int, Sequence[Payload]]],
+        kept: list[Payloads],
     ) -> None:
         super().__init__(None)
         self._communicator = communicator

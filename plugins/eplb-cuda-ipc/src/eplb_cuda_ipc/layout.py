@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eplb_core import Payload
+from eplb_core.transport import Payload
 from eplb_cuda_ipc.memory import Numbers
 
 _ALIGNMENT = 256  # in a window; what GPUs copy fastest

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from eplb_core import Transfer, as_bytes
+from eplb_core.transport import Payload, Payloads, as_bytes
 
 Bytes = npt.NDArray[np.uint8]
 """Memory, uint8 `[bytes]`. numpy lets other threads run while it copies."""
@@ -49,28 +49,33 @@ class Chunk:
             offset += len(piece)
 
 
-def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk]]:
+def cut(payloads: Payloads, slot_bytes: int) -> dict[int, deque[Chunk]]:
     """Return peer -> its chunks, in order. A peer with no bytes has no entry."""
-    cut_up: dict[int, deque[Chunk]] = {}
-    open_: dict[int, Chunk] = {}  # the last chunk of each peer, where there is room in it
-    for transfer in transfers:
-        rest = as_bytes(transfer.tensor.detach()).numpy()
+    cut_up = {peer: deque(_cut_one(queued, slot_bytes)) for peer, queued in payloads.items()}
+    return {peer: chunks for peer, chunks in cut_up.items() if chunks}
+
+
+def _cut_one(payloads: Sequence[Payload], slot_bytes: int) -> list[Chunk]:
+    """Return the chunks that one peer gets."""
+    chunks: list[Chunk] = []
+    open_: Chunk | None = None  # the last chunk, where there is room in it
+    for payload in payloads:
+        rest = as_bytes(payload.tensor).numpy()
         if alone := len(rest) >= ALONE_BYTES:
-            open_.pop(transfer.peer, None)
+            open_ = None
         while len(rest):
-            chunk = open_.get(transfer.peer)
-            if chunk is None:
-                chunk = open_[transfer.peer] = Chunk([], 0)
-                cut_up.setdefault(transfer.peer, deque()).append(chunk)
-            piece = rest[: slot_bytes - chunk.nbytes]
-            chunk.pieces.append(piece)
-            chunk.nbytes += len(piece)
+            if open_ is None:
+                open_ = Chunk([], 0)
+                chunks.append(open_)
+            piece = rest[: slot_bytes - open_.nbytes]
+            open_.pieces.append(piece)
+            open_.nbytes += len(piece)
             rest = rest[len(piece) :]
-            if chunk.nbytes == slot_bytes:
-                del open_[transfer.peer]
+            if open_.nbytes == slot_bytes:
+                open_ = None
         if alone:
-            open_.pop(transfer.peer, None)
-    return cut_up
+            open_ = None
+    return chunks
 
 
 def address_of(memory: Bytes) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from eplb_core import BackendContext, EplbCommunicator, TransferQueue, TransferStats, check_match
+from eplb_core import BackendContext, TransferStats
 from eplb_core.errors import BackendUnavailableError, TransferError
+from eplb_core.transport import Payloads, QueuedCommunicator
 from eplb_mooncake.chunks import cut
 from eplb_mooncake.engine import SAMPLE_BYTES, Engine
 from eplb_mooncake.links import Card, Kind, Link, connect, exchange_cards, find_host, listen, new_token
@@ -26,7 +27,7 @@ def create(
     return MooncakeCommunicator(context, options)
 
 
-class MooncakeCommunicator(EplbCommunicator):
+class MooncakeCommunicator(QueuedCommunicator):
     """Moves tensors by READs of Mooncake's Transfer Engine.
 
     Args:
@@ -39,36 +40,26 @@ class MooncakeCommunicator(EplbCommunicator):
     """
 
     def __init__(self, context: BackendContext, options: MooncakeOptions) -> None:
-        self._control = context.control
+        super().__init__(context, options)
+        self.path = f"mooncake {options.protocol}"
         self._options = options
-        self._timeout_s = float(options.timeout)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._readable = Regions()
         self._landing = Regions()
         self._links: dict[int, Link] = {}
         self._window: Window | None = None
         self._engine: Engine | None = None
-        self._stats: TransferStats | None = None
         try:
             self._connect(context)
         except BaseException:
             self.close()
             raise
 
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send."""
-        self._queue.add_send(tensor, dst_rank)
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive."""
-        self._queue.add_recv(tensor, src_rank)
-
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Let peers read these tensors in place, and read into them in place if they are `landing`.
 
         Memory that Mooncake refuses, such as a part of what is registered already, goes through the windows.
         """
-        self._queue.check_open()
+        self.queue.check_open()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             start, nbytes = storage.data_ptr(), storage.nbytes()
@@ -81,50 +72,41 @@ class MooncakeCommunicator(EplbCommunicator):
             if landing and tensor.is_contiguous() and not self._landing.touch(tensor.data_ptr(), tensor.nbytes):
                 self._landing.add(tensor.data_ptr(), tensor.nbytes)
 
-    def execute(self) -> None:
-        """Compare, then offer and read until all chunks have gone both ways."""
-        began = time.perf_counter()
-        sends, recvs = self._queue.take()
+    def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
+        """Offer and read until all chunks have gone both ways."""
         if self._window is None or self._engine is None:  # it cannot be: the queue would be closed
-            return
-        with self._breaking():
-            check_match(self._control, sends, recvs, self._timeout_s)
-            agreed = time.perf_counter()
-            slot_bytes = self._window.slot_bytes
-            round_ = Round(
-                self._engine,
-                self._window,
-                self._links,
-                self._readable,
-                self._landing,
-                cut(sends, slot_bytes),
-                cut(recvs, slot_bytes),
-                self._timeout_s,
-            )
-            round_.run()
-        ended = time.perf_counter()
-        self._stats = TransferStats(
-            seconds=ended - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
-            phases={
-                "agree": agreed - began,
-                "pack": round_.pack_s,
-                "read": ended - agreed - round_.pack_s - round_.unpack_s,
-                "unpack": round_.unpack_s,
-            },
-            paths={transfer.peer: f"mooncake {self._options.protocol}" for transfer in (*sends, *recvs)},
+            return TransferStats()
+        began = time.perf_counter()
+        slot_bytes = self._window.slot_bytes
+        round_ = Round(
+            self._engine,
+            self._window,
+            self._links,
+            self._readable,
+            self._landing,
+            cut(sends, slot_bytes),
+            cut(recvs, slot_bytes),
+            self.timeout_s,
+        )
+        round_.run()
+        reading = time.perf_counter() - began - round_.pack_s - round_.unpack_s
+        return TransferStats(
+            phases={"pack": round_.pack_s, "read": reading, "unpack": round_.unpack_s},
             descriptors=round_.reads,
             descriptors_merged=round_.reads,
         )
 
-    def close(self) -> None:
-        """Close the connections, end the engine, and let go of the window.
+    def give_up(self, error: TransferError) -> None:
+        """Tell the peers who is to blame."""
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.send(Kind.FAILED, error.peers[0] if error.peers else self.context.rank, text=error.what)
+
+    def release(self) -> None:
+        """Close the connections, end the engine, and release the window.
 
         READs that are still in flight, after an error, end with the engine.
         """
-        self._queue.close("it was closed")
         for link in self._links.values():
             link.connection.close()  # before the engine: the peers of a rank that gave up should know at once
         self._links = {}
@@ -148,13 +130,8 @@ class MooncakeCommunicator(EplbCommunicator):
         """Four times the window, for the window and what the caller stages in: 256 MiB by default."""
         return 4 * int(self._options.window)
 
-    @property
-    def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
-        return self._stats
-
     def _connect(self, context: BackendContext) -> None:
-        host = find_host(context, self._options.interface, self._timeout_s)
+        host = find_host(context, self._options.interface, self.timeout_s)
         engine = self._engine = Engine(host, self._options)
         window = self._window = Window(int(self._options.window))
         if not engine.register(window.address(0), window.nbytes, window):
@@ -169,23 +146,10 @@ class MooncakeCommunicator(EplbCommunicator):
         window.memory[: len(token)] = list(token)
         with listen(host, context.world_size) as listener:
             mine = Card(host, listener.getsockname()[1], engine.name, window.address(0), token.hex())
-            cards = exchange_cards(context, mine, self._timeout_s)
-            self._links = connect(context.rank, listener, cards, self._timeout_s)
+            cards = exchange_cards(context, mine, self.timeout_s)
+            self._links = connect(context.rank, listener, cards, self.timeout_s)
         samples = {
             peer: (cards[peer].engine, cards[peer].sample, bytes.fromhex(cards[peer].token)) for peer in self._links
         }
         slot = window.to_receive[0]
-        engine.open(samples, window.slot(slot)[:SAMPLE_BYTES], self._timeout_s)
-
-    @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """After a failure amid a transfer, tell the peers who is to blame and refuse everything but `close()`."""
-        try:
-            yield
-        except TransferError as error:
-            if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
-                for link in self._links.values():
-                    with contextlib.suppress(OSError):
-                        link.send(Kind.FAILED, error.peers[0] if error.peers else self._queue.rank, text=error.what)
-            raise
+        engine.open(samples, window.slot(slot)[:SAMPLE_BYTES], self.timeout_s)

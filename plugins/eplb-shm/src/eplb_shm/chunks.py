@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
-from eplb_core import Transfer, as_bytes
+from eplb_core.transport import Payloads, as_bytes
 from eplb_shm.window import Bytes
 
 Chunk = list[Bytes]
 """The memory of pieces of tensors, which lie one after the other in a slot."""
 
 
-def cut(transfers: Sequence[Transfer], slot_bytes: int) -> dict[int, deque[Chunk]]:
+def cut(payloads: Payloads, slot_bytes: int) -> dict[int, deque[Chunk]]:
     """Return peer -> its chunks, in order. Every chunk but a peer's last one is `slot_bytes` long."""
     cut_up: dict[int, deque[Chunk]] = {}
-    room: dict[int, int] = {}
-    for transfer in transfers:
-        rest = as_bytes(transfer.tensor.detach()).numpy()
-        while len(rest):
-            chunks = cut_up.setdefault(transfer.peer, deque())
-            if not room.get(transfer.peer):
-                chunks.append([])
-                room[transfer.peer] = slot_bytes
-            piece = rest[: room[transfer.peer]]
-            chunks[-1].append(piece)
-            room[transfer.peer] -= len(piece)
-            rest = rest[len(piece) :]
+    for peer, queued in payloads.items():
+        room = 0
+        for payload in queued:
+            rest = as_bytes(payload.tensor).numpy()
+            while len(rest):
+                if not room:
+                    cut_up.setdefault(peer, deque()).append([])
+                    room = slot_bytes
+                piece = rest[:room]
+                cut_up[peer][-1].append(piece)
+                room -= len(piece)
+                rest = rest[len(piece) :]
     return cut_up
 
 

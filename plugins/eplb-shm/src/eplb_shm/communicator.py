@@ -6,12 +6,13 @@ import contextlib
 import select
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from eplb_core import BackendContext, EplbCommunicator, TransferQueue, TransferStats, check_match
+from eplb_core import BackendContext, TransferStats
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
+from eplb_core.transport import Payloads, QueuedCommunicator
 from eplb_shm.chunks import Chunk, cut, pack, unpack
 from eplb_shm.links import Kind, Link, connect
 from eplb_shm.options import ShmOptions
@@ -23,7 +24,7 @@ def create(context: BackendContext, options: ShmOptions, expert_weights: Sequenc
     return ShmCommunicator(context, options)
 
 
-class ShmCommunicator(EplbCommunicator):
+class ShmCommunicator(QueuedCommunicator):
     """Moves tensors through shared windows.
 
     Args:
@@ -35,56 +36,35 @@ class ShmCommunicator(EplbCommunicator):
         TransferTimeoutError: a rank did not connect in time.
     """
 
+    path = "shared memory"
+
     def __init__(self, context: BackendContext, options: ShmOptions) -> None:
-        self._control = context.control
-        self._timeout_s = float(options.timeout)
-        self._queue = TransferQueue(context.rank, context.world_size, context.device)
+        super().__init__(context, options)
         self._window = Window(int(options.window))
         self._links: dict[int, Link] = {}
-        self._stats: TransferStats | None = None
         try:
-            self._links = connect(context, self._window, self._timeout_s)
+            self._links = connect(context, self._window, self.timeout_s)
         except BaseException:
             self._window.close()
             raise
 
-    def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
-        """Queue a send."""
-        self._queue.add_send(tensor, dst_rank)
-
-    def add_recv(self, tensor: torch.Tensor, src_rank: int) -> None:
-        """Queue a receive."""
-        self._queue.add_recv(tensor, src_rank)
-
-    def execute(self) -> None:
-        """Compare, then pack and unpack until all chunks have gone both ways."""
+    def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
+        """Pack and unpack until all chunks have gone both ways."""
         began = time.perf_counter()
-        sends, recvs = self._queue.take()
-        with self._breaking():
-            check_match(self._control, sends, recvs, self._timeout_s)
-            agreed = time.perf_counter()
-            slot_bytes = self._window.slot_bytes
-            round_ = _Round(self._window, self._links, cut(sends, slot_bytes), cut(recvs, slot_bytes))
-            round_.run(self._timeout_s)
-        ended = time.perf_counter()
-        copying = round_.pack_s + round_.unpack_s
-        self._stats = TransferStats(
-            seconds=ended - began,
-            bytes_sent=sum(send.nbytes for send in sends),
-            bytes_received=sum(recv.nbytes for recv in recvs),
-            messages=len(sends) + len(recvs),
-            phases={
-                "agree": agreed - began,
-                "pack": round_.pack_s,
-                "wait": ended - agreed - copying,
-                "unpack": round_.unpack_s,
-            },
-            paths={transfer.peer: "shared memory" for transfer in (*sends, *recvs)},
-        )
+        slot_bytes = self._window.slot_bytes
+        round_ = _Round(self._window, self._links, cut(sends, slot_bytes), cut(recvs, slot_bytes))
+        round_.run(self.timeout_s)
+        waited = time.perf_counter() - began - round_.pack_s - round_.unpack_s
+        return TransferStats(phases={"pack": round_.pack_s, "wait": waited, "unpack": round_.unpack_s})
 
-    def close(self) -> None:
-        """Close the connections and let go of all windows."""
-        self._queue.close("it was closed")
+    def give_up(self, error: TransferError) -> None:
+        """Tell the peers who is to blame: without it, those that wait for this rank would blame it."""
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.send(Kind.FAILED, error.peers[0] if error.peers else self.context.rank, error.what)
+
+    def release(self) -> None:
+        """Close the connections and release all windows."""
         for link in self._links.values():
             link.connection.close()
         self._links = {}
@@ -109,24 +89,6 @@ class ShmCommunicator(EplbCommunicator):
     def staging_limit_bytes(self) -> int:
         """Three times the window for what the caller stages in, 256 MiB with the window by default."""
         return 3 * self._window.nbytes
-
-    @property
-    def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
-        return self._stats
-
-    @contextlib.contextmanager
-    def _breaking(self) -> Iterator[None]:
-        """After a failure amid a transfer, tell the peers who is to blame and refuse everything but `close()`."""
-        try:
-            yield
-        except TransferError as error:
-            if not error.usable:
-                self._queue.close(f"an earlier transfer failed: {error.what}")
-                for link in self._links.values():
-                    with contextlib.suppress(OSError):
-                        link.send(Kind.FAILED, error.peers[0] if error.peers else self._queue.rank, error.what)
-            raise
 
 
 class _Round:
