@@ -13,9 +13,17 @@ import torch
 from eplb_core.arrays import IntArray
 from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.rearranger import Rearranger
-from tests.support.ranks import Member, Report, Scenario, bytes_of, error_of, run_scenarios
+from tests.support.ranks import Member, Report, Scenario, bytes_of, error_of, run_in_threads, run_scenarios
 
-BACKENDS = ("torch_gloo", "nixl?window=1MiB")
+THREADS = "in_process"
+REAL = ("torch_gloo", "nixl?window=1MiB")
+RUNS = [
+    *((ranks, THREADS) for ranks in (2, 3, 4)),
+    *((3, config) for config in REAL),
+    *(pytest.param(ranks, config, marks=pytest.mark.nightly) for ranks in (2, 4) for config in REAL),
+]
+"""Numbers of ranks and backends. The arithmetic of a rearrangement is the same whatever moves the bytes."""
+
 SLOTS, EXPERTS = 4, 6
 Weights = list[list[torch.Tensor]]
 
@@ -149,7 +157,7 @@ def _asked_differently(member: Member, odd: dict[str, Any]) -> dict[str, Any]:
         asked |= {key: value(member) for key, value in odd.items()}
     if "dtype" in asked:
         weights = [[tensor.view(asked["dtype"]) for tensor in layer] for layer in weights]
-    with member.communicator("torch_gloo?timeout=5s") as communicator:
+    with member.communicator(f"{THREADS}?timeout=5s") as communicator:
         rearranger = Rearranger(communicator, weights, window_bytes=asked["window"], node_of_rank=asked["nodes"])
         error = error_of(lambda: rearranger.run(asked["old"], asked["new"]))
         untouched = all(torch.equal(a, b[0].view(torch.float32)) for a, b in zip(before, weights, strict=True))
@@ -201,7 +209,7 @@ def refused_weights(member: Member, kind: str) -> dict[str, Any]:
         "another device": torch.zeros(SLOTS, 4, device="meta"),
         "one row for all slots": torch.zeros(1, 4).expand(SLOTS, 4),
     }[kind]
-    with member.communicator("torch_gloo") as communicator:
+    with member.communicator(THREADS) as communicator:
         return error_of(lambda: Rearranger(communicator, [[good], [good, bad]]))
 
 
@@ -222,7 +230,7 @@ def a_window_below_one_expert(member: Member, config: str) -> dict[str, Any]:
 
 
 def the_same_problem_everywhere(member: Member) -> dict[str, Any]:
-    with member.communicator("torch_gloo") as communicator:
+    with member.communicator(THREADS) as communicator:
         rearranger = Rearranger(communicator, _uniform(member))
         return error_of(lambda: rearranger.run(np.zeros((2, 3)), np.zeros((2, 3))))
 
@@ -244,44 +252,47 @@ def two_rearrangers_share_a_communicator(member: Member, config: str) -> list[tu
 WINDOWS = ("default", "two experts", "one expert")
 
 
+def chains(config: str) -> list[Scenario]:
+    return [Scenario(f"chain {config} {window}", a_chain_of_placements, (config, window)) for window in WINDOWS]
+
+
 @functools.cache
-def report_of(num_ranks: int) -> Report:
-    scenarios = [
-        Scenario(f"chain {config} {window}", a_chain_of_placements, (config, window))
-        for config in BACKENDS
-        for window in WINDOWS
-    ]
+def real(num_ranks: int) -> Report:
+    """Ranks that are processes, and real transports."""
+    scenarios = [scenario for config in REAL for scenario in chains(config)]
     if num_ranks == 3:
-        scenarios += [Scenario(f"asked {name}", _asked_differently, (odd,)) for name, (odd, _) in DIFFERENCES.items()]
-        scenarios += [Scenario(f"refused {kind}", refused_weights, (kind,)) for kind in REFUSED]
-        scenarios += [Scenario(f"small {config}", a_window_below_one_expert, (config,)) for config in BACKENDS]
-        scenarios += [Scenario(f"two {config}", two_rearrangers_share_a_communicator, (config,)) for config in BACKENDS]
-        scenarios.append(Scenario("same problem", the_same_problem_everywhere))
+        scenarios += [Scenario(f"small {config}", a_window_below_one_expert, (config,)) for config in REAL]
+        scenarios += [Scenario(f"two {config}", two_rearrangers_share_a_communicator, (config,)) for config in REAL]
     return run_scenarios(num_ranks, scenarios)
 
 
-@pytest.fixture(scope="module", params=(2, 3, 4), ids=("2 ranks", "3 ranks", "4 ranks"))
-def report(request: pytest.FixtureRequest) -> Report:
-    return report_of(request.param)
+@functools.cache
+def logic(num_ranks: int) -> Report:
+    """Ranks that are threads."""
+    scenarios = chains(THREADS)
+    if num_ranks == 3:
+        scenarios += [Scenario(f"asked {name}", _asked_differently, (odd,)) for name, (odd, _) in DIFFERENCES.items()]
+        scenarios += [Scenario(f"refused {kind}", refused_weights, (kind,)) for kind in REFUSED]
+        scenarios.append(Scenario("same problem", the_same_problem_everywhere))
+    return run_in_threads(num_ranks, scenarios)
 
 
-@pytest.fixture(scope="module")
-def three() -> Report:
-    return report_of(3)
+def report_of(num_ranks: int, config: str) -> Report:
+    return logic(num_ranks) if config == THREADS else real(num_ranks)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("config", BACKENDS)
-def test_every_slot_holds_the_expert_that_the_placement_says(report: Report, config: str, window: str) -> None:
-    for runs in report.returned(f"chain {config} {window}"):
+@pytest.mark.parametrize(("ranks", "config"), RUNS)
+def test_every_slot_holds_the_expert_that_the_placement_says(ranks: int, config: str, window: str) -> None:
+    for runs in report_of(ranks, config).returned(f"chain {config} {window}"):
         assert [run["wrong"] for run in runs] == [[]] * len(runs)
         assert all(run["placement"] for run in runs)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("config", BACKENDS)
-def test_what_is_counted_is_what_has_to_cross_once_for_each_rank(report: Report, config: str, window: str) -> None:
-    for runs in report.returned(f"chain {config} {window}"):
+@pytest.mark.parametrize(("ranks", "config"), RUNS)
+def test_what_is_counted_is_what_has_to_cross_once_for_each_rank(ranks: int, config: str, window: str) -> None:
+    for runs in report_of(ranks, config).returned(f"chain {config} {window}"):
         for run in runs:
             assert run["moved"][0] == run["moved"][1]
             assert run["bytes"][0] == run["bytes"][1]
@@ -289,8 +300,9 @@ def test_what_is_counted_is_what_has_to_cross_once_for_each_rank(report: Report,
             assert run["rising"]
 
 
-@pytest.mark.parametrize("config", BACKENDS)
-def test_a_smaller_window_means_more_steps_and_is_kept(report: Report, config: str) -> None:
+@pytest.mark.parametrize(("ranks", "config"), RUNS)
+def test_a_smaller_window_means_more_steps_and_is_kept(ranks: int, config: str) -> None:
+    report = report_of(ranks, config)
     steps = {}
     for window, limit in zip(WINDOWS, (1 << 20, 2 * 40_192, 40_192), strict=True):
         runs = report.returned(f"chain {config} {window}")[0]
@@ -301,19 +313,20 @@ def test_a_smaller_window_means_more_steps_and_is_kept(report: Report, config: s
     assert steps["default"] < steps["one expert"]
 
 
-def test_the_whole_staging_memory_stays_within_the_option(report: Report) -> None:
-    for runs in report.returned("chain nixl?window=1MiB default"):
+def test_the_whole_staging_memory_stays_within_the_option() -> None:
+    for runs in real(3).returned("chain nixl?window=1MiB default"):
         assert max(run["staging"][0] for run in runs) <= 1 << 20
 
 
-def test_the_same_placement_again_takes_no_step(report: Report) -> None:
-    for runs in report.returned("chain torch_gloo default"):
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_same_placement_again_takes_no_step(ranks: int) -> None:
+    for runs in logic(ranks).returned(f"chain {THREADS} default"):
         assert runs[-1]["steps"] == 0
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_ranks_that_are_asked_differently_all_refuse_and_move_nothing(three: Report, name: str) -> None:
-    errors = three.returned(f"asked {name}")
+def test_ranks_that_are_asked_differently_all_refuse_and_move_nothing(name: str) -> None:
+    errors = logic(3).returned(f"asked {name}")
     assert {error["type"] for error in errors} == {"HandshakeError"}
     assert len({error["text"] for error in errors}) == 1
     values = errors[0]["table"][DIFFERENCES[name][1]]
@@ -322,28 +335,29 @@ def test_ranks_that_are_asked_differently_all_refuse_and_move_nothing(three: Rep
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_weights_that_cannot_be_moved_are_refused_by_layer_and_tensor(three: Report, kind: str) -> None:
-    for error in three.returned(f"refused {kind}"):
+def test_weights_that_cannot_be_moved_are_refused_by_layer_and_tensor(kind: str) -> None:
+    for error in logic(3).returned(f"refused {kind}"):
         assert error["type"] == "InputError"
         assert "layer 1, tensor 1" in error["text"]
 
 
-@pytest.mark.parametrize("config", BACKENDS)
-def test_a_window_below_one_expert_is_refused_with_both_sizes(three: Report, config: str) -> None:
-    for error in three.returned(f"small {config}"):
+@pytest.mark.parametrize("config", REAL)
+def test_a_window_below_one_expert_is_refused_with_both_sizes(config: str) -> None:
+    for error in real(3).returned(f"small {config}"):
         assert error["type"] == "PlacementError"
         assert "2048" in error["text"]
         assert "4096" in error["text"]
 
 
-def test_a_problem_of_every_rank_is_raised_as_itself(three: Report) -> None:
-    assert {error["type"] for error in three.returned("same problem")} <= {"PlacementError", "InputError"}
+def test_a_problem_of_every_rank_is_raised_as_itself() -> None:
+    assert {error["type"] for error in logic(3).returned("same problem")} <= {"PlacementError", "InputError"}
 
 
-@pytest.mark.parametrize("config", BACKENDS)
-def test_two_rearrangers_of_one_communicator_do_not_disturb_one_another(three: Report, config: str) -> None:
-    assert three.returned(f"two {config}") == [[]] * 3
+@pytest.mark.parametrize("config", REAL)
+def test_two_rearrangers_of_one_communicator_do_not_disturb_one_another(config: str) -> None:
+    assert real(3).returned(f"two {config}") == [[]] * 3
 
 
-def test_every_rank_exits_in_order(report: Report) -> None:
-    assert report.exit_codes == [0] * len(report.outcomes)
+@pytest.mark.parametrize("ranks", [3, *(pytest.param(ranks, marks=pytest.mark.nightly) for ranks in (2, 4))])
+def test_every_rank_exits_in_order(ranks: int) -> None:
+    assert real(ranks).exit_codes == [0] * ranks

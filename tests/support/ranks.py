@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.groups import TorchGroups
+from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
+from eplb_core.testing import in_process
 
 LAUNCH_S = 110.0  # for one set of processes; below pytest's own limit, so that the processes are ended first
 MEET_S = 60.0
@@ -73,6 +75,15 @@ class Member:
         """Close the shared communicators."""
         while self.kept:
             self.kept.popitem()[1].close()
+
+
+@dataclass
+class ThreadMember(Member):
+    """A rank that is a thread: it has no process group, and its communicators are `in_process`."""
+
+    def communicator(self, config: str | None, weights: Sequence[torch.Tensor] = (), **more: Any) -> EplbCommunicator:
+        group = StatelessGroup(self.rank, self.world_size, self.environment.store)
+        return create_eplb_communicator(group, config, weights, registry=in_process.registry(), **more)
 
 
 class Report:
@@ -139,6 +150,24 @@ def perform(environment: RankEnvironment, scenarios: list[Scenario], device: str
         finally:
             environment.report((scenario.name, returned, problem))
     member.let_go()
+
+
+def run_in_threads(num_ranks: int, scenarios: Iterable[Scenario]) -> Report:
+    """Run the scenarios on ranks that are threads of this process: for logic, in milliseconds."""
+    results: list[dict[str, tuple[Any, str]]] = [{} for _ in range(num_ranks)]
+
+    def work(group: StatelessGroup, scenario: Scenario) -> tuple[Any, str]:
+        rank = group.rank_in_group
+        environment = RankEnvironment(rank, num_ranks, rank, num_ranks, group.store)
+        try:
+            return scenario.function(ThreadMember(environment, torch.device("cpu")), *scenario.arguments), ""
+        except BaseException:  # noqa: BLE001 - the test that the scenario belongs to fails, the others go on
+            return None, traceback.format_exc()
+
+    for scenario in scenarios:
+        for rank, told in enumerate(in_process.run_ranks(num_ranks, functools.partial(work, scenario=scenario))):
+            results[rank][scenario.name] = told
+    return Report([Outcome(rank) for rank in range(num_ranks)], results)
 
 
 def error_of(call: Callable[[], object]) -> dict[str, Any]:
