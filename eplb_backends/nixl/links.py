@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from eplb_core.errors import TransferError
+from eplb_core.transport import HostIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +61,9 @@ class Place(msgspec.Struct, array_like=True, frozen=True):
     @classmethod
     def here(cls) -> Place:
         """Return this process's place."""
-        boot = _read("/proc/sys/kernel/random/boot_id")
-        try:
-            namespace = os.readlink("/proc/self/ns/pid")
-        except OSError:
-            namespace = ""
-        return cls(socket.gethostname(), boot, namespace, os.environ.get("UCX_TLS", ""))
+        here = HostIdentity.here()
+        namespace = f"pid:[{here.pid_namespace}]" if here.pid_namespace else ""
+        return cls(here.name, here.boot, namespace, os.environ.get("UCX_TLS", ""))
 
 
 @dataclass(slots=True)
@@ -177,10 +173,3 @@ class Links:
 
 def _names_local(transports: str) -> bool:
     return any(name.strip() in _LOCAL_TRANSPORTS for name in transports.split(","))
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii").strip()
-    except OSError:
-        return ""

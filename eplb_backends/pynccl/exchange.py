@@ -13,6 +13,7 @@ from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.transport.coalesce import Message
 from eplb_core.transport.deadline import call_within, wait_until
 from eplb_core.transport.streams import on_stream
+from eplb_core.words import ranks_text
 
 _LATER_S = 1.5
 
@@ -169,7 +170,7 @@ class NcclExchange:
 
     def _timed_out(self, peers: Sequence[int], *, aborted: bool = False) -> TransferTimeoutError:
         return TransferTimeoutError(
-            f"the NCCL transfer with {_ranks(peers)} did not end within {self._timeout_s:g} s",
+            f"the NCCL transfer with {ranks_text(peers)} did not end within {self._timeout_s:g} s",
             peers=peers,
             phase="transfer",
             why="a rank is dead, stopped or did not launch its part, or work ahead on the stream does not end",
@@ -181,13 +182,9 @@ class NcclExchange:
 
 def _broken(peers: Sequence[int], reason: str) -> PeerLostError:
     return PeerLostError(
-        f"NCCL failed to transfer with {_ranks(peers)}",
+        f"NCCL failed to transfer with {ranks_text(peers)}",
         peers=peers,
         phase="transfer",
         why=reason,
         remedy="NCCL_DEBUG=WARN says more; make a new communicator",
     )
-
-
-def _ranks(peers: Sequence[int]) -> str:
-    return ("rank " if len(peers) == 1 else "ranks ") + ", ".join(map(str, peers))

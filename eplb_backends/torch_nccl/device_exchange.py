@@ -20,6 +20,7 @@ from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.transport.coalesce import Message
 from eplb_core.transport.deadline import call_within, wait_until
 from eplb_core.transport.streams import on_stream
+from eplb_core.words import ranks_text
 
 _ABORT_S = 1.0  # ncclCommAbort itself can hang; what is left of it stays behind in a thread
 
@@ -110,7 +111,7 @@ class DeviceExchange:
     def _timed_out(self, peers: Sequence[int]) -> TransferError:
         aborted = self._abort_group()
         return TransferTimeoutError(
-            f"the NCCL transfer with {_ranks(peers)} did not end within {self._timeout_s:g} s",
+            f"the NCCL transfer with {ranks_text(peers)} did not end within {self._timeout_s:g} s",
             peers=peers,
             phase="transfer",
             why="a rank is dead, stopped or did not launch its part, or work ahead on the stream does not end",
@@ -123,7 +124,7 @@ class DeviceExchange:
         self._abort_group()
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return PeerLostError(
-            f"NCCL failed to transfer with {_ranks(peers)}",
+            f"NCCL failed to transfer with {ranks_text(peers)}",
             peers=peers,
             phase="transfer",
             why=reason,
@@ -142,7 +143,3 @@ class DeviceExchange:
             return True
         logger.warning("aborting the NCCL process group did not end within %g s", _ABORT_S)
         return False
-
-
-def _ranks(peers: Sequence[int]) -> str:
-    return ("rank " if len(peers) == 1 else "ranks ") + ", ".join(map(str, peers))

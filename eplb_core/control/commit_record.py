@@ -26,6 +26,7 @@ from eplb_core.errors import (
     TransferOverflowError,
     TransferTimeoutError,
 )
+from eplb_core.words import ranks_text
 
 _RANKS_PER_WORD = 60  # a count of the store is a signed number of 64 bits
 _NAP_S = 50e-6
@@ -181,7 +182,7 @@ class CommitRecord:
 
     def _late(self, key: str) -> TransferTimeoutError:
         missing = self.missing(key)
-        ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+        ranks = ranks_text(missing)
         return TransferTimeoutError(
             f"{ranks} did not end {key} within {self._timeout_s:g} s", peers=missing, phase="commit"
         )

@@ -16,6 +16,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from eplb_core.control.store_connection import StoreConnection, connect
 from eplb_core.errors import ControlPlaneError
+from eplb_core.words import ranks_text
 
 _CHECK_S = 1.0  # the most that asking the store who is missing may take
 
@@ -189,10 +190,8 @@ def _lost(what: str, timeout_s: float, missing: list[int], cause: Exception) -> 
             why=first_line,
             remedy="start again; a store outside the workers, such as torchrun's, outlives them",
         )
-    ranks = ", ".join(map(str, missing))
     return ControlPlaneError(
-        f"{'rank' if len(missing) == 1 else 'ranks'} {ranks} did not answer within {timeout_s:g} s, "
-        f"while gathering {what}",
+        f"{ranks_text(missing)} did not answer within {timeout_s:g} s, while gathering {what}",
         missing=missing,
         why="dead, stopped, still busy, or not taking part in this call",
         remedy="look at the log of that rank; every rank has to make the same calls in the same order",

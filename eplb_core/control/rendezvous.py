@@ -18,6 +18,7 @@ from torch.distributed import DistError
 
 from eplb_core.control.store_connection import StoreConnection
 from eplb_core.errors import ControlPlaneError
+from eplb_core.words import ranks_text
 
 _NAP_S = 1e-3
 _LONGEST_NAP_S = 10e-3
@@ -75,7 +76,7 @@ def meet(connection: StoreConnection, place: str, rank: int, world_size: int, ti
             ) from error
     else:
         missing = [other for other, entry in enumerate(entries) if not entry.endswith(b" " + seen)]
-    ranks = ("rank " if len(missing) == 1 else "ranks ") + ", ".join(map(str, missing))
+    ranks = ranks_text(missing)
     raise ControlPlaneError(
         f"{ranks} did not come within {timeout_s:g} s",
         missing=missing,

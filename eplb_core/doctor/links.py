@@ -30,6 +30,8 @@ from eplb_core.errors import EplbError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.launch.rank_devices import device_group, rank_device
+from eplb_core.transport import HostIdentity
+from eplb_core.words import ranks_text
 
 _Value = TypeVar("_Value")
 
@@ -117,7 +119,7 @@ def measure_links(
 
     All ranks measure at once, each with another peer: what they share, they share here as well.
     """
-    report = LinkReport(environment.rank, kernel=_kernel())
+    report = LinkReport(environment.rank, kernel=HostIdentity.here().boot or platform.node())
     device = rank_device(job.device, environment)
     report.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     before, loaded = dict(os.environ), _libraries()
@@ -206,13 +208,6 @@ def _libraries() -> dict[str, str]:
     return found
 
 
-def _kernel() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return platform.node()
-
-
 # --- what it means ---------------------------------------------------------------------------------------------------
 
 
@@ -225,10 +220,10 @@ def judge(config: str, device: str, reports: Sequence[LinkReport]) -> list[Findi
     """Return what should be otherwise; nothing where all links are as they should be."""
     findings: list[Finding] = []
     for error, ranks in _grouped((report.error, report.rank) for report in reports if report.error).items():
-        findings.append(Finding(config, Severity.PROBLEM, f"{_ranks(ranks)}: {' '.join(error.split())}"))
+        findings.append(Finding(config, Severity.PROBLEM, f"{ranks_text(ranks)}: {' '.join(error.split())}"))
     for report in reports:
         if report.wrong:
-            detail = f"rank {report.rank} received wrong bytes from {_ranks(report.wrong)}"
+            detail = f"rank {report.rank} received wrong bytes from {ranks_text(report.wrong)}"
             findings.append(Finding(config, Severity.PROBLEM, detail, "do not use this transport here"))
     findings += _slow(config, device, reports)
     heard = _grouped((_NUMBER.sub("#", text), text) for report in reports for text in report.warnings)
@@ -277,11 +272,6 @@ def _grouped(pairs: Iterable[tuple[str, _Value]]) -> Mapping[str, list[_Value]]:
     for key, value in pairs:
         groups.setdefault(key, []).append(value)
     return groups
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    numbers = sorted(ranks)
-    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))
 
 
 def _pairs(pairs: Sequence[tuple[int, int]]) -> str:

@@ -17,6 +17,7 @@ from eplb_core.rearrange.pace import Pace
 from eplb_core.rearrange.step_runner import Slice, StepRunner
 from eplb_core.scheduling.schedule import Step
 from eplb_core.transport.streams import mark
+from eplb_core.words import ranks_text
 
 STOP = "stop"
 _BEAT_S = 0.5
@@ -119,7 +120,7 @@ class Receiver:
                     lost.append(rank)
             if not lost:
                 return None
-            ranks = ("rank " if len(lost) == 1 else "ranks ") + ", ".join(map(str, lost))
+            ranks = ranks_text(lost)
             text = f"{ranks} showed no sign of life for {self._timeout_s:g} s"
             return TransferTimeoutError(text, peers=lost, phase="go")
 

@@ -28,6 +28,7 @@ from eplb_core.testing.check import BrokenPromiseError, Check, Place, SkippedErr
 from eplb_core.testing.in_rank import Closed, Closing, Ended, Failed, Step, perform, stacks_file
 from eplb_core.testing.report import Report, Result, Status
 from eplb_core.testing.subject import Subject
+from eplb_core.words import ranks_text
 
 _MOST_RESTARTS = 3  # of one subject; each costs a deadline
 _GRACE_S = 3.0  # once a rank has ended early, for the deadlines of the others
@@ -317,6 +318,4 @@ def _by_rank(details: dict[int, str]) -> str:
     ranks: dict[str, list[int]] = {}
     for rank, detail in details.items():
         ranks.setdefault(detail.strip(), []).append(rank)
-    return "\n".join(
-        f"{'rank' if len(who) == 1 else 'ranks'} {', '.join(map(str, who))}: {detail}" for detail, who in ranks.items()
-    )
+    return "\n".join(f"{ranks_text(who)}: {detail}" for detail, who in ranks.items())

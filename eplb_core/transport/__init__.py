@@ -11,9 +11,11 @@ from eplb_core.transport.match import check_match
 from eplb_core.transport.process_group import exchange
 from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.queued import QueuedCommunicator, as_transfer_error, in_order, nbytes_of
+from eplb_core.transport.same_host import HostIdentity
 from eplb_core.transport.streams import mark, on_stream, ordinal_of, synchronize
 
 __all__ = [
+    "HostIdentity",
     "Message",
     "Payload",
     "Payloads",

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.transport.coalesce import Message
+from eplb_core.words import ranks_text
 
 _LEAST_S = 0.001
 
@@ -53,7 +54,7 @@ def exchange(group: dist.ProcessGroup, sends: Sequence[Message], recvs: Sequence
 
 
 def _named(error: RuntimeError, peers: Sequence[int], timeout_s: float) -> TransferError:
-    ranks = ("rank " if len(peers) == 1 else "ranks ") + ", ".join(map(str, peers))
+    ranks = ranks_text(peers)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if "timed out" in reason.lower() or "timeout" in reason.lower():
         return TransferTimeoutError(

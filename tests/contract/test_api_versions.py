@@ -297,6 +297,7 @@ def test_what_a_backend_imports_stays_where_it_is(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
+        "HostIdentity",
         "Message",
         "Payload",
         "Payloads",

@@ -15,7 +15,7 @@ from eplb_shm.chunks import cut, pack, unpack
 from eplb_shm.window import Window, map_window, probe
 
 from eplb_core.testing import Check, RankContext, Status, Subject, expect, run_conformance
-from eplb_core.transport import Payload
+from eplb_core.transport import HostIdentity, Payload
 
 SHM = Subject(config="shm?window=64KiB", stateless=True, background=True)
 
@@ -167,16 +167,17 @@ def test_nothing_is_left_when_all_ranks_are_killed() -> None:
 
 def another_place(context: RankContext) -> None:
     """A rank that seems to be on another host is refused on every rank, by number."""
-    import eplb_shm.links
-
+    here = HostIdentity.loopback
     if context.rank == 1:
-        eplb_shm.links._place = lambda: bytes(24)  # as another host's boot id would be
+        HostIdentity.loopback = property(lambda self: bytes(24))  # as another host's boot id would be
     try:
         context.create()
     except RuntimeError as error:
         expect("rank 1 is on another host" in str(error), str(error))
     else:
         expect(False, "it was built all the same")
+    finally:
+        HostIdentity.loopback = here
 
 
 def test_ranks_on_different_hosts_are_refused_with_the_rank() -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator
 
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
+from eplb_core.words import ranks_text
 from eplb_cuda_ipc.links import Link
 from eplb_cuda_ipc.messages import Bye, GaveUp, Message, OfRound, Show
 from eplb_cuda_ipc.round import Round, Shared
@@ -208,7 +209,7 @@ class Exchange:
         lost = sorted(peer for peer in needed if self._shared.links[peer].lost)
         if lost:
             raise PeerLostError(
-                f"{_ranks(lost)} {'is' if len(lost) == 1 else 'are'} gone",
+                f"{ranks_text(lost)} {'is' if len(lost) == 1 else 'are'} gone",
                 peers=lost,
                 phase="copy",
                 why=self._shared.links[lost[0]].lost,
@@ -224,7 +225,7 @@ class Exchange:
             silent = sorted(peer for peer in each.waits_for if each.heard[peer] + self._timeout_s < now)
             if each.arrived and silent:
                 raise TransferTimeoutError(
-                    f"{_ranks(silent)} did nothing for {self._timeout_s:g} s",
+                    f"{ranks_text(silent)} did nothing for {self._timeout_s:g} s",
                     peers=silent,
                     phase="copy",
                     why=each.undone(silent[0]),
@@ -238,7 +239,3 @@ class Exchange:
             why=why,
             remedy="look at what was enqueued before; if it only takes long, raise the timeout option",
         )
-
-
-def _ranks(ranks: Collection[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"

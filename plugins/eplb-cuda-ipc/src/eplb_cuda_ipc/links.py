@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from eplb_core.errors import TransferTimeoutError
+from eplb_core.words import ranks_text
 from eplb_cuda_ipc.messages import Message, decode, encode
 
 _READ_BYTES = 1 << 18
@@ -141,7 +142,7 @@ def connect(
             connection.close()
         absent = [peer for peer in range(len(addresses)) if peer not in connections and peer != rank]
         raise TransferTimeoutError(
-            f"no connection to ranks {', '.join(map(str, absent or sorted(connections)))} within {timeout_s:g} s",
+            f"no connection to {ranks_text(absent or connections)} within {timeout_s:g} s",
             peers=absent or connections,
             phase="connect",
             why=_why(error),

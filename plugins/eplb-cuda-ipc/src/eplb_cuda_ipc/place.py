@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
 from eplb_core import BackendContext
 from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
+from eplb_core.transport import HostIdentity
 from eplb_cuda_ipc.memory import Memory
 
 
@@ -37,10 +37,11 @@ class Card(msgspec.Struct, array_like=True, frozen=True):
 
 def card_of_this_process(gpu: str, address: bytes, sample: bytes) -> Card:
     """Return this process's card."""
+    here = HostIdentity.here()
     return Card(
-        host=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        pid_namespace=os.stat("/proc/self/ns/pid").st_ino,
-        net_namespace=os.stat("/proc/self/ns/net").st_ino,
+        host=here.boot,
+        pid_namespace=here.pid_namespace,
+        net_namespace=here.net_namespace,
         process=os.getpid(),
         gpu=gpu,
         address=address,

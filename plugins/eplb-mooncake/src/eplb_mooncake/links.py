@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from pathlib import Path
 
 from eplb_core import BackendContext
 from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
+from eplb_core.transport import HostIdentity
+from eplb_core.words import ranks_text
 
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"<{_TOKEN_BYTES}sI")  # the listener's token, the rank that connects
@@ -126,7 +127,7 @@ def find_host(context: BackendContext, interface: str | None, timeout_s: float) 
         BackendUnavailableError: there is no such interface, or none to be found.
         TransferTimeoutError: a rank did not answer in time.
     """
-    places = _gather(context, "hosts of mooncake ranks", _place(), timeout_s)
+    places = _gather(context, "hosts of mooncake ranks", HostIdentity.here().loopback, timeout_s)
     if interface:
         return _address_of(interface)
     if len(set(places)) == 1:
@@ -246,12 +247,6 @@ def _gather(context: BackendContext, what: str, payload: bytes, timeout_s: float
         raise _late("connect", list(error.missing), timeout_s, str(error)) from error
 
 
-def _place() -> bytes:
-    """Return what is the same for processes that can reach one another over loopback, 24 bytes."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-    return bytes.fromhex(boot) + Path("/proc/self/ns/net").stat().st_ino.to_bytes(8, "little")
-
-
 def _address_of(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
@@ -272,7 +267,5 @@ def _left(deadline: float) -> float:
 
 
 def _late(phase: str, missing: list[int], timeout_s: float, why: str) -> TransferTimeoutError:
-    ranks = ", ".join(map(str, missing)) or "all"
-    return TransferTimeoutError(
-        f"no connection to ranks {ranks} within {timeout_s:g} s", peers=missing, phase=phase, why=why
-    )
+    ranks = ranks_text(missing) if missing else "all ranks"
+    return TransferTimeoutError(f"no connection to {ranks} within {timeout_s:g} s", peers=missing, phase=phase, why=why)

@@ -8,6 +8,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
+from eplb_core.words import ranks_text
 from eplb_mooncake.chunks import Chunk
 from eplb_mooncake.engine import Engine
 from eplb_mooncake.links import Kind, Link
@@ -257,7 +258,7 @@ class Round:
         if silent:
             failed = sum(self._failed_reads[peer] for peer in silent)
             raise TransferTimeoutError(
-                f"ranks {', '.join(map(str, silent))} did nothing for {self._timeout_s:g} s",
+                f"{ranks_text(silent)} did nothing for {self._timeout_s:g} s",
                 peers=silent,
                 phase="move",
                 why=f"{failed} READs failed; Mooncake's reason is on stderr" if failed else None,

@@ -13,6 +13,7 @@ import torch
 from eplb_core import BackendContext, TransferStats
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.transport import Payloads, QueuedCommunicator
+from eplb_core.words import ranks_text
 from eplb_shm.chunks import Chunk, cut, pack, unpack
 from eplb_shm.links import Kind, Link, connect
 from eplb_shm.options import ShmOptions
@@ -192,7 +193,7 @@ class _Round:
     def _timeout(self, timeout_s: float) -> TransferTimeoutError:
         silent = sorted({*self._untaken, *self._incoming})
         return TransferTimeoutError(
-            f"ranks {', '.join(map(str, silent))} did not send or take everything within {timeout_s:g} s",
+            f"{ranks_text(silent)} did not send or take everything within {timeout_s:g} s",
             peers=silent,
             phase="move",
             remedy="look at the log of that rank; if it was only slow, raise the timeout option",

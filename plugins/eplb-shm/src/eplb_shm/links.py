@@ -16,10 +16,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from pathlib import Path
 
 from eplb_core import BackendContext
 from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
+from eplb_core.transport import HostIdentity
+from eplb_core.words import ranks_text
 from eplb_shm.window import Bytes, Window, map_window
 
 _TOKEN_BYTES = 16
@@ -79,20 +80,21 @@ def connect(context: BackendContext, window: Window, timeout_s: float) -> dict[i
     """
     deadline = time.monotonic() + timeout_s
     token = secrets.token_bytes(_TOKEN_BYTES)
+    place = HostIdentity.here().loopback
     links: dict[int, Link] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as on_error:
         listener.bind("")  # the kernel finds an abstract name
         listener.listen(context.world_size)
         try:
-            said = context.control.all_gather("shm addresses", _place() + token + listener.getsockname(), timeout_s)
+            said = context.control.all_gather("shm addresses", place + token + listener.getsockname(), timeout_s)
         except ControlPlaneError as error:
             raise _late(list(error.missing), timeout_s, str(error)) from error
-        places = [value[: len(_place())] for value in said]
+        places = [value[: len(place)] for value in said]
         if len(set(places)) > 1:
             raise BackendUnavailableError(
                 "the ranks do not share memory",
                 name="shm",
-                why=f"rank {next(r for r, place in enumerate(places) if place != places[0])} is on another host, or in "
+                why=f"rank {next(r for r, other in enumerate(places) if other != places[0])} is on another host, or in "
                 "another network namespace, than rank 0",
                 remedy="use a backend that goes over the network",
             )
@@ -107,7 +109,7 @@ def connect(context: BackendContext, window: Window, timeout_s: float) -> dict[i
                 rank: wait_on(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) for rank in range(context.rank)
             }
             for rank, connection in lower.items():
-                token_and_name = said[rank][len(_place()) :]
+                token_and_name = said[rank][len(place) :]
                 connection.connect(token_and_name[_TOKEN_BYTES:])
                 _give(connection, window, _HELLO.pack(token_and_name[:_TOKEN_BYTES], context.rank))
             while len(links) < context.world_size - 1 - context.rank:
@@ -118,7 +120,7 @@ def connect(context: BackendContext, window: Window, timeout_s: float) -> dict[i
                     links[peer.peer] = peer
                     _give(connection, window, _HELLO.pack(token, context.rank))
             for rank, connection in lower.items():
-                peer = _receive(connection, window.nbytes, said[rank][len(_place()) :][:_TOKEN_BYTES])
+                peer = _receive(connection, window.nbytes, said[rank][len(place) :][:_TOKEN_BYTES])
                 if peer is None:
                     raise ConnectionError(f"rank {rank} did not answer as itself")
                 links[rank] = peer
@@ -129,12 +131,6 @@ def connect(context: BackendContext, window: Window, timeout_s: float) -> dict[i
             link.connection.setblocking(False)
         on_error.pop_all()
     return links
-
-
-def _place() -> bytes:
-    """Return what is the same for processes that can share memory and sockets, 24 bytes."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
-    return bytes.fromhex(boot) + os.stat("/proc/self/ns/net").st_ino.to_bytes(8, "little")
 
 
 def _give(connection: socket.socket, window: Window, hello: bytes) -> None:
@@ -157,7 +153,6 @@ def _receive(connection: socket.socket, nbytes: int, token: bytes) -> Link | Non
 
 
 def _late(missing: list[int], timeout_s: float, why: str) -> TransferTimeoutError:
-    ranks = ", ".join(map(str, missing))
     return TransferTimeoutError(
-        f"no connection to ranks {ranks} within {timeout_s:g} s", peers=missing, phase="connect", why=why
+        f"no connection to {ranks_text(missing)} within {timeout_s:g} s", peers=missing, phase="connect", why=why
     )
