@@ -33,6 +33,7 @@ from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.contract.context import BackendContext
 from eplb_core.contract.payload import Payloads
 from eplb_core.contract.stats import TransferStats
+from eplb_core.control.agreement import all_say, failed_ranks
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     ControlPlaneError,
@@ -40,13 +41,12 @@ from eplb_core.errors import (
     IntegrityError,
     InvalidTransferError,
     TransferError,
-    TransferTimeoutError,
 )
 from eplb_core.transport.checksums import checksums
 from eplb_core.transport.coalesce import as_bytes
+from eplb_core.transport.failure import as_transfer_error
 from eplb_core.transport.match import check_match
 from eplb_core.transport.queue import TransferQueue
-from eplb_core.transport.queued import as_transfer_error
 from eplb_core.transport.streams import mark, on_stream
 from eplb_core.words import ranks_text
 
@@ -454,23 +454,18 @@ def _agree_on_step(
     control: ControlPlane, step: str, problem: EplbError | None, value: str, timeout_s: float
 ) -> list[str]:
     """Return every rank's `value`, or raise on every rank if `problem` is set on any: its own error there."""
-    said = f"!{problem}" if problem is not None else f"+{value}"
     try:
-        answers = [raw.decode() for raw in control.all_gather(f"the step '{step}'", said.encode(), timeout_s)]
+        answers = all_say(control, f"the step '{step}'", timeout_s, value=value.encode(), problem=problem)
     except ControlPlaneError as error:
-        if problem is not None:
-            raise problem from error
-        raise TransferTimeoutError(
-            error.what, peers=error.missing, phase=step, why=error.why, remedy=error.remedy
-        ) from error
+        raise (problem or as_transfer_error(error, step)) from error
     if problem is not None:
         raise problem
-    failed = [rank for rank, answer in enumerate(answers) if answer.startswith("!")]
+    failed = failed_ranks(answers)
     if failed:
         raise TransferError(
-            f"the step '{step}' failed on rank {failed[0]}", peers=failed, phase=step, why=answers[failed[0]][1:]
+            f"the step '{step}' failed on rank {failed[0]}", peers=failed, phase=step, why=answers[failed[0]].problem
         )
-    return [answer[1:] for answer in answers]
+    return [answer.value.decode() for answer in answers]
 
 
 @contextlib.contextmanager

@@ -15,11 +15,11 @@ from eplb_backends.pynccl.transport import (
     Transport,
 )
 from eplb_core.contract.context import BackendContext
+from eplb_core.control.agreement import Answer, all_say, failed_ranks
 from eplb_core.errors import BackendError, BackendNotInstalledError, BackendUnavailableError, ControlPlaneError
 
 _ENGINE = b"engine"
 _OWN = b"own"
-_PROBLEM = b"!"
 
 
 def open_transport(context: BackendContext, options: PyNcclOptions) -> Transport:
@@ -32,6 +32,7 @@ def open_transport(context: BackendContext, options: PyNcclOptions) -> Transport
     """
     timeout_s = float(options.timeout)
     problem: BackendError | None = None
+    message = b""
     engine: EngineCommunicator | None = None
     try:
         engine = _engine_communicator(context, options)
@@ -45,15 +46,14 @@ def open_transport(context: BackendContext, options: PyNcclOptions) -> Transport
     except Exception as error:  # noqa: BLE001 - nccl4py raises what it likes where there is no NCCL or no driver
         problem = _unavailable("nccl4py cannot make an NCCL communicator", f"{type(error).__name__}: {error}")
         problem.__cause__ = error
-    if problem is not None:
-        message = _PROBLEM + str(problem).encode()
     try:
-        said = context.control.all_gather("which NCCL communicator each rank uses", message, timeout_s)
+        what = "which NCCL communicator each rank uses"
+        answers = all_say(context.control, what, timeout_s, value=message, problem=problem)
     except ControlPlaneError as error:
         raise _unavailable("the ranks did not agree on an NCCL communicator", str(error)) from error
     if problem is not None:
         raise problem
-    _check_same(said)
+    said = _same_kind(answers)
     if engine is not None:
         return EngineTransport(engine)
     unique_id = said[0].removeprefix(_OWN)
@@ -112,13 +112,11 @@ def _need_nccl4py() -> None:
         )
 
 
-def _check_same(said: Sequence[bytes]) -> None:
-    """Return if every rank uses the same kind, and none has a problem."""
-    for rank, message in enumerate(said):
-        if message.startswith(_PROBLEM):
-            raise _unavailable(
-                f"rank {rank} has no NCCL communicator", message[len(_PROBLEM) :].decode(errors="replace")
-            )
+def _same_kind(answers: Sequence[Answer]) -> list[bytes]:
+    """Return what the ranks say, if all use the same kind and none has a problem."""
+    for rank in failed_ranks(answers):
+        raise _unavailable(f"rank {rank} has no NCCL communicator", answers[rank].problem)
+    said = [answer.value for answer in answers]
     kinds = ["engine" if message.startswith(_ENGINE) else "own" for message in said]
     if len(set(kinds)) > 1:
         raise _unavailable(
@@ -126,6 +124,7 @@ def _check_same(said: Sequence[bytes]) -> None:
             ", ".join(f"rank {rank} = {kind}" for rank, kind in enumerate(kinds)),
             remedy="make the engine's communicator usable on every rank, or use pynccl?communicator=own",
         )
+    return said
 
 
 def _unavailable(what: str, why: str, remedy: str | None = None) -> BackendUnavailableError:

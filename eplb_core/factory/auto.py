@@ -8,7 +8,7 @@ import logging
 import msgspec
 import torch
 
-from eplb_core.control.agreement import exchange
+from eplb_core.control.agreement import all_answer, exchange, failed_ranks
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
@@ -50,15 +50,16 @@ def wanted_by_all(
     Raises:
         HandshakeError: some ask for it and others do not, or a rank did not answer; the same table on every rank.
     """
-    asked = "!" + str(problem) if config is None or problem is not None else config.name
-    said = [value.decode() for value in exchange(control, "which backend is asked for", asked.encode(), timeout_s)]
-    if AUTO not in said:
+    name = "" if config is None or problem is not None else config.name
+    answers = all_answer(control, "which backend is asked for", timeout_s, value=name.encode(), problem=problem)
+    names = [answer.value.decode() for answer in answers]
+    if AUTO not in names:
         return False
-    if set(said) == {AUTO}:
+    if set(names) == {AUTO}:
         return True
-    table = {"backend": ["?" if value.startswith("!") else value for value in said]}
-    if any(value.startswith("!") for value in said):
-        table["cannot build"] = [value[1:] if value.startswith("!") else "-" for value in said]
+    table = {"backend": [each or "?" for each in names]}
+    if failed_ranks(answers):
+        table["cannot build"] = [answer.problem or "-" for answer in answers]
     raise HandshakeError(
         "the ranks do not agree on the communicator", table=table, remedy="make these the same on every rank"
     ) from problem

@@ -6,22 +6,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from eplb_core.control.agreement import exchange
+from eplb_core.control.agreement import all_answer, failed_ranks
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.scheduling.layer import LayerMoves
 
-
-class _Share(msgspec.Struct, array_like=True, frozen=True):
-    """What one rank tells.
-
-    Attributes:
-        cuts: group of layers -> its cuts.
-        problem: why it has none.
-    """
-
-    cuts: dict[int, list[LayerMoves]] = {}
-    problem: str = ""
+_Cuts = dict[int, list[LayerMoves]]
+"""Group of layers -> its cuts."""
 
 
 def share_cuts(
@@ -40,22 +31,21 @@ def share_cuts(
         EplbError: `cut` failed, on any rank.
     """
     problem: EplbError | None = None
-    mine = _Share()
+    mine: _Cuts = {}
     try:
-        mine = _Share({group: cut(group) for group in range(control.rank, groups, control.world_size)})
+        mine = {group: cut(group) for group in range(control.rank, groups, control.world_size)}
     except EplbError as error:
-        problem, mine = error, _Share(problem=str(error) or type(error).__name__)
-    try:
-        said = exchange(control, "the schedule", msgspec.msgpack.encode(mine), timeout_s)
-        shares = [msgspec.msgpack.decode(value, type=_Share) for value in said]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
-        raise HandshakeError("a rank's part of the schedule cannot be read", table={}, why=str(error)) from error
-    failed = [rank for rank, share in enumerate(shares) if share.problem]
+        problem = error
+    answers = all_answer(control, "the schedule", timeout_s, value=msgspec.msgpack.encode(mine), problem=problem)
     if problem is not None:
         raise problem
-    if failed:
-        raise EplbError(f"rank {failed[0]} could not schedule its layers", why=shares[failed[0]].problem)
-    cuts = {group: cut_up for share in shares for group, cut_up in share.cuts.items()}
+    for rank in failed_ranks(answers):
+        raise EplbError(f"rank {rank} could not schedule its layers", why=answers[rank].problem)
+    try:
+        shares = [msgspec.msgpack.decode(answer.value, type=_Cuts) for answer in answers]
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise HandshakeError("a rank's part of the schedule cannot be read", table={}, why=str(error)) from error
+    cuts = {group: cut_up for share in shares for group, cut_up in share.items()}
     if sorted(cuts) != list(range(groups)):
         raise HandshakeError("the schedule is not whole", table={}, why=f"{len(cuts)} of {groups} groups of layers")
     return [cuts[group] for group in range(groups)]

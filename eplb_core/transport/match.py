@@ -8,16 +8,12 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from eplb_core.contract.payload import Payload, Payloads
+from eplb_core.control.agreement import all_say, failed_ranks
 from eplb_core.control.plane import ControlPlane
-from eplb_core.errors import (
-    ControlPlaneError,
-    TransferError,
-    TransferMismatchError,
-    TransferTimeoutError,
-)
+from eplb_core.errors import ControlPlaneError, TransferError, TransferMismatchError
+from eplb_core.transport.failure import as_transfer_error
 
 _SUM_BYTES = 16
-_REFUSED = b"!"
 
 
 class _Queued(msgspec.Struct, array_like=True):
@@ -62,23 +58,23 @@ def check_match(
     if problem is None:
         total += sum(number for peer, payloads in sends.items() for number in _hashes(rank, peer, payloads))
         total -= sum(number for peer, payloads in recvs.items() for number in _hashes(peer, rank, payloads))
+    said = b"" if problem else (total % 2**128).to_bytes(_SUM_BYTES, "big") + note
     try:
-        said = _REFUSED if problem else (total % 2**128).to_bytes(_SUM_BYTES, "big") + note
-        sums = control.all_gather("what each rank queued", said, timeout_s)
-        refused = [r for r, value in enumerate(sums) if value == _REFUSED]
-        if not refused and sum(int.from_bytes(value[:_SUM_BYTES], "big") for value in sums) % 2**128 == 0:
-            return [value[_SUM_BYTES:] for value in sums]
-        detail = str(problem).encode() if problem else msgspec.msgpack.encode(_Queued(_entries(sends), _entries(recvs)))
-        details = control.all_gather("the details of transfers that do not match", detail, timeout_s)
+        answers = all_say(control, "what each rank queued", timeout_s, value=said, problem=problem)
+        refused = failed_ranks(answers)
+        sums = [answer.value for answer in answers]
+        if not refused:
+            if sum(int.from_bytes(value[:_SUM_BYTES], "big") for value in sums) % 2**128 == 0:
+                return [value[_SUM_BYTES:] for value in sums]
+            mine = msgspec.msgpack.encode(_Queued(_entries(sends), _entries(recvs)))
+            details = control.all_gather("the details of transfers that do not match", mine, timeout_s)
     except ControlPlaneError as error:
-        raise TransferTimeoutError(
-            error.what, peers=error.missing, phase="agree", usable=False, why=error.why, remedy=error.remedy
-        ) from error
+        raise as_transfer_error(error, "agree") from error
     if problem is not None:
         raise problem
     if refused:
         raise TransferMismatchError(
-            f"rank {refused[0]} refused its transfers: {details[refused[0]].decode(errors='replace')}",
+            f"rank {refused[0]} refused its transfers: {answers[refused[0]].problem}",
             peers=refused,
             phase="agree",
             usable=True,

@@ -15,12 +15,11 @@ from eplb_core.contract.context import BackendContext
 from eplb_core.contract.option_types import CommonOptions
 from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.contract.stats import TransferStats
-from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
+from eplb_core.errors import TransferError
+from eplb_core.transport.failure import as_transfer_error
 from eplb_core.transport.match import check_match
 from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import on_stream
-
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # torch's allocator for CPUs raises a plain RuntimeError
 
 
 class QueuedCommunicator(EplbCommunicator):
@@ -163,30 +162,3 @@ def nbytes_of(payloads: Payloads) -> int:
 def in_order(payloads: Payloads) -> Iterable[Payload]:
     """Return the payloads of all peers, one peer after the other."""
     return (payload for each in payloads.values() for payload in each)
-
-
-def as_transfer_error(error: BaseException, phase: str = "move") -> TransferError:
-    """Return what `execute()` raises for something that went wrong in the middle of a transfer.
-
-    A `TransferError` stays as it is. Of everything else this rank cannot tell what its peers have seen of the transfer,
-    so the communicator cannot be used again.
-
-    Args:
-        error: what was caught.
-        phase: the step of the transfer, in one word.
-    """
-    if isinstance(error, TransferError):
-        return error
-    if isinstance(error, ControlPlaneError):
-        return TransferTimeoutError(error.what, peers=error.missing, phase=phase, why=error.why, remedy=error.remedy)
-    why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, TimeoutError):
-        return TransferTimeoutError("the transfer did not end in time on this rank", phase=phase, why=why)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY):
-        return TransferError(
-            "this rank ran out of memory in the middle of a transfer",
-            phase=phase,
-            why=why,
-            remedy="free memory there, or configure less staging memory; then make a new communicator",
-        )
-    return TransferError("the transfer failed on this rank", phase=phase, why=why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from eplb_backends.pynccl.options import PyNcclOptions
 from eplb_backends.pynccl.transport import EngineTransport, OwnTransport, Transport
 from eplb_core.contract.context import BackendContext
 from eplb_core.contract.option_types import Duration
+from eplb_core.control.agreement import Answer
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     BackendUnavailableError,
@@ -330,11 +332,14 @@ def test_asking_for_the_engines_where_there_is_none_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [(b"own", "rank 0 = engine, rank 1 = own"), (b"!it has no driver", "rank 1 .*it has no driver")],
+    [
+        (Answer(value=b"own"), "rank 0 = engine, rank 1 = own"),
+        (Answer(problem="it has no driver"), "rank 1 .*it has no driver"),
+    ],
 )
-def test_ranks_with_different_communicators_are_told(other: bytes, words: str) -> None:
+def test_ranks_with_different_communicators_are_told(other: Answer, words: str) -> None:
     store = dist.HashStore()
-    store.set("0/1", other)  # what rank 1 would say
+    store.set("0/1", msgspec.msgpack.encode(other))  # what rank 1 would say
     control = ControlPlane(store, 0, 2)
     context = BackendContext(
         rank=0, world_size=2, device=torch.device("cpu"), control=control, device_communicator=carried()

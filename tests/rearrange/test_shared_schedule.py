@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from torch.distributed import HashStore
 
+from eplb_core.control.agreement import Answer
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.planning.plan import plan_rearrangement
@@ -88,8 +89,14 @@ def test_a_rank_that_does_not_come_is_named(threads: ThreadPoolExecutor) -> None
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"\xc1", msgspec.msgpack.encode([{1: [[[1, True], [], []]]}, ""]), msgspec.msgpack.encode([{}, ""])],
-    ids=["nothing", "rubbish", "no numbers", "too little"],
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode(Answer(value=b"\xc1")),
+        msgspec.msgpack.encode(Answer(value=msgspec.msgpack.encode({1: [[[1, True], [], []]]}))),
+        msgspec.msgpack.encode(Answer(value=msgspec.msgpack.encode({}))),
+    ],
+    ids=["nothing", "rubbish", "a rank's rubbish", "no numbers", "too little"],
 )
 def test_what_cannot_be_read_or_is_not_whole_is_refused(threads: ThreadPoolExecutor, said: bytes) -> None:
     store = HashStore()

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from eplb_core import errors
 from eplb_core.cli.output import exit_code_of, one_line
 from eplb_core.cli.progress import StageBars
 from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
 from eplb_core.cli.rebalance.request import RebalanceTask
+from eplb_core.control.agreement import all_say, failed_ranks
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
@@ -112,31 +115,33 @@ class JoinedRanks:
         Raises:
             RefusedError: some rank could not; rank 0 has printed the reason.
         """
-        job, verdict = None, ""
+        job, digest, refusal, code = None, "", "", 0
         self._timeout_s = timeout_s
         try:
             job = prepare()
             # How many ranks share a GPU is not known here: torchrun's may each see one of their own.
             check_memory(job, self.environment.local_world_size if job.device == "cpu" else 1)
-            verdict = f"ok {job.digest()}"
+            digest = job.digest()
         except EplbError as error:
-            verdict = f"{exit_code_of(error)} {one_line(error)}"
+            refusal, code = one_line(error), exit_code_of(error)
             while self.is_first and self._num_opened < _MOST_CHECKPOINTS:  # nobody may wait for them
                 self._control.publish(f"checkpoint {self._num_opened}", b"")
                 self._num_opened += 1
-        verdicts = [text.decode() for text in self._control.all_gather("the input", verdict.encode(), timeout_s)]
-        refusals = [(rank, text) for rank, text in enumerate(verdicts) if not text.startswith("ok ")]
-        if not refusals and len(set(verdicts)) > 1:
-            other = next(rank for rank, text in enumerate(verdicts) if text != verdicts[0])
-            refusals = [(other, f"2 rank {other} has read other loads, placements or weights than rank 0")]
+        said = msgspec.json.encode((code, digest))
+        answers = all_say(self._control, "the input", timeout_s, value=said, problem=refusal)
+        told = [msgspec.json.decode(answer.value, type=tuple[int, str]) for answer in answers]
+        refusals = [(rank, told[rank][0], answers[rank].problem) for rank in failed_ranks(answers)]
+        if not refusals and len(set(told)) > 1:
+            other = next(rank for rank, each in enumerate(told) if each != told[0])
+            refusals = [(other, 2, f"rank {other} has read other loads, placements or weights than rank 0")]
         if job is None or refusals:
-            rank, (code, _, message) = refusals[0][0], refusals[0][1].partition(" ")
+            rank, code, message = refusals[0]
             if self.is_first:
                 where = f"rank {rank}: " if len(refusals) < self.world_size else ""
                 print(f"error: {where}{message}", file=sys.stderr, flush=True)
             # torchrun ends all ranks as soon as one has ended, so rank 0 has to have spoken.
             self._control.barrier("that rank 0 has told why", timeout_s)
-            raise RefusedError(int(code))
+            raise RefusedError(code)
         return job
 
     def run(self, job: RebalanceTask, console: Console) -> list[RankResult]:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import msgspec
 
 from eplb_core import BackendContext
-from eplb_core.errors import BackendUnavailableError, ControlPlaneError, TransferTimeoutError
-from eplb_core.transport import HostIdentity
+from eplb_core.control.agreement import Answer, all_say
+from eplb_core.errors import BackendUnavailableError, ControlPlaneError
+from eplb_core.transport import HostIdentity, as_transfer_error
 from eplb_cuda_ipc.memory import Memory
 
 
@@ -56,8 +57,8 @@ def exchange(context: BackendContext, mine: Card, memory: Memory, timeout_s: flo
         BackendUnavailableError: two ranks do not; on every rank.
         TransferTimeoutError: a rank did not answer in time.
     """
-    said = _gather(context, "places of cuda_ipc ranks", msgspec.msgpack.encode(mine), timeout_s)
-    cards = [msgspec.msgpack.decode(each, type=Card) for each in said]
+    said = _answers(context, "places of cuda_ipc ranks", timeout_s, value=msgspec.msgpack.encode(mine))
+    cards = [msgspec.msgpack.decode(each.value, type=Card) for each in said]
     problem = unlike(cards) or unreachable(cards, context.rank, memory)
     tell_problem(context, "whether all ranks reach one another", problem, timeout_s)
     return cards
@@ -97,8 +98,8 @@ def tell_problem(context: BackendContext, what: str, problem: str, timeout_s: fl
         BackendUnavailableError: something did.
         TransferTimeoutError: a rank did not answer in time.
     """
-    said = [each.decode(errors="replace") for each in _gather(context, what, problem.encode(), timeout_s)]
-    first = next(filter(None, said), "")
+    answers = _answers(context, what, timeout_s, problem=problem)
+    first = next((answer.problem for answer in answers if answer.problem), "")
     if first:
         raise BackendUnavailableError(
             "the ranks cannot map each other's memory",
@@ -108,15 +109,15 @@ def tell_problem(context: BackendContext, what: str, problem: str, timeout_s: fl
         )
 
 
-def _gather(context: BackendContext, what: str, payload: bytes, timeout_s: float) -> list[bytes]:
+def _answers(
+    context: BackendContext, what: str, timeout_s: float, *, value: bytes = b"", problem: str = ""
+) -> list[Answer]:
     """Return what every rank says.
 
     Raises:
         TransferTimeoutError: a rank did not answer in time.
     """
     try:
-        return context.control.all_gather(what, payload, timeout_s)
+        return all_say(context.control, what, timeout_s, value=value, problem=problem)
     except ControlPlaneError as error:
-        raise TransferTimeoutError(
-            error.what, peers=error.missing, phase="connect", why=error.why, remedy=error.remedy
-        ) from error
+        raise as_transfer_error(error, "connect") from error
