@@ -165,6 +165,15 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     assert caught.value.name == "deepseak"
 
 
+def test_metadata_that_cannot_be_read_hides_no_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "rotten-eplb", "rotten = rotten_eplb:POLICY")
+    (tmp_path / "rotten_eplb-1.0.dist-info" / "entry_points.txt").write_bytes(b"[eplb.policies]\n\xff\xfe = \n")
+    (tmp_path / "rotten_eplb-1.0.dist-info" / "METADATA").write_bytes(b"\xff\xfe")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "deepseek" in [entry.name for entry in available_policies()]
+    assert load_policy("deepseek").name == "deepseek"
+
+
 def test_two_distributions_with_one_name_are_an_error_only_when_it_is_selected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from eplb_core.contract.option_types import ByteSize
 from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.doctor.checks import Finding, Severity, run_checks, worst
 from eplb_core.errors import BackendError, InputError
+from eplb_core.launch.torchrun import started_by_torchrun
 from eplb_core.registry.config import AUTO, parse_config, resolve_options
 from eplb_core.registry.registry import BackendEntry, BackendState, default_registry, load_options_class
 
@@ -128,7 +129,7 @@ def doctor(
 
 
 def _ranks(ranks: int | None, timeout_s: float) -> Ranks:
-    from eplb_core.cli.doctor.ranks import JoinedRanks, LocalRanks, started_by_torchrun
+    from eplb_core.cli.doctor.ranks import JoinedRanks, LocalRanks
 
     if not started_by_torchrun():
         return LocalRanks(ranks or 2, timeout_s)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
 import torch.distributed as dist
 
-from eplb_core.control.plane import ControlPlane
 from eplb_core.doctor.links import LinkReport, LinkTest, measure_in_new_rank, measure_links, open_groups
 from eplb_core.doctor.machine import Machine
-from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
+from eplb_core.launch.local_ranks import collect_local_ranks
+from eplb_core.launch.torchrun import join_torchrun
 
 _Shared = TypeVar("_Shared")
-
-
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 class Ranks(Protocol):
@@ -93,12 +87,10 @@ class JoinedRanks:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._environment = RankEnvironment.from_torchrun(timeout_s)
+        self._environment, self._control = join_torchrun("doctor", timeout_s)
         self.world_size = self._environment.world_size
         self.is_first = self._environment.rank == 0
         self._timeout_s = timeout_s
-        store = dist.PrefixStore("doctor", self._environment.store)
-        self._control = ControlPlane(store, self._environment.rank, self.world_size)
 
     def share(self, value: _Shared) -> _Shared:
         """Return the value of rank 0, which is made of lists, texts and numbers."""

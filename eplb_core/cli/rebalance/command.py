@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from eplb_core.cli.completion import complete_backends, complete_models, complet
 from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, report_error, seconds_option, write_json
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_process import start_server
+from eplb_core.launch.torchrun import started_by_torchrun
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,13 +105,13 @@ def rebalance(
 
     Exit code: 0 if all weights are where they should be, 1 if not, 2 if the input cannot be used.
     """
-    if not _started_by_torchrun():
+    if not started_by_torchrun():
         _check_present(options)
     from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
 
     output = _Output(out, json_path, plot)
     console = human_console(json_path)
-    if not _started_by_torchrun():
+    if not started_by_torchrun():
         request = RebalanceRequest(
             ranks=_DEFAULT_RANKS if ranks is None else ranks, nodes=1 if nodes is None else nodes, **options
         )
@@ -163,11 +163,6 @@ def _check_present(paths: Mapping[str, Any]) -> None:
         path = paths.get(name)
         if path is not None and not path.exists():
             raise InputError(f"{what} does not exist", where=str(path))
-
-
-def _started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 class _Output:

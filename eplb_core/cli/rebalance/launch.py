@@ -16,12 +16,12 @@ from eplb_core.cli.progress import StageBars
 from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
 from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.control.agreement import all_say, failed_ranks
-from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import EplbError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.checkpoint_wire import decode_checkpoint, encode_checkpoint
-from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, collect_local_ranks
+from eplb_core.launch.local_ranks import LocalRankError, collect_local_ranks
 from eplb_core.launch.memory import free_memory
+from eplb_core.launch.torchrun import join_torchrun
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,13 +76,9 @@ class JoinedRanks:
 
     def __init__(self, timeout_s: float) -> None:
         """Meet the other ranks. Raises `InputError` if torchrun's environment is not complete."""
-        import torch.distributed as dist
-
-        self.environment = RankEnvironment.from_torchrun(timeout_s)
+        self.environment, self._control = join_torchrun("rebalance/input", timeout_s)
         self.world_size = self.environment.world_size
         self.is_first = self.environment.rank == 0
-        store = dist.PrefixStore("rebalance/input", self.environment.store)
-        self._control = ControlPlane(store, self.environment.rank, self.world_size)
         self._timeout_s = 0.0
         self._num_opened = 0
 
