@@ -18,8 +18,7 @@ from eplb_core.errors import BackendUnavailableError, InputError
 from eplb_core.extras import require
 from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_ranks
 from eplb_core.launch.memory import free_memory
-from eplb_core.registry.config import AUTO, parse_config, resolve_options
-from eplb_core.registry.registry import default_registry, load_options_class
+from eplb_core.registry.registry import default_registry
 
 _MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
 
@@ -44,10 +43,8 @@ def check_job(job: BenchRun) -> None:
         )
     if not job.timeout_s > 0:
         raise InputError(f"--timeout is {job.timeout_s:g}", why="it has to be above 0 seconds")
-    config = parse_config(job.backend)
-    if config.name != AUTO:
-        entry = default_registry().select(config)
-        resolve_options(config, load_options_class(entry))
+    entry = default_registry().resolve(job.backend).entry
+    if entry is not None:
         own_gpu = job.device == "cuda" and torch.cuda.device_count() >= work.num_ranks
         reason = (
             entry.spec.capabilities.unfit(job.device, stateless=False, has_device_group=own_gpu) if entry.spec else ""

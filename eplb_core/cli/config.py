@@ -11,17 +11,13 @@ import click
 
 from eplb_core.cli.completion import complete_backends
 from eplb_core.cli.output import STDOUT, human_console, write_json
-from eplb_core.contract.option_types import CommonOptions
 from eplb_core.errors import InputError
 from eplb_core.registry.config import (
-    AUTO,
     BACKEND_VARIABLE,
     ResolvedOptions,
     backend_from_environment,
-    parse_config,
-    resolve_options,
 )
-from eplb_core.registry.registry import default_registry, load_options_class
+from eplb_core.registry.registry import default_registry
 
 
 @click.group()
@@ -40,17 +36,11 @@ def explain(text: str | None, json_path: str | None) -> None:
     chosen = backend_from_environment(text, os.environ)
     if chosen is None:
         raise InputError("there is no config string to explain", remedy=f"give one, or set {BACKEND_VARIABLE}")
-    parsed = parse_config(chosen)
-    options_class: type = CommonOptions
-    if parsed.name == AUTO:
-        # Which backend it will be is not known before all ranks have probed theirs; these options all of them have.
-        source = "the best backend that works on every rank"
-    else:
-        with contextlib.redirect_stdout(sys.stderr):
-            entry = default_registry().select(parsed)
-            options_class = load_options_class(entry)
-        source = f"{entry.distribution} {entry.version}"
-    resolved = resolve_options(parsed, options_class, environment=os.environ)
+    with contextlib.redirect_stdout(sys.stderr):
+        backend = default_registry().resolve(chosen)
+    source, resolved = "the best backend that works on every rank", backend.options
+    if backend.entry is not None:
+        source = f"{backend.entry.distribution} {backend.entry.version}"
     if json_path is not None:
         write_json(_document(resolved, chosen, source), json_path)
     if json_path != STDOUT:

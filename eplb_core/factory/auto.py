@@ -20,12 +20,10 @@ from eplb_core.errors import (
     TransferTimeoutError,
 )
 from eplb_core.hooks.host import BackendCandidate, PluginHost
-from eplb_core.registry.config import BackendConfig, ConfigOption
+from eplb_core.registry.config import AUTO, BackendConfig, ConfigOption
 from eplb_core.registry.entry import BackendEntry, BackendState
 from eplb_core.registry.probe import run_probe
 from eplb_core.registry.registry import Registry
-
-AUTO = "auto"
 
 _PROBE_S = 30.0
 _WAITED_IN_VAIN = tuple(kind.__name__ for kind in (TransferTimeoutError, PeerLostError, ControlPlaneError))
@@ -50,8 +48,9 @@ def wanted_by_all(
     Raises:
         HandshakeError: some ask for it and others do not, or a rank did not answer; the same table on every rank.
     """
-    name = "" if config is None or problem is not None else config.name
-    answers = all_answer(control, "which backend is asked for", timeout_s, value=name.encode(), problem=problem)
+    name = "" if config is None else config.name
+    why = problem if config is None else None  # one that is known by name is told later, with all that it would build
+    answers = all_answer(control, "which backend is asked for", timeout_s, value=name.encode(), problem=why)
     names = [answer.value.decode() for answer in answers]
     if AUTO not in names:
         return False

@@ -25,30 +25,16 @@ from eplb_core.errors import (
     NotACommunicatorError,
     StatelessGroupError,
 )
-from eplb_core.factory.auto import AUTO, AutomaticChoice, wanted_by_all
+from eplb_core.factory.auto import AutomaticChoice, wanted_by_all
 from eplb_core.factory.proposal import Proposal, agree, describe_layout
 from eplb_core.hooks.host import PluginHost
 from eplb_core.hooks.observed import default_plugins, observed
-from eplb_core.registry.config import (
-    BackendConfig,
-    ResolvedOptions,
-    backend_from_environment,
-    parse_config,
-    resolve_options,
-)
+from eplb_core.registry.config import AUTO, BackendConfig, ResolvedOptions, backend_from_environment, parse_config
 from eplb_core.registry.entry import BackendEntry
 from eplb_core.registry.known import DEFAULT_BACKEND
-from eplb_core.registry.registry import Registry, default_registry, load_factory, load_options_class
+from eplb_core.registry.registry import Registry, ResolvedBackend, default_registry, load_factory
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """A backend with its options, as one rank would build it."""
-
-    entry: BackendEntry
-    options: ResolvedOptions
 
 
 def create_eplb_communicator(
@@ -86,62 +72,96 @@ def create_eplb_communicator(
     plugins = plugins or default_plugins()
     tensors = tuple(expert_weights)
     device = tensors[0].device if tensors else torch.device("cpu")
-    config: BackendConfig | None = None
-    problem: EplbError | None = None
-    timeout_s = start_timeout_s = float(CommonOptions().timeout)
+    attempt = _attempt(
+        backend_from_environment(backend) or DEFAULT_BACKEND, group_coordinator, device, arguments, registry
+    )
     try:
-        config = parse_config(backend_from_environment(backend) or DEFAULT_BACKEND)
-        config = _for_group(config, group_coordinator, registry)
-        timeout_s, start_timeout_s = _handshake_timeouts(config, arguments, registry)
-    except EplbError as error:
-        problem = error
-    try:
-        control = open_control_plane(group_coordinator, start_timeout_s)
+        control = open_control_plane(group_coordinator, attempt.start_timeout_s)
     except ControlPlaneError as error:
         raise not_all_answered(error, group_coordinator.world_size) from error
     automatic: AutomaticChoice | None = None
-    if wanted_by_all(control, config, problem, timeout_s) and config is not None:
+    if wanted_by_all(control, attempt.config, attempt.problem, attempt.timeout_s) and attempt.config is not None:
         scope = control.scoped("auto")
-        automatic = AutomaticChoice(scope, config, device, group_coordinator, registry, plugins, timeout_s)
-    for attempt in itertools.count():
+        automatic = AutomaticChoice(
+            scope, attempt.config, device, group_coordinator, registry, plugins, attempt.timeout_s
+        )
+    for number in itertools.count():
         if automatic is not None:
-            config = automatic.choose()
-        mine: Selection | None = None
-        if config is not None and problem is None:
-            try:
-                mine = _select(config, arguments, registry)
-                _check_fits(mine.entry, device, group_coordinator)
-            except EplbError as error:
-                problem = error
-        selection = _agreed(control, mine, device, tensors, problem, timeout_s)
+            attempt = _attempt(automatic.choose(), group_coordinator, device, arguments, registry)
+        agree(control, _proposal(attempt, device, tensors), attempt.problem, attempt.timeout_s)
         context = BackendContext(
             rank=group_coordinator.rank_in_group,
             world_size=group_coordinator.world_size,
             device=device,
-            control=control.scoped(f"communicator {attempt}"),  # what an earlier attempt has told is not to be read
+            control=control.scoped(f"communicator {number}"),  # what an earlier attempt has told is not to be read
             cpu_group=group_coordinator.cpu_group,
             device_group=group_coordinator.device_group,
             device_communicator=group_coordinator.device_communicator,
         )
+        entry, options = attempt.selected()
         try:
-            communicator = _build(selection, context, tensors, control)
+            communicator = _build(entry, options, context, tensors, control, attempt.timeout_s)
             break
         except EplbError as error:
-            if automatic is None or not automatic.rule_out(selection.entry.name, error):
+            if automatic is None or not automatic.rule_out(entry.name, error):
                 raise
-    spec = selection.entry.spec
-    communicator.bind(
-        Binding(
-            selection.options.canonical(),
-            context,
-            plugins,
-            timeout_s=float(getattr(selection.options.values, "timeout", CommonOptions().timeout)),
-            background=spec is not None and spec.capabilities.background,
-        )
-    )
+    background = entry.spec is not None and entry.spec.capabilities.background
+    config = options.canonical()
+    communicator.bind(Binding(config, context, plugins, timeout_s=attempt.timeout_s, background=background))
     if _is_first_local_rank(context.rank):
-        logger.info("initialized, %s (%s)", type(communicator).__name__, selection.options.canonical())
+        logger.info("initialized, %s (%s)", type(communicator).__name__, config)
     return observed(communicator, plugins)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What one rank would build, or why it cannot.
+
+    Attributes:
+        config: what was asked for, in this group; None if that cannot be told.
+        backend: what that stands for; None if it cannot be selected, or for `auto`.
+        problem: why this rank cannot build it, or None.
+        timeout_s: the `timeout` option, as far as it is known, in seconds.
+        start_timeout_s: the same for the ranks' meeting.
+    """
+
+    config: BackendConfig | None
+    backend: ResolvedBackend | None
+    problem: EplbError | None
+    timeout_s: float
+    start_timeout_s: float
+
+    def selected(self) -> tuple[BackendEntry, ResolvedOptions]:
+        """Return what to build. Raises what stands in the way."""
+        if self.problem is not None or self.backend is None or self.backend.entry is None:
+            raise self.problem or EplbError("no backend was selected")
+        return self.backend.entry, self.backend.options
+
+
+def _attempt(
+    asked: BackendConfig | str,
+    group: GroupCoordinator | StatelessGroup,
+    device: torch.device,
+    arguments: Mapping[str, object] | None,
+    registry: Registry,
+) -> _Attempt:
+    """Select a backend on this rank alone. What goes wrong is not raised: the other ranks have to be told first."""
+    config: BackendConfig | None = None
+    backend: ResolvedBackend | None = None
+    problem: EplbError | None = None
+    timeout_s = start_timeout_s = float(CommonOptions().timeout)
+    try:
+        config = _for_group(parse_config(asked) if isinstance(asked, str) else asked, group, registry)
+        resolved = registry.resolve(config, arguments=arguments)
+        timeout_s, start_timeout_s = resolved.timeout_s, resolved.start_timeout_s
+        if resolved.entry is not None:
+            load_factory(resolved.entry)  # one that cannot be imported must not surprise the other ranks later
+            backend = resolved
+            _check_fits(resolved.entry, device, group)
+    except EplbError as error:
+        # The options of auto are those of the backend that it will stand for: they are looked at then.
+        problem = None if config is not None and config.name == AUTO else error
+    return _Attempt(config, backend, problem, timeout_s, start_timeout_s)
 
 
 def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, registry: Registry) -> BackendConfig:
@@ -158,28 +178,6 @@ def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, 
             spec.stateless_substitute,
         )
     return replace(config, name=spec.stateless_substitute, distribution=None)
-
-
-def _handshake_timeouts(
-    config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry
-) -> tuple[float, float]:
-    """Return the options `timeout` and `start_timeout`, if they can be known before anything is checked, in seconds."""
-    default = float(CommonOptions().timeout)
-    try:
-        options_class = CommonOptions if config.name == AUTO else load_options_class(registry.select(config))
-        values = resolve_options(config, options_class, arguments=arguments).values
-    except EplbError:
-        return default, default  # the error comes again, and is told to the other ranks, once they can be reached
-    timeout_s = float(getattr(values, "timeout", default))
-    start_s = getattr(values, "start_timeout", None)
-    return timeout_s, timeout_s if start_s is None else float(start_s)
-
-
-def _select(config: BackendConfig, arguments: Mapping[str, object] | None, registry: Registry) -> Selection:
-    entry = registry.select(config)
-    options = resolve_options(config, load_options_class(entry), arguments=arguments)
-    load_factory(entry)  # a factory that cannot be imported here must not surprise the other ranks later
-    return Selection(entry, options)
 
 
 def _check_fits(entry: BackendEntry, device: torch.device, group: GroupCoordinator | StatelessGroup) -> None:
@@ -199,29 +197,12 @@ def _check_fits(entry: BackendEntry, device: torch.device, group: GroupCoordinat
         )
 
 
-def _agreed(
-    control: ControlPlane,
-    selection: Selection | None,
-    device: torch.device,
-    tensors: Sequence[torch.Tensor],
-    problem: EplbError | None,
-    timeout_s: float,
-) -> Selection:
-    """Return the selection once all ranks have made the same; raises as `agree` does if not, or if there is none."""
-    agree(control, _proposal(selection, device, tensors, problem), problem, timeout_s)
-    if selection is None:
-        raise EplbError("no backend was selected")
-    return selection
-
-
-def _proposal(
-    selection: Selection | None, device: torch.device, tensors: Sequence[torch.Tensor], problem: EplbError | None
-) -> Proposal:
+def _proposal(attempt: _Attempt, device: torch.device, tensors: Sequence[torch.Tensor]) -> Proposal:
+    problem, layout = attempt.problem, describe_layout(tensors)
     text = f"{type(problem).__name__}: {problem}" if problem is not None else ""
-    layout = describe_layout(tensors)
-    if selection is None:
+    if attempt.backend is None or attempt.backend.entry is None:
         return Proposal(problem=text, device=device.type, layout=layout)
-    entry, options = selection.entry, selection.options
+    entry, options = attempt.backend.entry, attempt.backend.options
     api = ".".join(map(str, entry.spec.api_version)) if entry.spec is not None else ""
     return Proposal(
         problem=text,
@@ -235,14 +216,18 @@ def _proposal(
 
 
 def _build(
-    selection: Selection, context: BackendContext, tensors: Sequence[torch.Tensor], control: ControlPlane
+    entry: BackendEntry,
+    options: ResolvedOptions,
+    context: BackendContext,
+    tensors: Sequence[torch.Tensor],
+    control: ControlPlane,
+    timeout_s: float,
 ) -> EplbCommunicator:
     """Call the backend's factory on every rank; if it fails on any, close what the others have built and raise."""
-    entry = selection.entry
     problem: Exception | None = None
     built: Any = None
     try:
-        built = load_factory(entry)(context, selection.options.values, tensors)
+        built = load_factory(entry)(context, options.values, tensors)
         if not isinstance(built, EplbCommunicator):
             problem = NotACommunicatorError(
                 f"backend {entry.name!r} returned a {type(built).__name__}, which is not an EplbCommunicator",
@@ -261,7 +246,8 @@ def _build(
         )
         problem.__cause__ = error
     try:
-        agree_on_outcome(control, f"building the {entry.name} communicator", problem, _build_timeout(selection))
+        # A rank whose construction timed out answers that much later than one that failed at once.
+        agree_on_outcome(control, f"building the {entry.name} communicator", problem, 2 * timeout_s + 5.0)
     except BaseException:
         if isinstance(built, EplbCommunicator):
             built.close()
@@ -269,11 +255,6 @@ def _build(
     if not isinstance(built, EplbCommunicator):
         raise EplbError("nothing was built")
     return built
-
-
-def _build_timeout(selection: Selection) -> float:
-    """A rank whose construction timed out answers that much later than one that failed at once; allow for both."""
-    return 2 * float(getattr(selection.options.values, "timeout", CommonOptions().timeout)) + 5.0
 
 
 def _is_first_local_rank(rank: int) -> bool:

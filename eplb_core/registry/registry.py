@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eplb_core.contract.backend import ENTRY_POINT_GROUP, PLUGIN_API_VERSION, BackendFactory, BackendProbe, BackendSpec
+from eplb_core.contract.option_types import CommonOptions
 from eplb_core.contract.options import option_types
 from eplb_core.errors import (
     BackendBrokenError,
@@ -21,7 +22,7 @@ from eplb_core.errors import (
     ConfigError,
     UnknownBackendError,
 )
-from eplb_core.registry.config import AUTO, BackendConfig
+from eplb_core.registry.config import AUTO, BackendConfig, ResolvedOptions, parse_config, resolve_options
 from eplb_core.registry.discovery import Registration, discover
 from eplb_core.registry.entry import (
     BackendEntry,
@@ -39,12 +40,42 @@ __all__ = [
     "BackendEntry",
     "BackendState",
     "Registry",
+    "ResolvedBackend",
     "default_registry",
     "import_dotted",
     "load_factory",
     "load_options_class",
     "load_probe",
 ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ResolvedBackend:
+    """What a config string stands for.
+
+    Attributes:
+        entry: the installed backend; None for `auto`.
+        options: every option with its value; those that all backends have for `auto`.
+    """
+
+    entry: BackendEntry | None
+    options: ResolvedOptions
+
+    @property
+    def config(self) -> BackendConfig:
+        """The config that it was resolved from."""
+        return self.options.config
+
+    @property
+    def timeout_s(self) -> float:
+        """The `timeout` option, in seconds: the longest that any wait for a peer may take."""
+        return float(getattr(self.options.values, "timeout", CommonOptions().timeout))
+
+    @property
+    def start_timeout_s(self) -> float:
+        """The `start_timeout` option, in seconds: the same for the ranks' meeting."""
+        seconds = getattr(self.options.values, "start_timeout", None)
+        return self.timeout_s if seconds is None else float(seconds)
 
 
 class Registry:
@@ -117,6 +148,32 @@ class Registry:
         if entry.state is not BackendState.READY:
             raise selection_error(entry) from entry.cause
         return entry
+
+    def resolve(
+        self,
+        config: BackendConfig | str,
+        *,
+        arguments: Mapping[str, object] | None = None,
+    ) -> ResolvedBackend:
+        """Return the backend that a config string names, with all of its options.
+
+        Args:
+            config: the config string, or what was parsed of it.
+            arguments: option values by name; they win over the config string.
+
+        Raises:
+            ConfigError: the config string, or an option, is wrong.
+            BackendError: the backend cannot be selected, as in `select`, or its options class is broken.
+        """
+        parsed = parse_config(config) if isinstance(config, str) else config
+        if parsed.name == AUTO:
+            # Which backend it will be is not known before all ranks have probed theirs. Other options are that one's.
+            types = option_types(CommonOptions)
+            parsed = dataclasses.replace(parsed, options=tuple(each for each in parsed.options if each.key in types))
+            arguments = {key: value for key, value in (arguments or {}).items() if key in types}
+            return ResolvedBackend(None, resolve_options(parsed, CommonOptions, arguments=arguments))
+        entry = self.select(parsed)
+        return ResolvedBackend(entry, resolve_options(parsed, load_options_class(entry), arguments=arguments))
 
     def _not_found(self, name: str) -> BackendError:
         if name in KNOWN_BACKENDS:

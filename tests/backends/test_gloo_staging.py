@@ -12,7 +12,7 @@ from eplb_backends.torch_gloo.options import GlooOptions
 from eplb_backends.torch_gloo.staging import cut
 from eplb_core.contract.context import BackendContext
 from eplb_core.contract.option_types import ByteSize
-from eplb_core.contract.payload import Transfer
+from eplb_core.contract.payload import Payload
 from eplb_core.control.groups import TorchGroups, open_control_plane
 from tests.support.ranks import POISON, Member, Report, Scenario, run_scenarios
 
@@ -23,7 +23,7 @@ SIZES = {0: (0, 1, 40_000), 1: (WINDOW, 5 * WINDOW + 7, 3), 2: (100_000,)}  # by
 
 def test_parts_are_full_but_for_the_last_and_keep_the_order() -> None:
     tensors = [torch.arange(size, dtype=torch.uint8) for size in (5, 0, 8, 3)]
-    rounds = cut([Transfer(tensor, 1) for tensor in tensors] + [Transfer(tensors[0], 2)], 6)
+    rounds = cut({1: [*map(Payload, tensors)], 2: [Payload(tensors[0])]}, 6)
     sent_to_1 = [torch.cat(parts[1]).tolist() for parts in rounds]
     assert sent_to_1 == [[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 5, 6], [7, 0, 1, 2]]
     assert [torch.cat(parts[2]).tolist() for parts in rounds if 2 in parts] == [[0, 1, 2, 3, 4]]

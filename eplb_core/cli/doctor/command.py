@@ -18,8 +18,8 @@ from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.doctor.checks import Finding, Severity, run_checks, worst
 from eplb_core.errors import BackendError, InputError
 from eplb_core.launch.torchrun import started_by_torchrun
-from eplb_core.registry.config import AUTO, parse_config, resolve_options
-from eplb_core.registry.registry import BackendEntry, BackendState, default_registry, load_options_class
+from eplb_core.registry.config import AUTO, parse_config
+from eplb_core.registry.registry import BackendEntry, BackendState, default_registry
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,10 +149,8 @@ def _device(device: str | None) -> str:
 def _check_configs(configs: Sequence[str]) -> None:
     """Raise `ConfigError` for the first that is not well formed, or that has an option which its backend has not."""
     for text in configs:
-        config = parse_config(text)
         with contextlib.suppress(BackendError):  # that is what the doctor tells
-            if config.name != AUTO:
-                resolve_options(config, load_options_class(default_registry().select(config)))
+            default_registry().resolve(text)
 
 
 def _refusal(text: str) -> Finding | None:

@@ -31,7 +31,7 @@ from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.verify import THOROUGHNESS, Thoroughness
 from eplb_core.registry.config import AUTO, backend_from_environment, parse_config, resolve_options
 from eplb_core.registry.policies import select_policy
-from eplb_core.registry.registry import default_registry, load_options_class
+from eplb_core.registry.registry import default_registry
 from eplb_core.scheduling.schedule import schedule_steps
 
 _GAINS_NOTHING = 1e-9
@@ -311,21 +311,19 @@ def _doubts(old: NDArray[np.int64], new: NDArray[np.int64], loads: NDArray[np.fl
 def _check_backend(backend: str | None, device: str, *, background: bool) -> str:
     """Return the config string to use. Raises `ConfigError` or `BackendError` if it cannot be selected."""
     text = backend_from_environment(backend) or AUTO
-    config = parse_config(text)
-    if config.name != AUTO:
-        entry = default_registry().select(config)
-        resolve_options(config, load_options_class(entry))
+    entry = default_registry().resolve(text).entry
+    if entry is not None:
         types = (device,) if entry.spec is None else entry.spec.capabilities.device_types
         if device not in types:
             raise BackendUnavailableError(
-                f"backend {config.name!r} does not move weights on {device}",
-                name=config.name,
+                f"backend {entry.name!r} does not move weights on {device}",
+                name=entry.name,
                 remedy=f"give --device {types[0]}, or another backend: 'eplb backends' lists what each can do",
             )
         if background and entry.spec is not None and not entry.spec.capabilities.background:
             raise BackendUnavailableError(
-                f"backend {config.name!r} cannot run beside inference, and --pace asks for a background job",
-                name=config.name,
+                f"backend {entry.name!r} cannot run beside inference, and --pace asks for a background job",
+                name=entry.name,
                 remedy="leave --pace away, or give a backend that can: 'eplb backends --json -' says which",
             )
     return text
