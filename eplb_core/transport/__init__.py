@@ -1,4 +1,4 @@
-"""The toolbox of a backend's author, promised: a communicator to derive from, and what moves bytes around it."""
+"""The toolbox of a backend's author, promised: a communicator to derive from, and what moves bytes."""
 
 from __future__ import annotations
 
