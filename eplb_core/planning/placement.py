@@ -16,6 +16,7 @@ EMPTY = -1
 """What a placement holds for a slot without an expert."""
 
 _LARGEST_EXPERT = 2**31 - 1
+_LARGEST_TABLE = 2**22  # entries; a larger one takes longer than a search
 
 
 def check_placement(
@@ -111,8 +112,16 @@ def lost_slots(old: IntArray, new: IntArray) -> IntArray:
         int64 `[K, 3]`: layer, slot counted over all ranks, logical expert; sorted by layer and slot.
     """
     width = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
-    layer, slot = np.nonzero((new != old) & (new != EMPTY))
+    wanted = (new != old) & (new != EMPTY)
+    if len(old) * (width + 1) <= _LARGEST_TABLE:
+        has = np.zeros((len(old), width + 1), dtype=np.bool_)  # the last column answers for empty slots
+        rows = np.arange(len(old))[:, None]
+        has[rows, old] = True
+        wanted &= ~has[rows, new]
+    layer, slot = np.nonzero(wanted)
     expert = new[layer, slot]
+    if not len(layer):
+        return np.empty((0, 3), dtype=np.int64)
     held_layer, held_slot = np.nonzero(old != EMPTY)
     lost = ~np.isin(layer * width + expert, held_layer * width + old[held_layer, held_slot])
     return np.stack([layer[lost], slot[lost], expert[lost]], axis=1)

@@ -103,8 +103,8 @@ def whole_layers(plan: RearrangementPlan) -> Parts:
     )
     return Parts(
         np.repeat(np.arange(plan.num_layers), count),
-        np.stack(transfers, axis=1),
-        np.stack(moves, axis=1),
+        np.stack(transfers).T,
+        np.stack(moves).T,
         np.empty((0, 2), dtype=np.int64),
     )
 

@@ -143,6 +143,8 @@ def _offsets(window: IntArray, size: IntArray, num_windows: int) -> tuple[IntArr
 
 def _split(columns: Sequence[IntArray], step: IntArray, num_steps: int) -> list[IntArray]:
     """Return the rows of each step, in their order."""
-    by_step = np.argsort(step.astype(np.min_scalar_type(num_steps)), kind="stable")  # small numbers sort faster
-    rows = np.stack([column[by_step] for column in columns], axis=1)
+    if not (step[1:] >= step[:-1]).all():
+        by_step = np.argsort(step.astype(np.min_scalar_type(num_steps)), kind="stable")  # small numbers sort faster
+        columns = [column[by_step] for column in columns]
+    rows = np.stack(columns).T  # whoever reads rows reads columns first: they lie together
     return np.split(rows, np.cumsum(np.bincount(step, minlength=num_steps))[:-1])
