@@ -12,6 +12,7 @@ with its host, nobody can tell how the last step ended; `DecisionUnknownError` s
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -77,11 +78,16 @@ class CommitRecord:
     Args:
         control: a control plane that only this rearrangement uses.
         timeout_s: how long to wait for the slowest rank, in seconds.
+        forgotten: what removes keys of earlier records that every rank has read the decision of, the oldest first:
+            called while this rank waits for others.
     """
 
-    def __init__(self, control: ControlPlane, timeout_s: float) -> None:
+    def __init__(
+        self, control: ControlPlane, timeout_s: float, forgotten: deque[Callable[[], None]] | None = None
+    ) -> None:
         self._control = control
         self._timeout_s = timeout_s
+        self._forgotten = forgotten
         self._words = -(-control.world_size // _RANKS_PER_WORD)
 
     def decide(
@@ -104,6 +110,8 @@ class CommitRecord:
         """
         if self._say_yes(key):
             return self._conclude(key, outcome)
+        if self._forgotten:
+            self._forgotten.popleft()()
         began = watched = time.monotonic()
         while (decision := self._peek(key)) is None:
             now = time.monotonic()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch.distributed as dist
@@ -44,6 +46,23 @@ def test_a_step_is_committed_once_every_rank_has_said_yes(ranks: int) -> None:
     decisions = together([lambda record=record: record.decide("step 0") for record in records])  # type: ignore[misc]
     assert {decision.outcome for decision in decisions} == {COMMIT}
     assert len(set(decisions)) == 1
+
+
+def test_what_is_forgotten_is_removed_by_a_rank_that_waits_and_by_no_other() -> None:
+    store = dist.HashStore()
+    earlier = [CommitRecord(plane.scoped("earlier"), 20) for plane in planes(store, 2)]
+    together([lambda record=record: record.decide("last step") for record in earlier])  # type: ignore[misc]
+    before = store.num_keys()
+    forgotten = [deque([partial(earlier[0].forget, "last step")]) for _ in range(2)]
+    first, last = (CommitRecord(plane, 20, chores) for plane, chores in zip(planes(store, 2), forgotten, strict=True))
+    waiting = threading.Thread(target=first.decide, args=("step 0",))
+    waiting.start()
+    while forgotten[0] or store.num_keys() != before - 2 + 1:  # its own yes is the only thing that is new
+        assert waiting.is_alive()
+        time.sleep(1e-3)
+    assert last.decide("step 0").outcome == COMMIT
+    waiting.join(30)
+    assert len(forgotten[1]) == 1
 
 
 def test_without_one_rank_the_others_all_abort_and_name_it() -> None:

@@ -112,6 +112,18 @@ def test_what_nobody_publishes_names_the_rank_that_should_have(store: dist.Store
     assert error.value.missing == (1,)
 
 
+@pytest.mark.parametrize("kind", ["hash", "tcp"])
+def test_asking_what_is_settled_settles_nothing(kind: str) -> None:
+    made = dist.HashStore() if kind == "hash" else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    control, other = ControlPlane(made, 0, 2), ControlPlane(made, 1, 2).scoped("of another")
+    assert control.settled("tea") is None
+    assert not made.check(["tea"])
+    assert control.settle("tea", b"\x00green") == b"\x00green"
+    assert control.settled("tea") == b"\x00green"
+    assert control.settle("tea", b"black") == b"\x00green"
+    assert other.settled("tea") is None
+
+
 # --- meeting ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,171 @@
+"""Messages between ranks of one host, in memory that they share: gathering takes microseconds, and asks no store.
+
+Each rank owns a page that it alone writes, and maps those of the others to read. The memory has no name in any file
+system (`memfd_create`), so that nothing is left of it when the ranks are gone, however they end. Others find it through
+`/proc`, if they are of the same host, PID namespace and user; if any rank is not, nobody gets a board.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import secrets
+import struct
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+CAPACITY = 16_000
+"""The longest message that fits, in bytes."""
+
+_SLOT, _SLOTS = 16 << 10, 2
+_HEADER = struct.Struct("<QI8s")  # round + 1, length, digest
+_NONCE_BYTES = 16
+_PAGE = _SLOT * _SLOTS + mmap.PAGESIZE  # the nonce lies behind the slots
+_ELSEWHERE = 2**32 - 1  # as a length: the message did not fit, and is at the store
+_SPIN_S = 300e-6  # as long as ranks that come together are apart; then others may have the core
+_NAP_S, _LONGEST_NAP_S = 50e-6, 1e-3
+
+
+class Offer(msgspec.Struct, array_like=True, frozen=True):
+    """Where a rank's page is. All texts are empty on a machine that cannot have one.
+
+    Attributes:
+        host: tells one boot of one machine, and one PID namespace there, from others.
+        path: opens the page for any process of that host.
+        nonce: what it holds, so that it is not taken for another one's.
+    """
+
+    host: str = ""
+    path: str = ""
+    nonce: bytes = b""
+
+
+class OwnPage:
+    """The page that this rank writes.
+
+    Raises:
+        OSError: this machine has no such memory.
+    """
+
+    def __init__(self) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("memory without a name takes Linux")
+        self._file = os.memfd_create("eplb-board", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._file, _PAGE)
+            self.memory = mmap.mmap(self._file, _PAGE)
+            nonce = secrets.token_bytes(_NONCE_BYTES)
+            self.memory[-_NONCE_BYTES:] = nonce
+            self.offer = Offer(_host(), f"/proc/{os.getpid()}/fd/{self._file}", nonce)
+        except BaseException:
+            self.close_file()
+            raise
+
+    def close_file(self) -> None:
+        """Let nobody find the page any more; who has mapped it keeps it."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class Board:
+    """The pages of all ranks.
+
+    A message carries a digest of its round and content: one that is seen half written, on whatever memory model, is not
+    there yet. Each page has room for two rounds. Who writes a round has read all of the one before, so every rank has
+    ended the one before that, whose place it takes.
+
+    Args:
+        own: this rank's page.
+        offers: where the pages of all ranks are, in rank order.
+        rank: this rank.
+
+    Raises:
+        OSError: a page cannot be opened from here.
+    """
+
+    def __init__(self, own: OwnPage, offers: Sequence[Offer], rank: int) -> None:
+        self._own = own.memory
+        self._rank = rank
+        self._pages: list[mmap.mmap] = []
+        for other, offer in enumerate(offers):
+            if other == rank:
+                self._pages.append(own.memory)
+                continue
+            if not offer.path or offer.host != own.offer.host:
+                raise OSError(f"rank {other} is elsewhere")
+            file = os.open(offer.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if os.fstat(file).st_size != _PAGE:
+                    raise OSError(f"the page of rank {other} has another size")
+                page = mmap.mmap(file, _PAGE, prot=mmap.PROT_READ)
+            finally:
+                os.close(file)
+            if page[-_NONCE_BYTES:] != offer.nonce:
+                raise OSError(f"what rank {other} offers is another page")
+            self._pages.append(page)
+
+    def write(self, number: int, message: bytes | None) -> None:
+        """Write this rank's message of round `number`; None says that it is at the store."""
+        begin = number % _SLOTS * _SLOT
+        content = message or b""
+        if len(content) > CAPACITY:
+            raise ValueError(f"a message of {len(content)} bytes does not fit")
+        length = _ELSEWHERE if message is None else len(content)
+        first = begin + _HEADER.size
+        self._own[first : first + len(content)] = content
+        self._own[begin:first] = _HEADER.pack(number + 1, length, _digest(number, length, content))
+
+    def read(self, rank: int, number: int) -> tuple[bool, bytes | None]:
+        """Return whether `rank` has written its message of round `number`, and the message, None if at the store."""
+        begin = number % _SLOTS * _SLOT
+        page = self._pages[rank]
+        written, length, digest = _HEADER.unpack_from(page, begin)
+        if written != number + 1:
+            return False, None
+        first = begin + _HEADER.size
+        content = b"" if length == _ELSEWHERE else page[first : first + min(length, CAPACITY)]
+        if digest != _digest(number, length, content):
+            return False, None
+        return True, None if length == _ELSEWHERE else content
+
+    def wait(self, number: int, deadline: float) -> tuple[list[bytes | None], list[int]]:
+        """Wait until all ranks have written round `number`, or `time.monotonic()` is `deadline`.
+
+        Returns:
+            The message of each rank, and the ranks that have written none.
+        """
+        found: list[bytes | None] = [None] * len(self._pages)
+        missing = list(range(len(self._pages)))
+        began = time.monotonic()
+        while True:
+            late = []
+            for rank in missing:
+                written, found[rank] = self.read(rank, number)
+                if not written:
+                    late.append(rank)
+            missing = late
+            now = time.monotonic()
+            if not missing or now >= deadline:
+                return found, missing
+            waited = now - began
+            if waited < _SPIN_S:
+                os.sched_yield()
+            else:
+                time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, waited / 8), deadline - now))
+
+
+def _digest(number: int, length: int, content: bytes) -> bytes:
+    return hashlib.blake2b(
+        content, digest_size=8, salt=number.to_bytes(8, "little") + length.to_bytes(4, "little")
+    ).digest()
+
+
+def _host() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    space = os.stat("/proc/self/ns/pid")
+    return f"{boot}/{space.st_dev}:{space.st_ino}"
