@@ -16,7 +16,7 @@ from eplb_core.control.plane import ControlPlane
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.launch.rank_devices import device_group, rank_device
-from eplb_core.rearrange.rearranger import STEPS_UNDER_WAY, InPlace, Rearranger
+from eplb_core.rearrange.rearranger import InPlace, Rearranger
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
 
@@ -30,7 +30,6 @@ class BenchRun:
         backend: a config string.
         device: "cpu" or "cuda"; there, rank r uses GPU r modulo their number.
         window_bytes: what received experts are staged in; None for what the backend's configuration allows.
-        steps_under_way: into how many parts that window is cut; None for the default.
         in_place: whether experts are received into slots directly.
         timeout_s: the longest that the run may take, in seconds.
     """
@@ -39,7 +38,6 @@ class BenchRun:
     backend: str
     device: str = "cpu"
     window_bytes: int | None = None
-    steps_under_way: int | None = None
     in_place: InPlace = "auto"
     timeout_s: float = 1800.0
 
@@ -115,7 +113,6 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
             communicator,
             weights,
             window_bytes=job.window_bytes,
-            steps_under_way=job.steps_under_way or STEPS_UNDER_WAY,
             in_place=job.in_place,
         )
         seconds: list[float] = []

@@ -64,7 +64,6 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     callback=_parse_size,
     help="What received experts are staged in.  [default: what the backend's own windows leave]",
 )
-@click.option("--steps-under-way", type=click.IntRange(1), help="Into how many parts that window is cut.  [default: 1]")
 @click.option(
     "--in-place",
     type=click.Choice(["auto", "always", "never"]),
@@ -83,7 +82,6 @@ def bench(
     device: str,
     rounds: int,
     window_bytes: int | None,
-    steps_under_way: int | None,
     in_place: Literal["auto", "always", "never"],
     timeout_s: float,
     json_path: str | None,
@@ -112,7 +110,6 @@ def bench(
             backend=name,
             device=device,
             window_bytes=window_bytes,
-            steps_under_way=steps_under_way,
             in_place=in_place,
             timeout_s=timeout_s,
         )

@@ -1,26 +1,46 @@
-"""Before a rearrangement: every rank has been asked for the same, or none begins."""
+"""Before a rearrangement: every rank has been asked for the same, or none begins.
+
+Ranks that were asked for the same find that out in one round, by a digest. Only if they differ, or one has a problem,
+does each say what it was asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
-from eplb_core.control.agreement import exchange
+from eplb_core.control.agreement import exchange, not_all_answered
 from eplb_core.control.plane import ControlPlane
-from eplb_core.errors import EplbError, HandshakeError
-from eplb_core.planning.plan import RearrangementPlan
+from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError
+from eplb_core.rearrange.known_plan import KnownPlan
+
+_DIGEST_BYTES = 32
+_PROBLEM = bytes(_DIGEST_BYTES)  # instead of a digest
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks have.
+
+    Attributes:
+        known: the plan.
+        scheduled: whether every rank has its schedule too.
+    """
+
+    known: KnownPlan
+    scheduled: bool
 
 
 def agree_on_plan(
     control: ControlPlane,
-    make_plan: Callable[[], RearrangementPlan],
+    make_plan: Callable[[], KnownPlan],
     asked: Mapping[str, str],
     timeout_s: float,
-) -> RearrangementPlan:
+    is_scheduled: Callable[[KnownPlan], bool] = lambda known: False,
+) -> Agreed:
     """Return the plan, once all ranks have the same one. A rank that cannot make one does not let others wait.
 
     Args:
@@ -28,44 +48,65 @@ def agree_on_plan(
         make_plan: makes this rank's plan.
         asked: what else has to be the same on every rank.
         timeout_s: how long to wait for the slowest rank, in seconds.
+        is_scheduled: whether this rank knows the schedule of a plan.
 
     Raises:
         HandshakeError: the ranks differ, or one did not come; the same table on each.
         EplbError: what `make_plan` raised, if it raised the same on every rank.
     """
-    plan: RearrangementPlan | None = None
+    known: KnownPlan | None = None
     problem: EplbError | None = None
     try:
-        plan = make_plan()
+        known = make_plan()
     except EplbError as error:
         problem = error
-    mine = {
-        "old placement": "-" if plan is None else _digest(plan.old),
-        "new placement": "-" if plan is None else _digest(plan.new),
-        "problem": str(problem or "-"),
-        **asked,
-    }
-    before = None if plan is None else plan.old.copy()
+    mine = _PROBLEM if known is None else _digest(known, asked)
+    message = mine + bytes([known is not None and is_scheduled(known)])
     try:
-        said = exchange(control, "the placements to rearrange", msgspec.msgpack.encode(mine), timeout_s)
-        ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
-    except HandshakeError as late:
-        late.placement = before
+        if known is not None and known.changes:
+            _ask_store(control)  # steps are decided there: without it none may begin
+        said = exchange(control, "the placements to rearrange", message, timeout_s)
+        if any(len(value) != len(message) for value in said):
+            raise HandshakeError("what a rank was asked for cannot be read", table={}, why="it has another length")
+        if known is not None and all(value[:_DIGEST_BYTES] == mine for value in said):
+            return Agreed(known, all(value[_DIGEST_BYTES] for value in said))
+        _compare(control, known, problem, asked, timeout_s)
+    except HandshakeError as error:
+        error.placement = None if known is None else known.plan.old.copy()
         raise
+    raise problem or EplbError("there is no plan")
+
+
+def _ask_store(control: ControlPlane) -> None:
+    try:
+        control.ask_store()
+    except ControlPlaneError as error:
+        raise not_all_answered(error, control.world_size) from error
+
+
+def _compare(
+    control: ControlPlane,
+    known: KnownPlan | None,
+    problem: EplbError | None,
+    asked: Mapping[str, str],
+    timeout_s: float,
+) -> None:
+    """Raise an error that says in what the ranks differ, the same on each. Return if they have the same problem."""
+    old, new = ("-", "-") if known is None else (digest.hex()[:16] for digest in known.digests)
+    mine = {"old placement": old, "new placement": new, "problem": str(problem or "-"), **asked}
+    said = exchange(control, "what each rank was asked for", msgspec.msgpack.encode(mine), timeout_s)
+    try:
+        ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
     table = {item: [rank.get(item, "?") for rank in ranks] for item in mine}
     table = {item: values for item, values in table.items() if len(set(values)) > 1}
-    if table:
-        different = HandshakeError(
+    if table or problem is None:
+        raise HandshakeError(
             "the ranks were asked for different rearrangements", table=table, why="nothing was moved"
-        )
-        different.placement = before
-        raise different from problem
-    if plan is None:
-        raise problem or EplbError("there is no plan")
-    return plan
+        ) from problem
 
 
-def _digest(placement: npt.NDArray[np.int64]) -> str:
-    return hashlib.sha256(placement.tobytes()).hexdigest()[:16]
+def _digest(known: KnownPlan, asked: Mapping[str, str]) -> bytes:
+    """Return a digest of everything that has to be the same on every rank."""
+    return hashlib.sha256(msgspec.msgpack.encode((known.digests, sorted(asked.items())))).digest()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +34,11 @@ from eplb_core.errors import (
 )
 from eplb_core.planning.generations import remap_placement, reverse_mapping
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
-from eplb_core.rearrange.agree_on_plan import agree_on_plan
+from eplb_core.rearrange.agree_on_plan import Agreed, agree_on_plan
 from eplb_core.rearrange.job import RearrangeJob
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import JobState
+from eplb_core.rearrange.known_plan import KnownPlan, KnownPlans
 from eplb_core.rearrange.live import LiveCheck, compare_live
 from eplb_core.rearrange.lost_experts import Loader, load_lost
 from eplb_core.rearrange.pace import parse_pace
@@ -56,16 +59,24 @@ from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import cut_window
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
 
-STEPS_UNDER_WAY = 1
-"""Into how many parts a `Rearranger` cuts its window unless it is told otherwise. Four parts took twice as long as one
-where 2 or 4 ranks shared an H200, and made no difference on a CPU: every step costs a round of messages."""
-
 InPlace = Literal["never", "auto", "always"]
 _STEP_COSTS = {"cpu": 24 << 20, "cuda": 1 << 30}
 """Bytes that are staged and copied in the time that an additional step takes, by the kind of device."""
 
+_MOST_FORGOTTEN = 8
+"""How many last questions of earlier rearrangements may wait at the store for a moment in which this rank waits."""
+
 LAYERS_IN_FLIGHT = 2
 """How many layers a background job holds received and not yet committed, unless it is told otherwise."""
+
+
+class _Scheduling(NamedTuple):
+    """What a schedule depends on beside the plan."""
+
+    window_bytes: int
+    limit_bytes: int | None
+    max_layers: int | None
+    in_place_from: int | None
 
 
 class Rearranger:
@@ -78,8 +89,6 @@ class Rearranger:
         node_of_rank: node number of each rank, so that sources on the same node are preferred.
         relay: whether an expert that several ranks of one node need crosses to that node once, and is passed on
             there; None means yes where `node_of_rank` is given.
-        steps_under_way: into how many parts the window is cut, so that one step is received while another is
-            committed. More parts are smaller ones, and every step costs a round of messages.
         atomic: whether ranks commit a step only when all have received it. Without, each goes ahead as soon as it has
             its own bytes: a little faster, and after a failure the ranks' placements may differ.
         in_place: whether `run` gives up slots whose expert has another copy, and receives into them directly, which
@@ -99,7 +108,6 @@ class Rearranger:
         window_bytes: int | None = None,
         node_of_rank: Sequence[int] | None = None,
         relay: bool | None = None,
-        steps_under_way: int = STEPS_UNDER_WAY,
         atomic: bool = True,
         in_place: InPlace = "auto",
     ) -> None:
@@ -111,9 +119,6 @@ class Rearranger:
             raise InputError(
                 f"the weights lie on {self._weights.device}, the communicator moves tensors on {context.device}"
             )
-        if steps_under_way < 1:
-            raise InputError(f"steps_under_way has to be at least 1, not {steps_under_way}")
-        self._steps_under_way = steps_under_way
         self._atomic = atomic
         self._in_place_from = self._weigh_in_place(in_place)
         self._rank = context.rank
@@ -126,12 +131,14 @@ class Rearranger:
         self._beside: ControlPlane | None = None
         self._runs = 0
         self._looks = 0
+        self._known = KnownPlans()
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
         self._placement: IntArray | None = None
         self._finished: CommitRecord | None = None
         self._finished_steps = 0
         self._remembered: tuple[Literal["sample", "full"], dict[tuple[int, int], int]] | None = None
+        self._forgotten: deque[Callable[[], None]] = deque()
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
         communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
         communicator.register([self._window], landing=True)
@@ -198,7 +205,8 @@ class Rearranger:
         self._refuse_beside_a_job()
         if verify not in THOROUGHNESS:
             raise InputError(f"verify has to be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
-        plan = self._agreed_plan(
+        scheduling = _Scheduling(self.window_bytes, self._communicator.transfer_limit_bytes, None, self._in_place_from)
+        agreed = self._agreed_plan(
             old,
             new,
             ranks_before=ranks_before,
@@ -206,17 +214,13 @@ class Rearranger:
             keep_slots=keep_slots,
             loads=loader is not None,
             settings={"verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)},
+            scheduling=scheduling,
         )
-        parts = cut_window(
-            self._window,
-            int(self._weights.expert_bytes.max()),
-            min(self._communicator.max_in_flight, self._steps_under_way),
-        )
-        steps = self._schedule(plan, len(parts[0]), in_place_from=self._in_place_from)
-        record = CommitRecord(self._control.scoped(f"run {self._runs}"), self._timeout_s)
+        plan, steps = agreed.known.plan, self._schedule(agreed, scheduling)
+        record = CommitRecord(self._control.scoped(f"run {self._runs}"), self._timeout_s, self._forgotten)
         run = Run(
             steps,
-            parts,
+            self._window,
             plan.old.copy(),
             record if self._atomic else None,
             self._communicator,
@@ -242,7 +246,7 @@ class Rearranger:
             raise
         self._placement = run.placement
         self._finished, self._finished_steps = record, len(steps)
-        result = self._result(plan, run, time.perf_counter() - began)
+        result = self._summary(agreed.known, steps, run.times, time.perf_counter() - began).at(run.placement)
         run.reporter.finished(result)
         return result
 
@@ -296,7 +300,9 @@ class Rearranger:
             raise InputError(f"max_inflight_layers has to be at least 1, not {max_inflight_layers}")
         bytes_per_s = None if pace is None else parse_pace(pace)
         beside = self._control_beside_a_thread()
-        plan = self._agreed_plan(
+        parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
+        scheduling = _Scheduling(len(parts[0]), self._communicator.transfer_limit_bytes, 1, None)
+        agreed = self._agreed_plan(
             old,
             new,
             ranks_before=ranks_before,
@@ -304,9 +310,9 @@ class Rearranger:
             keep_slots=keep_slots,
             loads=False,
             settings={"pace": str(bytes_per_s), "max_inflight_layers": str(max_inflight_layers), "background": "yes"},
+            scheduling=scheduling,
         )
-        parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
-        steps = self._schedule(plan, len(parts[0]), max_layers_per_step=1)
+        plan, steps = agreed.known.plan, self._schedule(agreed, scheduling)
         control = self._control.scoped(f"run {self._runs}")
         state = JobState(steps, parts, plan.old.copy())
         receiver = Receiver(
@@ -330,7 +336,7 @@ class Rearranger:
             epoch=self._runs,
             device=self._weights.device,
             engine_stream=self._stream,
-            summarize=lambda times, seconds: self._summary(plan, steps, times, seconds),
+            summarize=lambda times, seconds: self._summary(agreed.known, steps, times, seconds),
         )
         self._job.begin()
         return self._job
@@ -451,29 +457,26 @@ class Rearranger:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    def _schedule(
-        self,
-        plan: RearrangementPlan,
-        window: int,
-        *,
-        max_layers_per_step: int | None = None,
-        in_place_from: int | None = None,
-    ) -> list[Step]:
-        limit = self._communicator.transfer_limit_bytes
+    def _schedule(self, agreed: Agreed, how: _Scheduling) -> list[Step]:
+        """Return the steps. Ranks that lack them work them out together, so one uses what it knows only if all can."""
+        known = agreed.known
+        if agreed.scheduled:
+            return known.steps[how]
         try:
-            return schedule_steps(
-                plan,
+            known.steps[how] = schedule_steps(
+                known.plan,
                 self._weights.expert_bytes,
-                window_bytes=window,
-                send_limit_bytes=limit,
-                recv_limit_bytes=limit,
-                max_layers_per_step=max_layers_per_step,
-                in_place_from=in_place_from,
+                window_bytes=how.window_bytes,
+                send_limit_bytes=how.limit_bytes,
+                recv_limit_bytes=how.limit_bytes,
+                max_layers_per_step=how.max_layers,
+                in_place_from=how.in_place_from,
                 share=lambda cut, groups: share_cuts(self._control, cut, groups, self._timeout_s),
             )
         except HandshakeError as error:
-            error.placement = plan.old.copy()
+            error.placement = known.plan.old.copy()
             raise
+        return known.steps[how]
 
     # --- before and after -------------------------------------------------------------------------------------------
 
@@ -509,20 +512,18 @@ class Rearranger:
         run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, record, self._stream)
         run.times.add("load", time.perf_counter() - began)
 
-    def _result(self, plan: RearrangementPlan, run: Run, seconds: float) -> RearrangeResult:
-        result = self._summary(plan, run.steps, run.times, seconds)
-        return result.at(run.placement)
-
-    def _summary(
-        self, plan: RearrangementPlan, steps: Sequence[Step], times: PhaseTimes, seconds: float
-    ) -> RearrangeResult:
-        sizes = self._weights.payload_bytes
+    def _summary(self, known: KnownPlan, steps: Sequence[Step], times: PhaseTimes, seconds: float) -> RearrangeResult:
+        plan = known.plan
+        if known.bytes_moved is None:
+            sizes = self._weights.payload_bytes
+            local = sizes[plan.move_layer[plan.move_source >= 0]]
+            known.bytes_moved = plan.bytes_moved(sizes), int(local.sum())
         return RearrangeResult(
             placement=plan.new,
             moved=plan.num_transfers,
             moved_locally=plan.num_local_moves,
-            bytes_moved=int(plan.traffic(sizes).sum()),
-            bytes_moved_locally=int(sizes[plan.move_layer[plan.move_source >= 0]].sum()),
+            bytes_moved=known.bytes_moved[0],
+            bytes_moved_locally=known.bytes_moved[1],
             seconds=seconds,
             steps=len(steps),
             staging_bytes=self.window_bytes + self._communicator.staging_bytes,
@@ -569,7 +570,8 @@ class Rearranger:
         keep_slots: bool,
         loads: bool,
         settings: Mapping[str, str],
-    ) -> RearrangementPlan:
+        scheduling: _Scheduling,
+    ) -> Agreed:
         """Return the plan, once all ranks have the same one."""
         self._runs += 1
 
@@ -586,19 +588,29 @@ class Rearranger:
             self._check_shape(plan)
             return plan
 
+        def known_plan() -> KnownPlan:
+            if ranks_before is not None or ranks_after is not None:
+                return KnownPlan.of(make_plan())
+            return self._known.find(old, new, (keep_slots, loads), make_plan)
+
         asked = {
-            "weights": self._weights.describe(),
+            "weights": self._weights.description,
             "window": f"{self.window_bytes} bytes",
             "nodes": str(self._node_of_rank),
             "relay": str(self._relay),
             "loader": "yes" if loads else "no",
             **settings,
         }
-        plan = agree_on_plan(self._control, make_plan, asked, self._timeout_s)
+        agreed = agree_on_plan(
+            self._control, known_plan, asked, self._timeout_s, lambda known: scheduling in known.steps
+        )
         if self._finished is not None and self._finished_steps and self._rank == 0:
-            self._finished.forget(step_key(self._finished_steps - 1))  # every rank has come here since
+            # Every rank has come here since.
+            self._forgotten.append(partial(self._finished.forget, step_key(self._finished_steps - 1)))
+            if len(self._forgotten) > _MOST_FORGOTTEN:
+                self._forgotten.popleft()()
         self._finished = None
-        return plan
+        return agreed
 
     def _carried(self, placement: npt.ArrayLike, here: Mapping[int, int] | None) -> npt.ArrayLike:
         """Return a placement in the ranks of this group."""

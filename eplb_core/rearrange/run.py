@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ class Run:
 
     Args:
         steps: what is to do.
-        parts: the parts of the window; so many steps may be under way.
+        window: what received experts land in.
         placement: what the slots hold at first.
         record: where the ranks decide, or None if each commits what it has for itself.
         communicator: what moves the bytes.
@@ -51,7 +50,7 @@ class Run:
     def __init__(
         self,
         steps: Sequence[Step],
-        parts: Sequence[torch.Tensor],
+        window: torch.Tensor,
         placement: IntArray,
         record: CommitRecord | None,
         communicator: EplbCommunicator,
@@ -66,13 +65,12 @@ class Run:
         self.times = PhaseTimes()
         self.reporter = reporter
         self._record = record
-        self._parts = list(parts)
+        self._window = window
         self._communicator = communicator
         self._runner = runner
         self._stream = stream
         self._rank, self._world_size = context.rank, context.world_size
-        self._under_way: deque[_UnderWay] = deque()
-        self._started = 0
+        self._under_way: _UnderWay | None = None
         self._next: PreparedStep | None = None
 
     def perform(self, progress: Callable[[int, int], None] | None) -> None:
@@ -80,50 +78,41 @@ class Run:
         total = sum(map(self._runner.incoming_bytes, self.steps))
         done = 0
         with self._trusting(), self._giving_up():
-            for number, step in enumerate(self.steps):
-                while len(self._under_way) == len(self._parts) or any(
-                    self._runner.depends(step, other.prepared.step) for other in self._under_way
-                ):
-                    done += self._complete_oldest()
-                    if progress is not None:
-                        progress(done, total)
+            for step in self.steps:
                 began = time.perf_counter()
-                prepared = self._next_step(number)
+                prepared = self._next_step()
                 self._next = None
                 with self._naming(step):
                     pending = self._runner.transfer(prepared, self.times)
-                self._started = number + 1
-                self._under_way.append(_UnderWay(prepared, pending, began))
-            while self._under_way:
-                done += self._complete_oldest()
+                self._under_way = _UnderWay(prepared, pending, began)
+                self._complete(self._under_way)
+                done += self._runner.incoming_bytes(step)
                 if progress is not None:
                     progress(done, total)
 
-    def _complete_oldest(self) -> int:
-        """Wait for the oldest step that is under way, decide it, commit it; return the bytes that it has brought."""
-        oldest = self._under_way[0]
-        self._receive(oldest)
+    def _complete(self, under_way: _UnderWay) -> None:
+        """Wait for a step, decide it, and commit it."""
+        self._receive(under_way)
         if self._record is not None:
             began = time.perf_counter()
             decision = self._record.decide(step_key(self.decided))
             self.times.add("decide", time.perf_counter() - began)
             if decision.aborted:
-                raise error_of(decision, self._rank, usable=decision.usable and len(self._under_way) == 1)
-        self._commit_oldest()
-        return self._runner.incoming_bytes(oldest.prepared.step)
+                raise error_of(decision, self._rank, usable=decision.usable)
+        self._commit(under_way)
 
-    def _commit_oldest(self) -> None:
-        oldest = self._under_way[0]
+    def _commit(self, under_way: _UnderWay) -> None:
         began = time.perf_counter()
-        self._runner.commit(oldest.prepared, self._stream)
+        step = under_way.prepared.step
+        self._runner.commit(under_way.prepared, self._stream)
         self.times.add("commit", time.perf_counter() - began)
-        self.placement = oldest.prepared.step.apply(self.placement)
-        self._under_way.popleft()
+        self.placement = step.apply(self.placement)
         self.decided += 1
+        self._under_way = None
         if self._record is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
             # Every rank has read the decision before, or this one would not stand.
             self._record.forget(step_key(self.decided - 2))
-        self.reporter.committed(self.decided - 1, oldest.prepared.step, time.perf_counter() - oldest.began)
+        self.reporter.committed(self.decided - 1, step, time.perf_counter() - under_way.began)
 
     def _receive(self, under_way: _UnderWay) -> None:
         began = time.perf_counter()
@@ -140,14 +129,13 @@ class Run:
     def _look_ahead(self, under_way: _UnderWay) -> Iterator[object]:
         """Look up what the commit of a step copies, and then what the next step moves."""
         yield from under_way.prepared.look_up()
-        if self._started < len(self.steps):
-            yield from self._next_step(self._started).look_up()
+        if self.decided + 1 < len(self.steps):
+            self._next = self._runner.prepare(self.steps[self.decided + 1], self._window)
+            yield from self._next.look_up()
 
-    def _next_step(self, number: int) -> PreparedStep:
-        """Return the next step to start, as far as it is prepared."""
-        if self._next is None:
-            self._next = self._runner.prepare(self.steps[number], self._parts[number % len(self._parts)])
-        return self._next
+    def _next_step(self) -> PreparedStep:
+        """Return the step to start now, as far as it is prepared."""
+        return self._next or self._runner.prepare(self.steps[self.decided], self._window)
 
     @contextlib.contextmanager
     def _naming(self, step: Step) -> Iterator[None]:
@@ -188,7 +176,9 @@ class Run:
             if decision.aborted:
                 return who_is_to_blame(error, decision, self._rank)
             # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.
-            self._commit_oldest()
+            if self._under_way is None:
+                raise error
+            self._commit(self._under_way)
         return error
 
     def _undecided(self, gone: ControlPlaneError) -> DecisionUnknownError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -106,8 +107,9 @@ class ExpertWeights:
         """Return the tensors of one slot for copies, as views: int64 `[words]` where that is possible, else uint8."""
         return self.layers[layer].words[slot]
 
-    def describe(self) -> str:
-        """Return what has to be the same on every rank: bytes and dtypes of each layer's tensors."""
+    @functools.cached_property
+    def description(self) -> str:
+        """What has to be the same on every rank: bytes and dtypes of each layer's tensors."""
         tensors = iter(self.tensors)
         layers = [
             # The rows come first: zip then takes no tensor too many.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from eplb_core.arrays import IntArray
 from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.groups import StatelessGroup
-from eplb_core.errors import IntegrityError, TransferError
+from eplb_core.errors import EplbError, IntegrityError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, collect_local_ranks
 from eplb_core.planning.placement import EMPTY
@@ -332,3 +333,42 @@ def test_when_the_store_dies_with_its_host_what_nobody_can_know_is_said_to_be_un
         assert outcome.result["wrong"] == []
         unknown = (outcome.result["placement"] == EMPTY) & (outcome.result["old"] != EMPTY)
         assert unknown.any()
+
+
+def loses_the_store(environment: RankEnvironment) -> dict[str, Any]:
+    """The ranks have gathered without the store for a while when it dies, between two rearrangements."""
+    server = None
+    if environment.rank == 2:
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment.store.set("port", str(server.port))
+    store = dist.TCPStore("127.0.0.1", int(environment.store.get("port")), is_master=False)
+    rng = np.random.default_rng(16)
+    weights = [[torch.zeros(SLOTS, 4001, dtype=torch.uint8)] for _ in range(4)]
+    old, new = (random_placement(rng, 4, 3) for _ in range(2))
+    fill(weights, old, environment.rank)
+    communicator = create_eplb_communicator(StatelessGroup(environment.rank, 3, store), "nixl?timeout=5s", weights[0])
+    rearranger = Rearranger(communicator, weights)
+    for _ in range(5):
+        rearranger.run(old, old)
+    environment.store.set(f"ready/{environment.rank}", "yes")
+    environment.store.wait([f"ready/{rank}" for rank in range(3)])
+    if server is not None:
+        del server
+        environment.store.set("gone", "yes")
+    environment.store.wait(["gone"])
+    told: dict[str, Any] = {}
+    try:
+        rearranger.run(old, new)
+    except EplbError as error:
+        told = {"type": type(error).__name__, "old": np.array_equal(error.placement, old)}
+    told["wrong"] = wrong_slots(weights, old, environment.rank)
+    with contextlib.suppress(EplbError):
+        communicator.close()
+    return told
+
+
+def test_ranks_that_need_no_store_to_agree_begin_nothing_without_one() -> None:
+    outcomes = collect_local_ranks(loses_the_store, 3, (), timeout_s=60, grace_s=60)
+    for outcome in outcomes:
+        assert outcome.succeeded, outcome
+        assert outcome.result == {"type": "HandshakeError", "old": True, "wrong": []}
