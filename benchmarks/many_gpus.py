@@ -61,7 +61,7 @@ from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
 from eplb_core.registry.config import parse_config
 from eplb_core.registry.registry import default_registry
 
-PARTS = {"link": 1.0, "tests": 8.0, "contract": 10.0, "backends": 10.0, "peers": 5.0, "inference": 4.0}
+PARTS = {"link": 1.0, "tests": 8.0, "contract": 10.0, "backends": 10.0, "peers": 7.0, "inference": 3.5}
 """What is run, and its share of the time."""
 
 BACKENDS = {

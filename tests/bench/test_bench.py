@@ -296,13 +296,11 @@ FAKE_BACKENDS = """
 
 
     class Corrupting(communicator.GlooCommunicator):
-        def add_recv(self, tensor, src_rank):
-            super().add_recv(tensor, src_rank)
-            self.last = tensor
-
-        def execute(self):
-            super().execute()
-            self.last[-1] ^= 1
+        def move(self, sends, recvs):
+            stats = super().move(sends, recvs)
+            *_, last = [payload.tensor for payloads in recvs.values() for payload in payloads]
+            last[-1] ^= 1
+            return stats
 
 
     def corrupting(context, options, expert_weights):
