@@ -110,7 +110,7 @@ def measure(environment: RankEnvironment, backend: str, device_kind: str, work: 
 
 
 def workload(given: argparse.Namespace, swaps: int, repeated: bool) -> Workload:
-    """Return the placements to go through: to and fro between two, or on and on."""
+    """Return the placements to go through: there and back between two, or on and on."""
     sizes = {"ranks": given.ranks, "layers": given.layers, "slots": given.slots, "expert_bytes": given.expert_bytes}
     work = make_workload(**sizes, redundant=4, steps=1 if repeated else given.steps, swaps=swaps)
     if repeated:

@@ -129,8 +129,8 @@ def count_messages(counted: Counter[str]) -> None:
         setattr(dist.PrefixStore, name, ask)
 
 
-def to_and_fro(member: Member) -> dict[str, Any]:
-    """Go to and fro between two placements, in a window for two experts."""
+def there_and_back(member: Member) -> dict[str, Any]:
+    """Go there and back between two placements, in a window for two experts."""
     schedules = 0
     made = rearranger_module.schedule_steps
 
@@ -198,7 +198,7 @@ def report(request: pytest.FixtureRequest) -> Report:
     return run_scenarios(
         request.param,
         [
-            Scenario("to and fro", to_and_fro),
+            Scenario("there and back", there_and_back),
             *(
                 Scenario(how, one_rank_is_asked_for_something_else, (how,))
                 for how in ("another placement", "a wrong one")
@@ -210,7 +210,7 @@ def report(request: pytest.FixtureRequest) -> Report:
 
 def test_schedules_are_made_anew_only_where_a_rank_has_lost_one(report: Report) -> None:
     # Two before a rank forgets, and two after; every rank takes part in those, for the ranks share the work.
-    for told in report.returned("to and fro"):
+    for told in report.returned("there and back"):
         assert told == {"right": True, "steps": 7, "schedules": 4}
 
 
