@@ -21,12 +21,14 @@ from pathlib import Path
 SYSTEM_LIBRARY = "libnl-route-3.so.200"
 """What libibverbs needs. The system's libnl-3 comes with it."""
 
+_MAPS = Path("/proc/self/maps")
+
 REMEDY = f'call ctypes.CDLL("{SYSTEM_LIBRARY}") before the first NIXL agent of the process is made'
 
 
 def keep_apart() -> str:
     """Load the system's libnl, if there is one, before UCX does; return what is wrong if UCX was first, else ""."""
-    entangled = entangled_libraries(loaded_libraries())
+    entangled = entangled_libraries(loaded_libraries()) if _may_be_entangled() else None
     if not entangled:
         try:
             ctypes.CDLL(SYSTEM_LIBRARY, mode=os.RTLD_NOW | os.RTLD_LOCAL)
@@ -53,23 +55,39 @@ def entangled_libraries(loaded: Sequence[str]) -> tuple[str, str] | None:
 
 
 class _Library(ctypes.Structure):
-    """The beginning of `struct dl_phdr_info`."""
+    """The public part of the loader's `struct link_map`."""
 
-    _fields_ = (("address", ctypes.c_void_p), ("name", ctypes.c_char_p))
+
+_Library._fields_ = (
+    ("address", ctypes.c_void_p),
+    ("name", ctypes.c_char_p),
+    ("dynamic", ctypes.c_void_p),
+    ("next", ctypes.POINTER(_Library)),
+    ("previous", ctypes.POINTER(_Library)),
+)
 
 
 def loaded_libraries() -> list[str]:
-    """Return the paths of the libraries in this process, in the order in which they were loaded."""
-    paths: list[str] = []
+    """Return the paths of the libraries in this process, in the order in which they were loaded.
 
-    def note(library: ctypes._Pointer[_Library], size: int, data: int | None) -> int:
-        paths.append(os.fsdecode(library.contents.name or b""))
-        return 0
-
+    The loader's own list is read. `dl_iterate_phdr` would hold the loader's lock while it calls back into Python, and
+    another thread that loads a library with Python's lock held would wait for it for ever.
+    """
     try:
-        iterate = ctypes.CDLL(None).dl_iterate_phdr
-    except (AttributeError, OSError):  # no glibc
+        library = ctypes.cast(ctypes.CDLL(None)._handle, ctypes.POINTER(_Library))
+    except OSError:
         return []
-    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Library), ctypes.c_size_t, ctypes.c_void_p)
-    iterate(callback(note), None)
+    paths = []
+    while library:
+        paths.append(os.fsdecode(library.contents.name or b""))
+        library = library.contents.next
     return paths
+
+
+def _may_be_entangled() -> bool:
+    """Whether both are in this process, which is seldom: only then is it worth a look at their order."""
+    try:
+        mapped = _MAPS.read_bytes()
+    except OSError:
+        return False
+    return b"/libnl-route-3-" in mapped and b"/libnl-route-3.so" in mapped

@@ -110,3 +110,18 @@ def test_libraries_are_entangled_only_where_the_systems_came_with_ucx_after_the_
 def test_the_libraries_of_this_process_are_found() -> None:
     ctypes.CDLL(None)
     assert any("libc.so" in path for path in loaded_libraries())
+
+
+def test_threads_may_make_their_first_agents_at_the_same_moment() -> None:
+    """The loader's lock and Python's were once taken in both orders."""
+    source = """
+import threading, torch
+from eplb_backends.nixl.netlink import keep_apart, loaded_libraries
+def look():
+    for _ in range(300):
+        keep_apart(), loaded_libraries()
+threads = [threading.Thread(target=look) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    assert run(source).returncode == 0
