@@ -240,7 +240,7 @@ class Receiver:
 
     def _settle_failure(self, number: int, error: BaseException) -> BaseException:
         """Return what to raise: `error`, or one that names who is really to blame."""
-        between = range(self._bursts_between_questions, len(self._bursts(self._state.steps[number])) + 1)
+        between = range(self._bursts_between_questions, len(self._bursts(self._state.steps[number])))
         later = [_going_on(number, i) for i in between if i % self._bursts_between_questions == 0]
         keys = [_go(number), *later, _have(number), _go(number + 1)]
         for key in keys[keys.index(self._key) :]:
