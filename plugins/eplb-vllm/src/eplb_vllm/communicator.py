@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from eplb_core import EplbCommunicator, Payload, Rearranger, RearrangeResult
+from eplb_core import EplbCommunicator, Rearranger, RearrangeResult
 from eplb_core.errors import EplbError, TransferError
+from eplb_core.transport import Payload
 from eplb_vllm.rows import RowBook, in_memory_order
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from eplb_core import Payload
 from eplb_core.errors import InputError
+from eplb_core.transport import Payload
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
