@@ -85,7 +85,11 @@ def run_child(
     timeout_s: float = CHILD_TIMEOUT_S,
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with `path` before its own site-packages; `EPLB_*` variables come from `environment` alone."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("EPLB_", "PYTHON", "COLUMNS"))}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("EPLB_", "PYTHON", "COLUMNS", "NIXL_", "UCX_"))
+    }
     inherited["PYTHONPATH"] = os.pathsep.join(map(str, path))
     return subprocess.run(
         [sys.executable, *arguments],
