@@ -24,11 +24,10 @@ def completion(context: click.Context, shell: str) -> None:
     bash: eval "$(eplb completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc;
     fish: eplb completion fish > ~/.config/fish/completions/eplb.fish
     """
-    from click.shell_completion import get_completion_class
+    from click.shell_completion import BashComplete, FishComplete, ZshComplete
 
-    complete = get_completion_class(shell)
-    assert complete is not None  # click brings all three
-    script = complete(context.find_root().command, {}, "eplb", COMPLETE_VARIABLE).source()
+    classes = {"bash": BashComplete, "zsh": ZshComplete, "fish": FishComplete}
+    script = classes[shell](context.find_root().command, {}, "eplb", COMPLETE_VARIABLE).source()
     sys.stdout.write(script if script.endswith("\n") else script + "\n")
 
 
