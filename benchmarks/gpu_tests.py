@@ -31,7 +31,11 @@ class TestFile:
     torchrun: bool
 
 
-FILES = (TestFile("test_nccl_multi.py", torchrun=True), TestFile("test_killed_rank.py", torchrun=False))
+FILES = (
+    TestFile("test_nccl_multi.py", torchrun=True),
+    TestFile("test_killed_rank.py", torchrun=False),
+    TestFile("test_job_streams.py", torchrun=False),
+)
 
 
 def run_tests(file: TestFile, device: str, ranks: int, limit_s: float) -> Row:

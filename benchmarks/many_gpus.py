@@ -6,7 +6,7 @@
 runs unattended and ends within --limit seconds. Its parts, which --only selects:
 
     link       the rate at which torch copies from one GPU to the next, which all else is compared with
-    tests      tests/multigpu: under torchrun, and with a rank that is killed
+    tests      tests/multigpu: under torchrun, with a rank that is killed, and with orders of streams removed
     contract   the conformance kit of every backend, each also where a rank sees its own GPU alone, and where it sees
                it first; ranks that share GPUs in part; what `auto` takes; `eplb rebalance` with weights on the GPUs
     backends   every backend for GPUs, on six workloads, every byte compared in the end: three in which all slots are
