@@ -15,8 +15,9 @@ runs unattended and ends within --limit seconds. Its parts, which --only selects
                in which next to nothing moves
     inference  matrix products on every GPU, with and without a rearrangement in the background
 
-Each part has a share of the time, and what it leaves goes to those after it. What fails or hangs becomes a row that
-says why, and the rest still runs. With --device cpu all of it is a rehearsal, in small: its figures mean nothing.
+Each part has a share of the time, and what it leaves goes to those after it; a row that finds its share used up is
+run at the end, if time is left then. What fails or hangs becomes a row that says why, and the rest still runs. With
+--device cpu all of it is a rehearsal, in small: its figures mean nothing.
 Exit code 0 if nothing failed and every byte that we moved was right, 1 if not, 2 if the machine does not fit.
 """
 
@@ -47,7 +48,7 @@ from bounded import descendants, run_bounded
 from compare import VLLM, Contestant, run
 from findings import Findings, Row, State
 from gpu_contract import SEES, Kit, run_auto, run_kit, run_rebalance
-from gpu_tests import FILES, TestFile, run_tests
+from gpu_tests import FILES, run_tests
 from link_rate import Copies, Link, measure_link
 from rich.console import Console
 from workload_sizes import MOST_SWAPS, SIZES, Size
@@ -61,7 +62,7 @@ from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
 from eplb_core.registry.config import parse_config
 from eplb_core.registry.registry import default_registry
 
-PARTS = {"link": 1.0, "tests": 8.0, "contract": 10.0, "backends": 10.0, "peers": 7.0, "inference": 3.5}
+PARTS = {"link": 1.0, "tests": 7.0, "contract": 17.0, "backends": 18.0, "peers": 9.0, "inference": 6.0}
 """What is run, and its share of the time."""
 
 BACKENDS = {
@@ -103,23 +104,36 @@ class Campaign:
         self.end = time.monotonic() + given.limit
         self.part, self.part_end = "", self.end
         self.hung: set[tuple[str, str]] = set()
+        self.postponed: list[tuple[str, str, str, Callable[[float], Row | None]]] = []
+        self.last_call = False
+        self.folder = tempfile.TemporaryDirectory(prefix="eplb-many-gpus-")
 
     def perform(self, parts: Sequence[str]) -> None:
-        """Run the parts, each within its share of what is left."""
+        """Run the parts, each within its share of what is left, and then what found its share used up."""
         for number, part in enumerate(parts):
             now = time.monotonic()
             share = PARTS[part] / sum(PARTS[later] for later in parts[number:])
             self.part, self.part_end = part, now + share * max(self.end - now, 0.0)
             self.row(part, "", getattr(self, f"run_{part}"))
+        self.last_call, self.part_end = True, self.end
+        for part, what, workload, work in self.postponed:
+            self.part = part
+            self.row(what, workload, work)
 
     def row(self, what: str, workload: str, work: Callable[[float], Row | None]) -> None:
-        """Add what `work` returns, or that it failed. It is given the seconds that it may take."""
+        """Add what `work` returns, or that it failed. It is given the seconds that it may take.
+
+        What would not be started for want of time is postponed to the end, once.
+        """
         left = min(self.part_end - time.monotonic(), _RUN_S if workload else float("inf"))
         reason = ""
         if (self.part, what) in self.hung:
             reason = "not run again: it did not end in time before"
         elif left < _LEAST_S:
-            reason = "not run: the time of this part is used up"
+            if not self.last_call:
+                self.postponed.append((self.part, what, workload, work))
+                return
+            reason = "not run: the time is used up"
         if reason:
             self.add(Row(part=self.part, what=what, workload=workload, state="failed", reason=reason))
             return
@@ -166,11 +180,10 @@ class Campaign:
             self.add(Row(part="link", what=what, state=state, reason=reason, gb_per_s=rate, remark=remark))
 
     def run_tests(self, limit_s: float) -> None:
-        """Run the tests for several GPUs."""
-        end = time.monotonic() + limit_s
-        for number, file in enumerate(FILES):
-            share = (end - time.monotonic()) / (len(FILES) - number) * (1.4 if number == 0 else 1.0)
-            self.row(file.name, "", partial(self.tests, file, share))
+        """Run the tests for several GPUs, all files at a time: nothing is measured."""
+        with ThreadPoolExecutor(len(FILES)) as several:
+            for file in FILES:
+                several.submit(self.row, file.name, "", partial(run_tests, file, self.device, self.ranks))
 
     def run_contract(self, limit_s: float) -> None:
         """Run the conformance kit of every backend, and the commands, several at a time: nothing is measured."""
@@ -205,13 +218,12 @@ class Campaign:
             reason = f"{self.vllm} holds no vLLM: benchmarks/compare.py makes that folder; copy it here, or give --vllm"
             self.add(Row(part="peers", what=f"vLLM {VLLM}", state="skipped", reason=reason))
             return
-        with tempfile.TemporaryDirectory() as folder:
-            for number, size in enumerate(size for size in self.sizes if size.swaps in (None, MOST_SWAPS)):
-                work, path = size.workload(self.ranks), Path(folder) / f"{number}.npz"
-                np.savez(path, placements=work.placements, tensor_bytes=work.tensor_bytes, ranks=self.ranks)
-                for name in PEERS[self.device]:
-                    peer = Contestant(f"vLLM {name}", False, name, "")
-                    self.row(peer.name, size.name, partial(self.peer, peer, size, path, work))
+        for number, size in enumerate(size for size in self.sizes if size.swaps in (None, MOST_SWAPS)):
+            work, path = size.workload(self.ranks), Path(self.folder.name) / f"{number}.npz"
+            np.savez(path, placements=work.placements, tensor_bytes=work.tensor_bytes, ranks=self.ranks)
+            for name in PEERS[self.device]:
+                peer = Contestant(f"vLLM {name}", False, name, "")
+                self.row(peer.name, size.name, partial(self.peer, peer, size, path, work))
 
     def run_inference(self, _: float) -> None:
         """Run every backend that may run in the background beside matrix products."""
@@ -225,10 +237,6 @@ class Campaign:
             self.row(backend, size.name, partial(self.beside, backend, size, work))
 
     # --- one measurement --------------------------------------------------------------------------------------------
-
-    def tests(self, file: TestFile, share_s: float, limit_s: float) -> Row:
-        """Run one file of tests."""
-        return run_tests(file, self.device, self.ranks, min(share_s, limit_s))
 
     def kit(self, kit: Kit, limit_s: float) -> Row:
         """Run the conformance kit once."""

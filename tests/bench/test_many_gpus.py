@@ -144,8 +144,22 @@ def test_what_hung_once_is_not_run_again_and_takes_no_more_time(campaign: Any) -
 
 def test_nothing_is_started_once_the_time_of_its_part_is_used_up(campaign: Any) -> None:
     campaign.part_end = time.monotonic()
+    campaign.end = campaign.part_end
     campaign.row("nixl", "44 MB", lambda left: pytest.fail("it was started"))
-    assert "used up" in campaign.findings.rows[0].reason
+    campaign.perform([])
+    (row,) = campaign.findings.rows
+    assert (row.state, row.reason) == ("failed", "not run: the time is used up")
+
+
+def test_what_found_its_part_used_up_is_run_at_the_end_if_time_is_left(campaign: Any) -> None:
+    row = importlib.import_module("findings").Row
+    campaign.part, campaign.part_end = "backends", time.monotonic()
+    campaign.row("nixl", "44 MB", lambda left: row(part=campaign.part, what="nixl", workload="44 MB"))
+    assert not campaign.findings.rows
+    campaign.part = "inference"
+    campaign.perform([])
+    (found,) = campaign.findings.rows
+    assert (found.part, found.state) == ("backends", "ok")
 
 
 @pytest.mark.parametrize(("ours", "good"), [(True, False), (False, True)])
