@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from eplb_core.cli.completion import complete_backends
-from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, seconds_option, write_json
-from eplb_core.contract.option_types import ByteSize
-from eplb_core.contract.options import OptionType, ValueTextError
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, one_line, parse_size, seconds_option, write_json
 from eplb_core.errors import EplbError, InputError
 from eplb_core.launch.rank_process import start_server
 
@@ -27,11 +25,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     """Return the bytes that an option's text means: a bare number of them, or a number with a unit."""
     if value is None:
         return None
-    kind = OptionType(param.name or "size", ByteSize, least=1)
-    try:
-        return int(cast("int", kind.parse(f"{value}B" if value.isdecimal() else value)))
-    except ValueTextError as error:
-        raise click.BadParameter(f"{value!r}: {error}; give {kind.accepts()}", context, param) from None
+    return parse_size(param.opts[0], f"{value}B" if value.isdecimal() else value)
 
 
 @click.command()

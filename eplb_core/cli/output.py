@@ -8,9 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from eplb_core.contract.options import LONGEST_S
+from eplb_core.contract.option_types import ByteSize
+from eplb_core.contract.options import OptionType
+from eplb_core.contract.quantities import LONGEST_S, ValueTextError
 from eplb_core.errors import BackendError, ConfigError, EplbError, InputError, PlacementError, PolicyError
 
 if TYPE_CHECKING:
@@ -50,6 +52,19 @@ def seconds_option(default: float, what: str) -> Callable[[_Command], _Command]:
         return value
 
     return click.option("--timeout", "timeout_s", default=default, show_default=True, callback=check, help=what)
+
+
+def parse_size(option: str, text: str, least: int = 1) -> int:
+    """Return the bytes that the text of a command's option spells.
+
+    Raises:
+        InputError: it spells none, or fewer than `least`.
+    """
+    size = OptionType(option, ByteSize, least=least)
+    try:
+        return int(cast("int", size.parse(text)))
+    except ValueTextError as error:
+        raise InputError(f"{option} cannot be {text!r}", why=str(error), remedy=f"give {size.accepts()}") from None
 
 
 def prepare_streams() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from eplb_core.cli.output import STDOUT, human_console, write_json
+from eplb_core.cli.output import STDOUT, human_console, parse_size, write_json
 from eplb_core.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def _setup(options: dict[str, Any]) -> tuple[Setup, str]:
         num_groups=options["groups"],
         tensor_bytes=tuple(tensor.nbytes for tensor in model.tensors),
         num_layers=layers,
-        window_bytes=_bytes("--window", options["window"]),
-        in_place_from=None if in_place == "none" else _bytes("--in-place-from", in_place),
+        window_bytes=parse_size("--window", options["window"]),
+        in_place_from=None if in_place == "none" else parse_size("--in-place-from", in_place),
         links=_links(options["links"]),
     )
     return setup, f"{experts} experts of {model.expert_bytes / 1e6:.1f} MB"
@@ -188,17 +188,6 @@ def _trace(options: dict[str, Any], setup: Setup) -> Iterator[Interval]:
     )
 
 
-def _bytes(option: str, text: str) -> int:
-    from eplb_core.contract.option_types import ByteSize
-    from eplb_core.contract.options import OptionType, ValueTextError
-
-    kind = OptionType(option, ByteSize, least=1)
-    try:
-        return int(cast("int", kind.parse(text)))
-    except ValueTextError as error:
-        raise InputError(f"{option} cannot be {text!r}", why=str(error), remedy=f"give {kind.accepts()}") from None
-
-
 def _links(text: str | None) -> Links:
     from eplb_core.registry.config import parse_config, resolve_options
     from eplb_core.simulate.cost import Links
@@ -225,8 +214,8 @@ def _workload_costs(path: Path, options: dict[str, Any]) -> list[Cost]:
         num_groups=1,
         tensor_bytes=work.tensor_bytes,
         num_layers=work.num_layers,
-        window_bytes=_bytes("--window", options["window"]),
-        in_place_from=None if in_place == "none" else _bytes("--in-place-from", in_place),
+        window_bytes=parse_size("--window", options["window"]),
+        in_place_from=None if in_place == "none" else parse_size("--in-place-from", in_place),
         links=_links(options["links"]),
     )
     return simulate_workload(setup, work.placements)

@@ -14,33 +14,22 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any, Literal, Union
 
 from eplb_core.contract.option_types import ByteSize, Duration
+from eplb_core.contract.quantities import (
+    LONGEST_S,
+    ValueTextError,
+    format_bytes,
+    format_seconds,
+    parse_bytes,
+    parse_seconds,
+)
 from eplb_core.words import did_you_mean
 
-_BYTE_UNITS = {
-    "B": 1,
-    "kB": 1000,
-    "KB": 1000,
-    "MB": 1000**2,
-    "GB": 1000**3,
-    "KiB": 1024,
-    "MiB": 1024**2,
-    "GiB": 1024**3,
-}
-_TIME_UNITS = {"ms": Decimal("0.001"), "s": Decimal(1), "min": Decimal(60), "h": Decimal(3600)}
-_NUMBER_AND_UNIT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)([A-Za-z]*)", re.ASCII)
 _INTEGER = re.compile(r"-?[0-9]{1,30}", re.ASCII)
 _LARGEST_SIZE = 2**63 - 1
-LONGEST_S = 14 * 24 * 3600
-"""The longest time that an option takes, in seconds: the calls of the operating system that wait end at 24 days."""
 _NONE = "none"
-
-
-class ValueTextError(ValueError):
-    """A text is not a value of the option's type. Its message is a clause that completes "because ..."."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +118,16 @@ class OptionType:
         if isinstance(value, bool):
             return "on" if value else "off"
         if self.kind is ByteSize:
-            return _format_bytes(int(typing.cast("int", value)))
+            return format_bytes(int(typing.cast("int", value)))
         if self.kind is Duration:
-            return _format_seconds(float(typing.cast("float", value)))
+            return format_seconds(float(typing.cast("float", value)))
         return str(value)
 
     def _parse_present(self, text: str) -> object:
         if self.kind is ByteSize:
-            return _parse_bytes(text)
+            return parse_bytes(text)
         if self.kind is Duration:
-            return _parse_seconds(text)
+            return parse_seconds(text)
         if self.kind is bool:
             if text not in ("on", "off"):
                 raise ValueTextError("it is neither")
@@ -166,7 +155,7 @@ class OptionType:
     def _within_bounds(self, value: object) -> object:
         if isinstance(value, int | float) and not isinstance(value, bool):
             if self.kind is Duration and value > LONGEST_S:
-                raise ValueTextError(f"it is longer than {_format_seconds(LONGEST_S)}")
+                raise ValueTextError(f"it is longer than {format_seconds(LONGEST_S)}")
             if self.kind in (ByteSize, int) and value > _LARGEST_SIZE:
                 raise ValueTextError("it is too large")
             if self.least is not None and value < self.least:
@@ -209,33 +198,6 @@ def _option_type(key: str, annotation: Any, metadata: Mapping[str, Any]) -> Opti
     )
 
 
-def _parse_bytes(text: str) -> ByteSize:
-    match = _NUMBER_AND_UNIT.fullmatch(text)
-    if match is None:
-        raise ValueTextError("it is not a number and a unit")
-    number, unit = match.groups()
-    if not unit:
-        raise ValueTextError("the unit is missing")
-    if unit not in _BYTE_UNITS:
-        raise ValueTextError(f"there is no unit {unit!r}{did_you_mean(unit, _BYTE_UNITS)}")
-    size = Decimal(number) * _BYTE_UNITS[unit]
-    if size != int(size):
-        raise ValueTextError("it is not a whole number of bytes")
-    return ByteSize(int(size))
-
-
-def _parse_seconds(text: str) -> Duration:
-    match = _NUMBER_AND_UNIT.fullmatch(text)
-    if match is None:
-        raise ValueTextError("it is not a number and a unit")
-    number, unit = match.groups()
-    if not unit:
-        raise ValueTextError("the unit is missing")
-    if unit not in _TIME_UNITS:
-        raise ValueTextError(f"there is no unit {unit!r}{did_you_mean(unit, _TIME_UNITS)}")
-    return Duration(Decimal(number) * _TIME_UNITS[unit])
-
-
 def _parse_float(text: str) -> float:
     try:
         value = float(text)
@@ -244,22 +206,3 @@ def _parse_float(text: str) -> float:
     if not math.isfinite(value) or "_" in text or text != text.strip():
         raise ValueTextError("it is not a finite number")
     return value
-
-
-def _format_bytes(size: int) -> str:
-    """Use the unit that leaves the smallest whole number, a binary one where two are equal."""
-    exact = [(size // scale, unit) for unit, scale in _BYTE_UNITS.items() if size % scale == 0 and unit != "KB"]
-    number, unit = min(exact, key=lambda pair: (pair[0], "i" not in pair[1])) if size else (0, "B")
-    return f"{number}{unit}"
-
-
-def _format_seconds(seconds: float) -> str:
-    """Use the largest unit that leaves a whole number, else milliseconds with a fraction."""
-    exact = Decimal(repr(seconds))
-    for unit in ("h", "min", "s"):
-        number = exact / _TIME_UNITS[unit]
-        if seconds and exact % _TIME_UNITS[unit] == 0:
-            return f"{number:f}".partition(".")[0] + unit
-    text = f"{exact * 1000:f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{text}ms" if seconds else "0s"

@@ -5,22 +5,12 @@ from __future__ import annotations
 import re
 import time
 
+from eplb_core.contract.quantities import ValueTextError, parse_bytes
 from eplb_core.errors import InputError
 
 _BURST_S = 0.02
 _SMALLEST_BURST = 64 << 10
-_UNITS = {
-    "B": 1,
-    "kB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "TiB": 1 << 40,
-}
-_WRITTEN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)/s\s*")
+_SPACE_BEFORE_UNIT = re.compile(r"(?<=[0-9])\s+(?=[A-Za-z])")
 
 
 def parse_pace(pace: str | float) -> float:
@@ -33,14 +23,17 @@ def parse_pace(pace: str | float) -> float:
         InputError: it is no such text, or not above 0.
     """
     if isinstance(pace, str):
-        written = _WRITTEN.fullmatch(pace)
-        if written is None or written[2] not in _UNITS:
+        size, slash, per = pace.partition("/")
+        try:
+            if not slash or per.strip() != "s":
+                raise ValueTextError("it does not end in /s")
+            pace = parse_bytes(_SPACE_BEFORE_UNIT.sub("", size.strip()))
+        except ValueTextError as error:
             raise InputError(
-                f"{pace!r} is no pace", remedy=f"write a number and one of {', '.join(_UNITS)} a second, such as 20GB/s"
-            )
-        pace = float(written[1]) * _UNITS[written[2]]
+                f"{pace!r} is not a pace", why=str(error), remedy="write a size a second, such as 20GB/s"
+            ) from None
     if not 0 < pace < float("inf"):
-        raise InputError(f"a pace has to be above 0 bytes a second, not {pace:g}")
+        raise InputError(f"a pace must be above 0 bytes a second, not {pace:g}")
     return float(pace)
 
 

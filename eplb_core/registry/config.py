@@ -23,7 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from eplb_core.contract.options import OptionType, ValueTextError, option_types
+from eplb_core.contract.options import OptionType, option_types
+from eplb_core.contract.quantities import ValueTextError
 from eplb_core.errors import ConfigError
 from eplb_core.registry.names import read_distribution, read_name
 from eplb_core.words import did_you_mean

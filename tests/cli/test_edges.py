@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from eplb_core.cli import EplbGroup
-from eplb_core.contract.options import LONGEST_S
+from eplb_core.contract.quantities import LONGEST_S
 
 REPOSITORY = Path(__file__).parents[2]
 LOADS = REPOSITORY / "examples" / "published-loads.json"

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from eplb_core.cli.completion import complete_backends
-from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, seconds_option, write_json
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, parse_size, seconds_option, write_json
 from eplb_core.contract.backend import ProbeResult
-from eplb_core.contract.option_types import ByteSize
-from eplb_core.contract.options import OptionType, ValueTextError
 from eplb_core.doctor.checks import Finding, Severity, run_checks, worst
 from eplb_core.errors import BackendError, InputError
 from eplb_core.launch.torchrun import started_by_torchrun
@@ -34,11 +32,7 @@ _FAULTY: Final = (BackendState.BROKEN, BackendState.CONFLICT, BackendState.INCOM
 
 
 def _parse_size(context: click.Context, param: click.Parameter, value: str) -> int:
-    kind = OptionType("size", ByteSize, least=1 << 10)
-    try:
-        return ByteSize(kind.parse(value))  # type: ignore[call-overload, no-any-return]  # of a ByteSize it is one
-    except ValueTextError as error:
-        raise click.BadParameter(f"{value!r}: {error}; give {kind.accepts()}", context, param) from None
+    return parse_size(param.opts[0], value, least=1 << 10)
 
 
 @click.command()

@@ -13,8 +13,7 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb_core.contract.option_types import ByteSize
-from eplb_core.contract.options import OptionType, ValueTextError
+from eplb_core.cli.output import parse_size
 from eplb_core.errors import BackendUnavailableError, ConfigError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.loads import Counts, LoadOptions, RecordedLoads, read_recording
@@ -255,7 +254,7 @@ def prepare(
         expert_bytes=expert_bytes,
         worth=should_rebalance(old, new, loads, request.ranks, np.array(expert_bytes), _cost_model(request)),
         backend=_check_backend(request.backend, request.device, background=request.pace is not None),
-        window_bytes=_parse_window(request.window),
+        window_bytes=None if request.window is None else parse_size("--window", request.window),
         timeout_s=request.timeout_s,
         bytes_per_s=None if request.pace is None else parse_pace(request.pace),
         verify=_parse_verify(request.verify),
@@ -333,16 +332,6 @@ def _parse_verify(text: str) -> Thoroughness:
     if text not in THOROUGHNESS:
         raise InputError(f"--verify cannot be {text!r}", remedy=f"give one of {', '.join(THOROUGHNESS)}")
     return cast("Thoroughness", text)
-
-
-def _parse_window(text: str | None) -> int | None:
-    if text is None:
-        return None
-    window = OptionType("window", ByteSize, least=1)
-    try:
-        return int(cast("int", window.parse(text)))
-    except ValueTextError as error:
-        raise InputError(f"--window cannot be {text!r}", why=str(error), remedy=f"give {window.accepts()}") from None
 
 
 def _check_counts(request: RebalanceRequest) -> None:
