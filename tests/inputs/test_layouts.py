@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.checkpoint import Checkpoint
+from tests.support.examples import examples
 from tests.support.stored import Stored
 
 BYTES = torch.uint8
@@ -794,7 +795,7 @@ def random_checkpoints(draw: st.DrawFn) -> Stored:
     return stored
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@examples(100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stored=random_checkpoints(),
     part=st.sampled_from([None, None, "mtp", "model", "layers"]),

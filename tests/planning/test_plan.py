@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, LostExpertsError, PlacementError
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.planning.plan_json import decode_plan, encode_plan
+from tests.support.examples import examples
 
 
 def transfers_of(plan: RearrangementPlan) -> list[tuple[int, ...]]:
@@ -260,7 +261,7 @@ def pairs(draw):
     return old, new, num_ranks, random.integers(0, 3, num_ranks)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(100)
 @given(pairs())
 def test_any_plan_is_complete_minimal_and_reads_the_right_holders(case) -> None:
     old, new, num_ranks, nodes = case
@@ -296,7 +297,7 @@ def test_any_plan_is_complete_minimal_and_reads_the_right_holders(case) -> None:
             assert old[layer, rank * per_rank + source] == wanted
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(pairs(), st.booleans(), st.booleans(), st.booleans())
 def test_a_plan_survives_json_and_is_the_same_every_time(case, relay: bool, keep_slots: bool, loses: bool) -> None:
     old, new, num_ranks, nodes = case
@@ -313,7 +314,7 @@ def test_a_plan_survives_json_and_is_the_same_every_time(case, relay: bool, keep
     assert str(read) == str(plan)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(pairs())
 def test_large_numbers_of_experts_are_planned_like_small_ones(case) -> None:
     old, new, num_ranks, nodes = case

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.planning.placement import align_slots
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
+from tests.support.examples import examples
 from tests.support.step_model import Model
 
 
@@ -196,13 +197,7 @@ def check(case: Case) -> None:
     check_steps(case, plan, case.steps(plan))
 
 
-def many(examples: int):
-    return settings(
-        max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-    )
-
-
-@many(2000)
+@examples(300)
 @given(cases())
 def test_any_rearrangement_is_planned_and_cut_as_it_should_be(case: Case) -> None:
     check(case)
@@ -210,7 +205,7 @@ def test_any_rearrangement_is_planned_and_cut_as_it_should_be(case: Case) -> Non
 
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
-@many(40_000)
+@examples(40_000)
 @given(cases())
 def test_many_more_rearrangements_are_planned_and_cut_as_they_should_be(case: Case) -> None:
     check(case)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.errors import ConfigError, InputError, PlacementError
@@ -18,8 +18,9 @@ from eplb_core.policies import PlacementRequest, decide, slots_anew
 from eplb_core.policies.deepseek import POLICY as FRESH
 from eplb_core.policies.incremental import POLICY, IncrementalOptions
 from eplb_core.registry.policies import load_policy
+from tests.support.examples import examples
 
-MANY = settings(max_examples=150, deadline=None)
+MANY = examples(50)
 
 
 def drifted(loads: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -311,7 +312,7 @@ def test_with_and_without_numba_the_plans_are_the_same() -> None:
     assert len(said[0][1]) == len(hashlib.sha256().hexdigest())
 
 
-@settings(max_examples=60, deadline=None)
+@examples(30)
 @given(cases(), st.integers(0, 2**32 - 1))
 def test_loops_and_arrays_find_the_same_change(case, seed: int) -> None:
     from eplb_core.policies import incremental_candidates as candidates

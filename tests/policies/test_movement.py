@@ -6,20 +6,21 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.errors import PlacementError
 from eplb_core.planning.placement import load_per_rank
 from eplb_core.policies import minimize_movement, slots_anew
 from eplb_core.policies.assignment import _exact_arrays, _exact_loops, _greedy, assign
+from tests.support.examples import examples
 
 values = st.integers(1, 5).flatmap(
     lambda n: st.lists(st.lists(st.integers(0, 4), min_size=n, max_size=n), min_size=n, max_size=n)
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(100)
 @given(values)
 def test_no_other_assignment_has_a_higher_value(rows) -> None:
     value = np.array(rows)
@@ -29,7 +30,7 @@ def test_no_other_assignment_has_a_higher_value(rows) -> None:
     assert value[np.arange(len(value)), column].sum() == best
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(st.integers(1, 30), st.integers(0, 2**32 - 1))
 def test_loops_and_arrays_assign_alike(n: int, seed: int) -> None:
     value = np.random.default_rng(seed).integers(0, 5, (n, n))
@@ -59,7 +60,7 @@ def test_ranks_stay_on_their_node_and_nodes_change_as_a_whole() -> None:
     assert slots_anew(old, minimize_movement(old, new, 8), 8).sum() == 0
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_ranks_bear_the_same_and_receive_no_more(nodes: int, inside: int, per_rank: int, seed: int) -> None:
     num_ranks, random = nodes * inside, np.random.default_rng(seed)

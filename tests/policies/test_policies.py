@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.errors import InputError, PlacementError, PolicyError
@@ -17,6 +17,7 @@ from eplb_core.planning.placement import check_placement, imbalance
 from eplb_core.policies import BalancePolicy
 from eplb_core.policies.deepseek import POLICY, replicate_experts, spread_copies_over_ranks, spread_groups_over_nodes
 from eplb_core.registry.policies import available_policies, load_policy
+from tests.support.examples import examples
 
 
 def test_the_published_example_gives_the_published_placement() -> None:
@@ -48,7 +49,7 @@ def test_step_3_fills_the_lightest_rank_that_has_room() -> None:
     assert replicas.tolist() == [[1, 0, 2, 3]]
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(st.data())
 def test_every_expert_is_placed_and_groups_stay_on_one_node(data: st.DataObject) -> None:
     num_nodes = data.draw(st.sampled_from([1, 2, 4]))

@@ -6,13 +6,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.bench.workload import make_workload
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.planning.plan import plan_rearrangement
 from eplb_core.scheduling.schedule import ALIGNMENT, Step, schedule_steps
+from tests.support.examples import examples
 from tests.support.step_model import Model
 
 
@@ -64,7 +65,7 @@ def rearrangements(draw, max_ranks: int = 4):
     return np.array(old), np.array(new), num_ranks
 
 
-MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = examples(100)
 
 
 @MANY
@@ -104,7 +105,7 @@ def test_one_expert_of_window_send_and_receive_is_always_enough(case) -> None:
     run_schedule(old, new, num_ranks, 256, 256, send_limit_bytes=256, recv_limit_bytes=256)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(rearrangements())
 def test_a_window_that_holds_everything_needs_one_step(case) -> None:
     old, new, num_ranks = case

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_core.contract.payload import Payload, Payloads
@@ -25,6 +25,7 @@ from eplb_core.errors import (
 )
 from eplb_core.transport.match import check_match
 from eplb_core.transport.queue import TransferQueue
+from tests.support.examples import examples
 
 RANKS = 3
 LONG_S, SHORT_S = 20.0, 0.2
@@ -87,7 +88,7 @@ def by_pair(transfers: list[Entry]) -> dict[tuple[int, int], list[tuple[int, tor
 # --- what matches ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(sent=st.lists(entries, max_size=12), data=st.data())
 def test_any_order_that_keeps_that_of_each_pair_matches(
     threads: ThreadPoolExecutor, sent: list[Entry], data: st.DataObject
@@ -99,7 +100,7 @@ def test_any_order_that_keeps_that_of_each_pair_matches(
     assert compare(threads, sent, expected) == [[b"note 0", b"note 1", b"note 2"]] * RANKS
 
 
-@settings(max_examples=120, deadline=None)
+@examples(60)
 @given(sent=st.lists(entries, max_size=6), expected=st.lists(entries, max_size=6))
 def test_it_passes_exactly_if_every_pair_has_the_same_on_both_sides(
     threads: ThreadPoolExecutor, sent: list[Entry], expected: list[Entry]
@@ -128,7 +129,7 @@ def test_errors_that_cancel_out_in_number_and_size_are_found(threads: ThreadPool
 # --- problems of one rank --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(failing=st.sets(st.integers(0, RANKS - 1), min_size=1), sent=st.lists(entries, max_size=4))
 def test_a_problem_of_some_ranks_is_raised_there_and_told_everywhere(
     threads: ThreadPoolExecutor, failing: set[int], sent: list[Entry]

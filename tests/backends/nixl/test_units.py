@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eplb_backends.nixl import agent as agent_module
@@ -35,6 +35,7 @@ from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import PeerLostError, TransferError, TransferMismatchError, TransferTimeoutError
 from eplb_core.transport.checksums import checksums
+from tests.support.examples import examples
 
 CPU = torch.device("cpu")
 TOKEN = b"12345678"
@@ -187,7 +188,7 @@ def test_a_slot_that_is_still_copied_from_is_not_handed_out() -> None:
 # --- from an outbox to an inbox --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 7, 1000, 1024, 5000, 70_000]), min_size=1, max_size=12),
     direct=st.booleans(),
