@@ -11,7 +11,6 @@ A control plane that gathers again and again, and whose ranks are on one host, d
 from __future__ import annotations
 
 import contextlib
-import datetime
 import time
 from collections.abc import Iterable, Mapping
 
@@ -20,6 +19,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from eplb_core.control.board import CAPACITY, Board, Offer, OwnPage
 from eplb_core.control.store_connection import StoreConnection, connect
+from eplb_core.control.torch_timeout import torch_timeout
 from eplb_core.errors import ControlPlaneError
 from eplb_core.words import ranks_text
 
@@ -81,7 +81,7 @@ class ControlPlane:
             with self._connection.patient():
                 self._store.set(keys[self.rank], payload)  # type: ignore[arg-type]  # its stub says str
             with self._connection.patient(waits=True):
-                self._store.wait(keys, _timedelta(deadline))
+                self._store.wait(keys, torch_timeout(deadline - time.monotonic()))
                 gathered = self._store.multi_get(keys)
             if this:
                 # Who is here has read all of the round before: a store never holds more than two rounds.
@@ -134,7 +134,7 @@ class ControlPlane:
             with self._connection.patient():
                 self._store.set(keys[self.rank], offer)  # type: ignore[arg-type]  # its stub says str
             with self._connection.patient(waits=True):
-                self._store.wait(keys, _timedelta(deadline))
+                self._store.wait(keys, torch_timeout(deadline - time.monotonic()))
                 offers = [msgspec.msgpack.decode(bytes(each), type=Offer) for each in self._store.multi_get(keys)]
             if own is not None:
                 board = Board(own, offers, self.rank)
@@ -191,7 +191,7 @@ class ControlPlane:
         key = f"{name}@{rank}"
         try:
             with self._connection.patient(waits=True):
-                self._store.wait([key], datetime.timedelta(seconds=timeout_s))
+                self._store.wait([key], torch_timeout(timeout_s))
                 return bytes(self._store.get(key))
         except DistError as error:
             raise _lost(f"{name} of rank {rank}", timeout_s, self._without_answer({rank: key}), error) from error
@@ -276,10 +276,6 @@ class ControlPlane:
                 if not self._store.check([key]):
                     missing.append(rank)
         return missing
-
-
-def _timedelta(deadline: float) -> datetime.timedelta:
-    return datetime.timedelta(seconds=max(deadline - time.monotonic(), 0.001))
 
 
 def _lost(what: str, timeout_s: float, missing: list[int], cause: Exception) -> ControlPlaneError:

@@ -8,7 +8,6 @@ have seen the same.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import time
 import uuid
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from torch.distributed import DistError
 
 from eplb_core.control.store_connection import StoreConnection
+from eplb_core.control.torch_timeout import torch_timeout
 from eplb_core.errors import ControlPlaneError
 from eplb_core.words import ranks_text
 
@@ -51,7 +51,7 @@ def meet(connection: StoreConnection, place: str, rank: int, world_size: int, ti
         with connection.patient():
             store.set(keys[rank], me + b" ")  # type: ignore[arg-type]  # its stub says str
         with connection.patient(waits=True):
-            store.wait(keys, datetime.timedelta(seconds=timeout_s))
+            store.wait(keys, torch_timeout(timeout_s))
         while True:
             with connection.patient():
                 entries = [bytes(entry) for entry in store.multi_get(keys)]

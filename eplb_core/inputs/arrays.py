@@ -267,13 +267,25 @@ def _stored_tensor(tensor: torch.Tensor, mapped: bool) -> StoredArray:
 
     def read(start: int, stop: int) -> NDArray[Any]:
         rows = tensor.detach()[start:stop] if tensor.ndim else tensor.detach()
-        # NumPy has no bfloat16; float64 holds every float of torch and every count below 2**53.
-        copied: NDArray[Any] = rows.to(torch.complex128 if tensor.dtype.is_complex else torch.float64).numpy()
+        copied = _copy_of(rows)
         if mapped and rows.is_contiguous():
             _forget_pages(rows)
         return copied
 
     return StoredArray(tuple(tensor.shape), numbers, str(tensor.dtype).removeprefix("torch."), read)
+
+
+def _copy_of(rows: torch.Tensor) -> NDArray[Any]:
+    """Return the numbers in memory that NumPy has allocated.
+
+    Large tensors of torch that come and go by the block leave the C library's heap in pieces: 93 MB more for 131 MB of
+    int32, in place of 31 MB.
+    """
+    try:
+        numbers: NDArray[Any] = rows.numpy()
+    except TypeError:  # NumPy has no bfloat16 and no float8; float64 holds every such number
+        numbers = rows.double().numpy()
+    return np.array(numbers)
 
 
 def _forget_pages(rows: torch.Tensor) -> None:

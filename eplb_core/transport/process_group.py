@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from eplb_core.control.torch_timeout import torch_timeout
 from eplb_core.errors import PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.transport.coalesce import Message
 from eplb_core.words import ranks_text
-
-_LEAST_S = 0.001
 
 
 def exchange(group: dist.ProcessGroup, sends: Sequence[Message], recvs: Sequence[Message], timeout_s: float) -> None:
@@ -46,7 +44,7 @@ def exchange(group: dist.ProcessGroup, sends: Sequence[Message], recvs: Sequence
     for index, work in enumerate(works):
         concerned = [(*recvs, *sends)[index].peer] if len(works) == len(operations) else peers
         try:
-            work.wait(datetime.timedelta(seconds=max(deadline - time.monotonic(), _LEAST_S)))
+            work.wait(torch_timeout(deadline - time.monotonic()))
         except RuntimeError as error:
             raise _named(error, concerned, timeout_s) from error
     for message in recvs:

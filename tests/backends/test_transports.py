@@ -408,7 +408,7 @@ def test_a_rank_that_does_not_execute_is_named_within_the_timeout(report: Report
         assert error["type"] == "TransferTimeoutError"
         assert error["peers"] == (3,)
         assert not error["usable"]
-        assert TIMEOUT_S - 0.05 <= error["seconds"] < TIMEOUT_S + PATIENCE_S
+        assert TIMEOUT_S <= error["seconds"] < TIMEOUT_S + PATIENCE_S
         assert [later["type"] for later in error["later"]] == ["CommunicatorClosedError"] * 2
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.rendezvous import meet
 from eplb_core.control.store_connection import StoreConnection
+from eplb_core.control.torch_timeout import torch_timeout
 from eplb_core.errors import ControlPlaneError
 
 RANKS = 4
@@ -169,3 +170,10 @@ def test_a_rank_that_begins_again_meets_those_that_still_wait(store: dist.Store,
         meet(StoreConnection(store), "here", 0, RANKS, 0.05)
     again = [threads.submit(meet, StoreConnection(store), "here", rank, RANKS, LONG_S) for rank in (0, 3)]
     assert len({each.result(LONG_S) for each in (*waiting, *again)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "milliseconds"), [(2.0, 2000), (1.99999, 2000), (0.0991, 100), (0.0, 1), (-3.0, 1), (0.0004, 1)]
+)
+def test_no_wait_of_torch_is_shorter_than_what_was_asked_for(seconds: float, milliseconds: int) -> None:
+    assert torch_timeout(seconds) == datetime.timedelta(milliseconds=milliseconds)

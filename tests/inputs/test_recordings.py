@@ -486,7 +486,7 @@ def test_a_long_recording_needs_no_more_memory_than_some_blocks(
     assert child.returncode == 0, child.stderr
     grown, total = child.stdout.split()
     assert float(total) == steps.sum(dtype=np.int64)
-    assert int(grown) < 115 << 20
+    assert int(grown) < 64 << 20
 
 
 def test_reading_returns_the_loads_alone_too(tmp_path: Path) -> None:
