@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import eplb_core
+from eplb_core.cli import main
 from eplb_core.cli.demo import LOADS
 from eplb_core.extras import EXTRAS
 from tests.support.fake_distributions import install_backend, run_child, run_eplb
@@ -112,36 +115,39 @@ def test_names_are_completed_also_those_of_installed_backends(
     ],
 )
 def test_an_error_in_the_command_line_is_one_line_and_exit_2(arguments: list[str], said: str) -> None:
-    done = run_eplb(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
+    done = CliRunner().invoke(main, arguments, prog_name="eplb")
+    assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith(said.rstrip("'"))
     assert f"see eplb{' ' + arguments[0] if arguments[0][0] != '-' else ''} --help" in line
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_demo_moves_its_own_experts_and_leaves_nothing_behind(ranks: int, tmp_path: Path) -> None:
-    environment = {"TMPDIR": str(tmp_path)}
+def test_the_demo_moves_its_own_experts_and_leaves_nothing_behind(
+    ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    done = run_eplb("demo", "--backend=torch_gloo", f"--ranks={ranks}", "--json=-", environment=environment)
+    done = CliRunner().invoke(main, ["demo", "--backend=torch_gloo", f"--ranks={ranks}", "--json=-"])
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["verified"] is True
     assert not list(tmp_path.glob("eplb-demo-*"))
 
 
 def test_the_line_that_the_demo_shows_does_the_same_with_what_it_keeps(tmp_path: Path) -> None:
-    shown = run_eplb("demo", "--backend=torch_gloo", "--ranks=2", f"--keep={tmp_path}").stdout.splitlines()[0]
+    demo = ["demo", "--backend=torch_gloo", "--ranks=2", f"--keep={tmp_path}"]
+    shown = CliRunner().invoke(main, demo).stdout.splitlines()[0]
 
-    done = run_eplb(*shown.removeprefix("$ eplb ").split())
+    done = CliRunner().invoke(main, shown.removeprefix("$ eplb ").split())
 
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "verified" in done.stdout
 
 
 def test_the_demo_refuses_more_ranks_than_it_has_experts() -> None:
-    done = run_eplb("demo", "--ranks=13")
-    assert (done.returncode, done.stderr.splitlines()) == (
+    done = CliRunner().invoke(main, ["demo", "--ranks=13"])
+    assert (done.exit_code, done.stderr.splitlines()) == (
         2,
         ["error: --ranks is 13: the demo has 12 experts; give 1 to 12 ranks"],
     )

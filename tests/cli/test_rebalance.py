@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+import eplb_core
 from eplb_core.cli import main
 from eplb_core.cli.rebalance.launch import run_local
 from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
@@ -29,6 +30,7 @@ from eplb_core.inputs.make_checkpoint import Style, make_checkpoint
 from eplb_core.inputs.placements import read_placement, write_placement
 from eplb_core.policies import slots_anew
 from eplb_core.policies.base import PlacementDecision, PlacementRequest, decide
+from tests.support.programs import run_program
 from tests.support.stored import Stored
 
 PUBLISHED = Path(__file__).parents[2] / "examples" / "published-loads.json"
@@ -631,26 +633,39 @@ def test_under_torchrun_it_joins_the_ranks_that_there_are(checkpoint: Path, tmp_
     assert done.stdout.count("verified") == 1
 
 
-def test_under_torchrun_bad_input_is_one_line_too(checkpoint: Path) -> None:
-    done = torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--ranks", 3)
-    assert done.returncode != 0
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def under_torchrun(ranks: int, *arguments: object) -> list[str]:
+    """Run the command on forked ranks that have torchrun's environment and store; return the exit code of each."""
+    program = Path(eplb_core.__file__).with_name("__main__.py")
+    ended = run_program(program, ranks, ["rebalance", *map(str, arguments)])
+    assert [outcome.error for outcome in ended] == ["SystemExit"] * ranks, ended
+    return [outcome.message for outcome in ended]
+
+
+def test_under_torchrun_bad_input_is_one_line_too(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    codes = under_torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--ranks", 3)
+    assert codes == ["2", "2"]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert errors == ["error: --ranks is 3, but torchrun started 2; to mend it: leave --ranks away"]
 
 
-def test_under_torchrun_a_checkpoint_that_cannot_be_opened_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_under_torchrun_a_checkpoint_that_cannot_be_opened_is_one_line(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"?" * 20)
-    done = torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "broken")
-    assert done.returncode == 1  # torchrun's own
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    codes = under_torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "broken")
+    assert codes == ["2", "2"]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "a shard cannot be read as safetensors" in line
 
 
-def test_under_torchrun_a_copy_is_compared_with_too(checkpoint: Path, tmp_path: Path) -> None:
+def test_under_torchrun_a_copy_is_compared_with_too(
+    checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(checkpoint, tmp_path / "copy")
-    done = torchrun(
+    codes = under_torchrun(
         2, PUBLISHED, "--checkpoint", checkpoint, "--verify-against", tmp_path / "copy", "--backend", "torch_gloo"
     )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"verified +yes", done.stdout)
+    said, complained = capfd.readouterr()
+    assert codes == ["0", "0"], complained
+    assert re.search(r"verified +yes", said)

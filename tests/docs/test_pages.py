@@ -21,6 +21,7 @@ from eplb_core.contract.options import option_types
 from eplb_core.registry.registry import default_registry, load_options_class
 from tests.support.fake_distributions import install, run_child, run_eplb
 from tests.support.pages import BLOCKS, DOCS, PAGES, REPOSITORY, Block, blocks_of, marked
+from tests.support.programs import run_program
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
@@ -39,9 +40,22 @@ def test_a_program_in_the_docs_runs(block: Block, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", marked("two-ranks"), ids=str)
-def test_a_program_for_two_ranks_in_the_docs_runs_under_torchrun(block: Block, tmp_path: Path) -> None:
+def test_a_program_for_two_ranks_in_the_docs_runs(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(block.code)
+    monkeypatch.chdir(tmp_path)
+
+    ended = run_program(program, 2)
+
+    assert [outcome.exit_code for outcome in ended] == [0, 0], ended
+    assert all(outcome.succeeded for outcome in ended), ended
+
+
+def test_such_a_program_runs_under_torchrun(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(marked("two-ranks")[0].code)
 
     child = run_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)], cwd=tmp_path)
 
