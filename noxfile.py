@@ -35,8 +35,10 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def nightly(session: nox.Session) -> None:
-    """The long campaigns, with more ranks."""
+    """The long campaigns, with more ranks, and twenty times as many examples of each property."""
     session.run("python", "-m", "pytest", "-m", "nightly", *session.posargs)
+    properties = ["-m", "hypothesis and not nightly", "--timeout", "1200"]
+    session.run("python", "-m", "pytest", *properties, *session.posargs, env={"EPLB_TEST_EXAMPLES": "20"})
 
 
 @nox.session
