@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import msgspec
 
@@ -143,6 +144,18 @@ class CommitRecord:
             key,
             Decision(ABORT, self._control.rank, type(error).__name__, text[:_TEXT_LIMIT], peers, phase, usable),
         )
+
+    def require_store(self) -> None:
+        """Return unless the store is known to be gone, so that nothing is begun that cannot be decided.
+
+        Raises:
+            ControlPlaneError: it is.
+        """
+        self._control.require_store()
+
+    def last_words(self, waited_s: float) -> AbstractContextManager[None]:
+        """Ask inside the block what is left to ask after waiting `waited_s` for others in vain."""
+        return self._control.last_words(waited_s, self._timeout_s)
 
     def missing(self, key: str) -> tuple[int, ...]:
         """Return the ranks that have not said yes to `key`."""

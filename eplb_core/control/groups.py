@@ -119,12 +119,19 @@ def is_stateless(group: GroupCoordinator | StatelessGroup) -> bool:
     return False
 
 
-def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: float) -> ControlPlane:
+def open_control_plane(
+    group: GroupCoordinator | StatelessGroup, timeout_s: float, answer_s: float | None = None
+) -> ControlPlane:
     """Return a new control plane for the ranks of `group`. Every rank has to call it.
 
     It runs over a connection of its own to the group's store; without one, to the store of the default process group,
     which torchrun hosts outside the workers. No collective is used: one that a rank does not join would leave the
     engine's process group out of step.
+
+    Args:
+        group: the ranks.
+        timeout_s: how long to wait for the slowest of them, in seconds.
+        answer_s: how long the store may take for each answer once all are here, in seconds; None means as long.
 
     Raises:
         ControlPlaneError: a rank did not come in time (`missing` says which), or the store is gone.
@@ -146,6 +153,8 @@ def open_control_plane(group: GroupCoordinator | StatelessGroup, timeout_s: floa
     began = time.monotonic()
     connection = connect(store, timeout_s)
     name = meet(connection, place, rank, world_size, max(timeout_s - (time.monotonic() - began), 0.001))
+    if answer_s is not None:
+        connection.answer_within(answer_s)
     store = dist.PrefixStore(f"eplb/{name}", connection.store)
     return ControlPlane(store, rank, world_size, connection=connection)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 from torch.distributed import DistError, PrefixStore, Store
@@ -30,6 +30,7 @@ _BOARD_ROUNDS = (2, 16, 128)
 
 _BOARD_S = 1.0  # how long they wait for one another then; a rank that is gone must not hold the others up
 _BOARD_NAP_S = 1e-3
+_LAST_WORDS_S = 1.5  # a store that works answers a thousand times faster
 _YES, _NO = b"yes", b"no"
 _UNSETTLED = "?"  # what nothing is ever settled as
 
@@ -245,6 +246,26 @@ class ControlPlane:
         with contextlib.suppress(DistError, NotImplementedError), self._connection.patient():  # a store of files cannot
             for name in names:
                 self._store.delete_key(name)
+
+    def require_store(self) -> None:
+        """Return unless the store is known to be gone; asks nobody.
+
+        Raises:
+            ControlPlaneError: it did not answer earlier.
+        """
+        if self._connection.lost:
+            raise _lost("what the ranks decide next", 0.0, [], DistError(self._connection.lost))
+
+    @contextlib.contextmanager
+    def last_words(self, waited_s: float, timeout_s: float) -> Iterator[None]:
+        """Ask the store what a rank that gives up still has to ask, in time for `timeout_s` and 2 s together.
+
+        Args:
+            waited_s: how long this rank has waited for others already, in seconds.
+            timeout_s: how long it may wait, in seconds.
+        """
+        with self._connection.answering_within(max(timeout_s - waited_s, _LAST_WORDS_S)):
+            yield
 
     def with_own_connection(self, timeout_s: float) -> ControlPlane:
         """Return the same control plane for another thread, whose waiting does not keep this one from the store.

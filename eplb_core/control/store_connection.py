@@ -44,6 +44,27 @@ class StoreConnection:
         self._patience_s = 0.0
         self._lost = ""
 
+    @property
+    def lost(self) -> str:
+        """Why the store is not asked any more, or nothing."""
+        return self._lost
+
+    def answer_within(self, seconds: float) -> None:
+        """Give the store so long for an answer from now on, where it has a limit at all."""
+        if math.isfinite(self._answer_s):
+            self._answer_s = seconds
+            self.store.set_timeout(datetime.timedelta(seconds=seconds))
+
+    @contextlib.contextmanager
+    def answering_within(self, seconds: float) -> Iterator[None]:
+        """Give the store no longer than this for an answer inside the block."""
+        before = self._answer_s
+        self.answer_within(min(seconds, before))
+        try:
+            yield
+        finally:
+            self.answer_within(before)
+
     @contextlib.contextmanager
     def patient(self, *, waits: bool = False) -> Iterator[None]:
         """Ask the store one question inside the block.

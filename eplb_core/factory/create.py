@@ -76,7 +76,7 @@ def create_eplb_communicator(
         backend_from_environment(backend) or DEFAULT_BACKEND, group_coordinator, device, arguments, registry
     )
     try:
-        control = open_control_plane(group_coordinator, attempt.start_timeout_s)
+        control = open_control_plane(group_coordinator, attempt.start_timeout_s, attempt.timeout_s)
     except ControlPlaneError as error:
         raise not_all_answered(error, group_coordinator.world_size) from error
     automatic: AutomaticChoice | None = None

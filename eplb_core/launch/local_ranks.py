@@ -209,7 +209,7 @@ def collect_local_ranks(
         on_start: called once with the process ids, in rank order.
         grace_s: how long the others may go on once a rank has failed.
     """
-    store = _store_of_this_machine()
+    store = store_of_this_machine()
     outcomes = [Outcome(rank) for rank in range(num_ranks)]
     processes: list[RankProcess] = []
     pipes: dict[Connection, int] = {}
@@ -264,7 +264,7 @@ def collect_local_ranks(
     return outcomes
 
 
-def _store_of_this_machine() -> dist.TCPStore:
+def store_of_this_machine() -> dist.TCPStore:
     """Return a store that only processes of this machine reach: one that torch opens listens on every address."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
         listening.bind((_LOOPBACK, 0))

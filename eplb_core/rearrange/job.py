@@ -23,7 +23,6 @@ from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.commit_record import COMMIT, CommitRecord, Decision
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, InputError, TransferError
-from eplb_core.planning.placement import EMPTY
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import CANCEL, JobState, Ready
@@ -296,6 +295,8 @@ class RearrangeJob:
             self._settle_rest()
         except DecisionUnknownError as error:
             self._state.error = error
+        with self._state.changed:
+            self._state.forget_unknown()
         if self._state.error is not None:
             if isinstance(self._state.error, TransferError):
                 self._state.error.placement = self._state.placement.copy()
@@ -328,8 +329,10 @@ class RearrangeJob:
             "the ranks, host the store",
         )
         with self._state.changed:
-            step = self._state.steps[number]
-            self._state.placement[step.changes[:, 0], step.changes[:, 1]] = EMPTY
+            # The thread goes on meanwhile, as far as it has room; once it has ended, it knows what it has left open.
+            open_ones = self._state.may_be_committed() if self._receiver.working else set()
+            self._state.unknown |= open_ones | {ready.number for ready in self._state.ready}
+            self._state.forget_unknown()
             error.placement = self._state.placement.copy()
             self._state.error = error
             self._state.ready.clear()

@@ -62,6 +62,7 @@ class Receiver:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arriving: Ready | None = None
         self._key = _go(0)  # the one that the thread is at
+        self._began = time.monotonic()  # the transfer that it is at
         self._bursts_between_questions = (
             1 << 30 if self._pace is None else max(1, round(_CANCEL_WITHIN_S / self._pace.burst_s))
         )
@@ -190,6 +191,7 @@ class Receiver:
             nbytes = self._runner.incoming_slices(step, burst)
             if self._pace is not None:
                 self._pace.wait(nbytes)
+            self._began = time.monotonic()
             stats = self._runner.transfer_slices(step, burst, part).wait()
             with self._state.changed:
                 self._state.received_bytes += nbytes
@@ -228,8 +230,12 @@ class Receiver:
         """Tell the other ranks, at the first key that is not decided, and keep the error."""
         raised = error
         try:
-            raised = self._settle_failure(number, error)
+            with self._record.last_words(time.monotonic() - self._began):
+                raised = self._settle_failure(number, error)
         except ControlPlaneError as gone:
+            if self._arriving is not None:  # all ranks may have said that they have it
+                with self._state.changed:
+                    self._state.unknown.add(self._arriving.number)
             raised = DecisionUnknownError(
                 "the store that carries the commit records is gone",
                 phase="commit",

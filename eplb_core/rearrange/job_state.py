@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from eplb_core.arrays import IntArray
+from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.step_runner import PhaseTimes
 from eplb_core.scheduling.schedule import Step
 
@@ -55,10 +56,26 @@ class JobState:
         self.cancelling = False  # said on this rank
         self.stopped = False  # on all ranks
         self.error: BaseException | None = None
+        self.unknown: set[int] = set()  # steps that other ranks may have committed: the store died before it told
 
     def layer(self, number: int) -> int:
         """Return the layer that a step touches."""
         return int(self.steps[number].layers[0])
+
+    def may_be_committed(self) -> set[int]:
+        """Return the steps that other ranks may commit though this one has not: their bytes may be on all ranks."""
+        room = len(self.parts)
+        return {
+            number
+            for number in range(len(self.steps))
+            if number not in self.committed and (number < room or number - room in self.committed)
+        }
+
+    def forget_unknown(self) -> None:
+        """Take the slots of `unknown` for empty, which is what the placement says of slots that nobody knows."""
+        for number in self.unknown:
+            changes = self.steps[number].changes
+            self.placement[changes[:, 0], changes[:, 1]] = EMPTY
 
     def fail(self, error: BaseException) -> None:
         """Keep an error for the engine's thread."""

@@ -70,6 +70,7 @@ class Run:
         self._runner = runner
         self._stream = stream
         self._rank, self._world_size = context.rank, context.world_size
+        self._began = time.perf_counter()  # the step that is made
         self._under_way: _UnderWay | None = None
         self._next: PreparedStep | None = None
 
@@ -79,7 +80,9 @@ class Run:
         done = 0
         with self._trusting(), self._giving_up():
             for step in self.steps:
-                began = time.perf_counter()
+                began = self._began = time.perf_counter()
+                if self._record is not None:
+                    self._record.require_store()
                 prepared = self._next_step()
                 self._next = None
                 with self._naming(step):
@@ -162,7 +165,8 @@ class Run:
             if self._record is None or self.decided == len(self.steps):
                 raise
             try:
-                explained = self._settle(self._record, error)
+                with self._record.last_words(time.perf_counter() - self._began):
+                    explained = self._settle(self._record, error)
             except ControlPlaneError as gone:
                 raise self._undecided(gone) from error
             if explained is not error:
