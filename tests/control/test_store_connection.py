@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -18,42 +18,46 @@ from eplb_core.control import store_connection
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.store_connection import connect
 from eplb_core.errors import ControlPlaneError
+from eplb_core.launch.rank_process import start_rank
 
 SHORT_S, LONG_S = 0.5, 30.0
-HOST = """
-import sys, torch.distributed as dist
-store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-sys.stdin.read()
-"""
+
+
+def host_a_store(pipe: Connection) -> None:
+    """Tell the port of a new store, and keep it until the other end of the pipe is closed."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipe.send(store.port)
+    pipe.poll(None)
 
 
 class Host:
     """A process that hosts a store."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", HOST], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
+        self._process, self._pipe = start_rank(host_a_store, (), "host of a store")
         self.store = dist.TCPStore(
             "127.0.0.1",
-            int(self._process.stdout.readline()),
+            self._pipe.recv(),
             is_master=False,
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=600),
         )
 
     def signal(self, number: int) -> None:
-        self._process.send_signal(number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
         if number == signal.SIGSTOP:  # it is delivered to one thread after the other
             tasks = Path("/proc", str(self._process.pid), "task")
             while any(stat.read_text().rpartition(")")[2].split()[0] != "T" for stat in tasks.glob("*/stat")):
                 time.sleep(0.001)
 
     def end(self) -> None:
-        with self._process:  # which closes its pipes
-            self._process.kill()
+        if self._pipe.closed:
+            return
+        self._process.kill()
+        self._process.join(LONG_S)
+        self._process.close()
+        self._pipe.close()
 
 
 @pytest.fixture

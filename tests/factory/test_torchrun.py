@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.programs import run_program
+
 SCRIPT = """
     import sys
     from pathlib import Path
@@ -34,14 +36,22 @@ SCRIPT = """
 """
 
 
-@pytest.mark.parametrize("config", ["torch_gloo", "nixl?window=1MiB"])
-def test_ranks_of_torchrun_make_a_communicator_and_use_it(config: str, tmp_path: Path) -> None:
-    script = tmp_path / "engine.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "engine.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+def received(folder: Path) -> list[str]:
+    return [(folder / f"rank {rank}").read_text() for rank in range(2)]
+
+
+def test_ranks_of_torchrun_make_a_communicator_and_use_it(script: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("EPLB_")}
     ended = subprocess.run(
-        [*command, str(script), config, str(tmp_path)],
+        [*command, str(script), "nixl?window=1MiB", str(tmp_path)],
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -49,4 +59,11 @@ def test_ranks_of_torchrun_make_a_communicator_and_use_it(config: str, tmp_path:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert [(tmp_path / f"rank {rank}").read_text() for rank in range(2)] == ["1", "0"]
+    assert received(tmp_path) == ["1", "0"]
+
+
+@pytest.mark.parametrize("config", ["torch_gloo", "nixl?window=1MiB"])
+def test_so_do_ranks_that_have_its_environment(config: str, script: Path, tmp_path: Path) -> None:
+    ended = run_program(script, 2, [config, str(tmp_path)])
+    assert all(outcome.succeeded and outcome.exit_code == 0 for outcome in ended), ended
+    assert received(tmp_path) == ["1", "0"]
