@@ -14,15 +14,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from eplb_core.planning.placement import imbalance
-from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.policies import PlacementRequest, minimize_movement, slots_anew
 from eplb_core.policies.compiled import COMPILES
 from eplb_core.policies.deepseek import POLICY as FRESH
 from eplb_core.policies.incremental import POLICY, IncrementalOptions
-from eplb_core.scheduling.schedule import schedule_steps
+from eplb_core.scheduling.layer import LayerMoves
+from eplb_core.scheduling.schedule import Share, Step, in_turn, schedule_steps
 
 LAYERS, EXPERTS = 58, 256
 SLOTS = {8: 288, 32: 288, 64: 320, 256: 512}
@@ -179,7 +181,7 @@ def seconds(seeds: int) -> None:
 
 def schedules(seeds: int) -> None:
     """`schedule_steps` of real plans: experts of 44 MB, a window of 192 MiB."""
-    print("ranks  plan          moves   step as 24 MiB (CPU): s, steps   as 1 GiB (GPU): s, steps   staged: s, steps")
+    print("ranks  plan          moves   CPU (step as 24 MiB): alone, rank, steps   GPU (1 GiB): alone, rank, steps")
     for ranks, slots in SLOTS.items():
         sizes: dict[str, Any] = {"num_slots": slots, "num_ranks": ranks}
         loads, later = before_and_after("lognormal", 0.2, 0)
@@ -192,15 +194,38 @@ def schedules(seeds: int) -> None:
         for name, new in plans.items():
             plan = plan_rearrangement(old, new, ranks)
             cells = []
-            for step_bytes in (24 << 20, 1 << 30, None):
-                taken, steps = best_of_three(
-                    lambda: schedule_steps(plan, EXPERT_BYTES, window_bytes=WINDOW, in_place_from=step_bytes)  # noqa: B023
-                )
-                cells.append(f"{taken:.3f}, {len(steps)}")
-            print(
-                f"{ranks:5d}  {name:11s} {plan.num_moves:7d} {cells[0]:>36s} {cells[1]:>28s} {cells[2]:>18s}",
-                flush=True,
-            )
+            for step_bytes in (24 << 20, 1 << 30):
+                alone, own, steps = schedule_alone_and_shared(plan, ranks, step_bytes)
+                cells.append(f"{alone:.3f}, {own:.3f}, {steps}")
+            print(f"{ranks:5d}  {name:11s} {plan.num_moves:7d} {cells[0]:>40s} {cells[1]:>32s}", flush=True)
+
+
+def schedule_alone_and_shared(plan: RearrangementPlan, ranks: int, step_bytes: int) -> tuple[float, float, int]:
+    """Return seconds of one process alone, of the busiest rank where ranks share the work, and the steps."""
+    taken = dict.fromkeys(range(ranks), 0.0)
+
+    def share(cut: Callable[[int], list[LayerMoves]], groups: int) -> list[list[LayerMoves]]:
+        shares = []
+        for rank in range(min(ranks, groups)):
+            began = time.process_time()
+            shares.append(msgspec.msgpack.encode({group: cut(group) for group in range(rank, groups, ranks)}))
+            taken[rank] = time.process_time() - began
+        cuts: dict[int, list[LayerMoves]] = {}
+        for encoded in shares:
+            cuts |= msgspec.msgpack.decode(encoded, type=dict[int, list[LayerMoves]])
+        return [cuts[group] for group in range(groups)]
+
+    def schedule(share: Share) -> list[Step]:
+        return schedule_steps(plan, EXPERT_BYTES, window_bytes=WINDOW, in_place_from=step_bytes, share=share)
+
+    alone, steps = best_of_three(lambda: schedule(in_turn))
+    own = []
+    for _ in range(3):
+        taken.update(dict.fromkeys(range(ranks), 0.0))
+        began = time.process_time()
+        schedule(share)
+        own.append(time.process_time() - began - sum(taken.values()) + max(taken.values()))
+    return alone, min(own), len(steps)
 
 
 def nodes(seeds: int) -> None:

@@ -7,6 +7,8 @@ spare copies of each expert, the slots that hold it, and those that still need i
 
 from __future__ import annotations
 
+from itertools import chain
+
 from eplb_core.planning.placement import EMPTY
 from eplb_core.scheduling.layer import MOVE_COLUMNS, Budget, LayerMoves, LayerTask, Use
 
@@ -21,11 +23,15 @@ class LayerState:
             which is one if the new placement needs the expert. No slot of an expert without a spare copy may be
             overwritten, which is most of them. Empty slots count as spare copies of `EMPTY`.
         pending: the slots that get another expert in this part or later, interleaved by rank, so that a part spreads
-            over the ranks.
+            over the ranks; in place, those that have got it already are among them.
+        num_pending: how many slots still get another expert.
         empty: those of `pending` that are empty when the part begins.
+        look_everywhere: whether any slot may be one that may be overwritten. In place every part gives up all that may
+            be, so later only those can be new whose expert has moved in this part, or has come by in the last one.
+        passed: slots that got an expert in the last part which is not theirs.
         waits: slot -> whether it is pending, and was not overwritten or given up in this part.
         targets: expert -> the slots that still get it.
-        left: rank -> the bytes that its slots still get.
+        left: rank -> the bytes that its slots still get, in all layers that share the list.
         moved: the experts that a slot still gets, of those that have moved since cycles were looked for; None if cycles
             may be anywhere.
         waits_for_cycles: whether the last part had nothing of this layer, and not for want of budget: then only turning
@@ -33,7 +39,7 @@ class LayerState:
         parts: what was made so far.
     """
 
-    def __init__(self, task: LayerTask, *, in_place: bool) -> None:
+    def __init__(self, task: LayerTask, left: list[int], *, in_place: bool) -> None:
         self.held = held = list(task.old)
         self.new = new = task.new
         self.size = size = task.expert_bytes
@@ -61,13 +67,18 @@ class LayerState:
 
         self.waits = waits = [after != EMPTY and after != before for before, after in zip(held, new, strict=True)]
         self.pending = [slot for slot in places.in_turn if waits[slot]]
+        self.num_pending = len(self.pending)
+        self.look_everywhere = True
+        self.passed: list[int] = []
         self.empty = [slot for slot in self.pending if held[slot] == EMPTY] if holders[EMPTY] else []
         self.targets: dict[int, list[int]] = {expert: [] for expert in holders}
         for slot in self.pending:
             self.targets[new[slot]].append(slot)
         per_rank = len(held) // self.num_ranks
         self._copies_on_ranks = self._any_on_its_rank(per_rank)
-        self.left = [size * sum(waits[first : first + per_rank]) for first in range(0, len(held), per_rank)]
+        self.left = left
+        for rank in range(self.num_ranks):
+            left[rank] += size * sum(waits[rank * per_rank : (rank + 1) * per_rank])
 
     def _any_on_its_rank(self, per_rank: int) -> bool:
         """Whether a slot gets an expert that its rank has in another slot, or that another slot of it gets too."""
@@ -100,19 +111,27 @@ class LayerState:
             self.staged_limit = staged_limit
         if self.staged_limit < self.size and not self._copies_on_ranks:
             return  # nothing may land in the window, and nothing is on its rank already
-        self._overwrite(self.pending.copy(), follow=True)
+        self._overwrite(self._candidates(), follow=True)
 
     def vacate(self) -> None:
         """Give up the slots that may be overwritten, for the next part to fill."""
         held, spare, waits, targets = self.held, self.spare, self.waits, self.targets
         vacated = self.parts.vacated
-        for slot in self.pending:
+        for slot in self._candidates():
             expert = held[slot]
             if spare[expert] and waits[slot] and expert != EMPTY and (not targets[expert] or self.stays(slot, expert)):
                 vacated.append(slot)
                 waits[slot] = False
                 spare[expert] -= 1
         spare[EMPTY] += len(vacated) - self.first_vacated
+        self.look_everywhere = False
+
+    def _candidates(self) -> list[int]:
+        """Return the slots that may have become free to be overwritten, in a list of its own."""
+        if self.look_everywhere:
+            return self.pending.copy()
+        moved = dict.fromkeys(self.parts.moves[self.first_move + 1 :: MOVE_COLUMNS])
+        return [*self.passed, *chain.from_iterable(map(self.holders.__getitem__, moved))]
 
     def end_part(self, step: int) -> bool:
         """Take the part's moves as done in `step`, and return whether there were any."""
@@ -142,7 +161,9 @@ class LayerState:
                 moved.append(before)
         for slot in self.passing:
             waits[slot] = True
-        self.pending = [slot for slot in self.pending if waits[slot]]
+        self.passed = self.passing
+        if self.look_everywhere:
+            self.pending = [slot for slot in self.pending if waits[slot]]
         unfilled = any(map(waits.__getitem__, self.empty))
         self.empty = [slot for slot in self.pending if held[slot] == EMPTY] if unfilled else vacated
         self.parts.ends.append((step, len(moves) // MOVE_COLUMNS, len(vacated)))
@@ -196,7 +217,7 @@ class LayerState:
         window, sends, receives = self.use.window, self.use.sends, self.use.receives
         most_staged, most_saved = self.staged_limit - size, self.budget.window - size
         most_sent, most_received = self.budget.sends - size, self.budget.receives - size
-        number = self.num_transfers
+        number, num_pending = self.num_transfers, self.num_pending
         for slot in slots:
             before = held[slot]
             if not spare[before] or not waits[slot] or (targets[before] and not stays(slot, before)):
@@ -246,9 +267,10 @@ class LayerState:
             spare[expert] += 1
             targets[expert].remove(slot)
             left[rank] -= size
+            num_pending -= 1
             if follow:
                 slots += holders[expert]
-        self.num_transfers = number
+        self.num_transfers, self.num_pending = number, num_pending
 
     def _best_source(self, slot: int, expert: int) -> int:
         """Return the slot to read `expert` from for `slot`, or -1 if all ranks that could send it may send no more."""
@@ -316,6 +338,7 @@ class LayerState:
         if expert == self.new[slot]:
             self.targets[expert].remove(slot)
             self.left[self.rank_of[slot]] -= self.size
+            self.num_pending -= 1
         else:
             self.passing.append(slot)
             self._copies_on_ranks = True  # the rank needs it in another slot

@@ -40,6 +40,12 @@ _WORTH_SHARING = 500
 _LEAST_ROOM = 4
 """Experts that every group of layers has room for: with fewer, cycles are turned in more steps."""
 
+_WORTH_TURNS = 5_000
+"""From so many moves on, which take some 50 ms to cut in one group, groups of layers take turns with the window."""
+
+_ENOUGH_GROUPS = 4
+"""So many groups are cut in a quarter of the time; more of them take turns with the window too seldom."""
+
 Share = Callable[[Callable[[int], list[LayerMoves]], int], list[list[LayerMoves]]]
 """Returns what a function returns for each number below the second argument, in order."""
 
@@ -167,16 +173,19 @@ class _Scheduler:
     def in_place(self, cheap_bytes: int) -> list[Step]:
         """Return steps that receive into empty slots; each may stage `cheap_bytes` on a rank besides.
 
-        The layers are cut in groups, which share the limits evenly, so that no group has to know of the others.
+        The layers are cut in groups, so that no group has to know of the others. They share the limits evenly, or take
+        turns with the window.
         """
         moves = np.zeros(self.plan.num_layers, dtype=np.bool_)
         moves[self.plan.move_layer] = True
         layers = np.flatnonzero(moves)
-        groups = np.array_split(layers, self._num_groups(layers))
-        budget = Budget(*(limit // len(groups) for limit in self.limits.values()))
+        sharers, turns = self._sharers_and_turns(layers)
+        groups = np.array_split(layers, sharers * turns)
+        budget = Budget(*(limit // sharers for limit in self.limits.values()))
 
         def cut(group: int) -> list[LayerMoves]:
-            return cut_in_place(_tasks(self.plan, groups[group], self.aligned), budget, cheap_bytes // len(groups))
+            tasks = _tasks(self.plan, groups[group], self.aligned)
+            return cut_in_place(tasks, budget, cheap_bytes // sharers, turn=group % turns, turns=turns)
 
         share = self.share if len(groups) > 1 and self.plan.num_moves >= _WORTH_SHARING else in_turn
         cuts = [cut_up for of_group in share(cut, len(groups)) for cut_up in of_group]
@@ -185,13 +194,23 @@ class _Scheduler:
         if len(only_emptied):
             parts = parts.joined(without_moves(only_emptied))
         step = np.zeros(len(parts.layer), dtype=np.int64)
-        step[moves[parts.layer]] = [own for cut in cuts for own, _, _ in cut.ends]
+        own_steps = [own for cut in cuts for own, _, _ in cut.ends]
+        step[moves[parts.layer]] = np.unique(own_steps, return_inverse=True)[1]  # in some steps no group did anything
         return make_steps(self.plan, parts, parts.order(self.plan), self.aligned, step)
 
-    def _num_groups(self, layers: IntArray) -> int:
-        """Return how many groups of layers to cut: one for each rank, as far as every group can move its experts."""
+    def _sharers_and_turns(self, layers: IntArray) -> tuple[int, int]:
+        """Return into how many shares to cut the limits, and how many groups of layers take turns with each share.
+
+        One group for each rank, as far as every share has room for a few experts. Where that are few groups and the
+        plan is large, groups take turns with the window, which costs some more steps.
+        """
         room = min(self.limits.values()) // max(1, int(self.aligned[layers].max(initial=0)))
-        return max(1, min(self.plan.num_ranks, len(layers), room // _LEAST_ROOM))
+        most = min(self.plan.num_ranks, len(layers))
+        sharers = max(1, min(most, room // _LEAST_ROOM))
+        only_window = min(self.limits["send limit"], self.limits["receive limit"]) == _UNLIMITED
+        if not only_window or self.plan.num_moves < _WORTH_TURNS:
+            return sharers, 1
+        return sharers, max(1, min(most, _ENOUGH_GROUPS) // sharers)
 
     @property
     def _bound(self) -> IntArray:

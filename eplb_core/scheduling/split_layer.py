@@ -16,6 +16,7 @@ each is emptied by the part that brings its expert elsewhere, and filled by the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from eplb_core.errors import EplbError
 from eplb_core.scheduling.cycles import turn_cycles
@@ -38,8 +39,8 @@ def cut_layer(task: LayerTask, budget: Budget) -> LayerMoves:
         task: what has to happen.
         budget: what a part may use, at least one expert of each that the layer needs.
     """
-    state = LayerState(task, in_place=False)
-    while state.pending:
+    state = LayerState(task, [0] * task.places.num_ranks, in_place=False)
+    while state.num_pending:
         state.begin_part(budget, Use(task.places.num_ranks))
         state.overwrite()
         if turn_cycles(state):
@@ -49,32 +50,41 @@ def cut_layer(task: LayerTask, budget: Budget) -> LayerMoves:
     return state.parts
 
 
-def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -> list[LayerMoves]:
-    """Cut the ways of all layers into parts that share their steps, and receive into empty slots where they can.
+def cut_in_place(
+    tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int, *, turn: int = 0, turns: int = 1
+) -> list[LayerMoves]:
+    """Cut the ways of some layers into parts that share their steps, and receive into empty slots where they can.
 
     Args:
         tasks: what has to happen in each layer.
         budget: what all layers together may use in a step, at least one expert of each that they need.
         cheap_bytes: how much may land in the window of a rank in a step though it could go into a slot later.
+        turn: the layers may use the window in this step, and every `turns` steps from then on.
+        turns: how many groups of layers take turns with the window.
 
     Returns:
         The parts of every layer, with the steps that they share.
     """
-    states = [LayerState(task, in_place=True) for task in tasks]
-    unfinished = [state for state in states if state.pending]
+    left = [0] * tasks[0].places.num_ranks
+    states = [LayerState(task, left, in_place=True) for task in tasks]
+    unfinished = [state for state in states if state.num_pending]
     least = min((state.size for state in unfinished), default=0)
+    without_window = replace(budget, window=0)
     step, was_last = 0, False
     while unfinished:
+        has_window = step % turns == turn
+        now = budget if has_window else without_window
         use = Use(tasks[0].places.num_ranks)
         # A layer in which nothing happened waits for its cycles: there is nothing else to look for in it.
         awake = [state for state in unfinished if not state.waits_for_cycles]
         for state in awake:
-            state.begin_part(budget, use)
+            state.begin_part(now, use)
             state.fill_empty()
-        _turn_cycles(unfinished, budget, use, least)
+        if has_window:
+            _turn_cycles(unfinished, budget, use, least)
         # What is left is few: better all of it now than a step for each end of a chain.
-        is_last = _most_left(unfinished) <= _FEW * cheap_bytes
-        limit = budget.window if is_last else min(budget.window, cheap_bytes)
+        is_last = has_window and max(left) <= _FEW * cheap_bytes
+        limit = now.window if is_last else min(now.window, cheap_bytes)
         if is_last and not was_last:
             for state in unfinished:
                 if state.waits_for_cycles:
@@ -85,9 +95,9 @@ def cut_in_place(tasks: Sequence[LayerTask], budget: Budget, cheap_bytes: int) -
         for state in awake:
             state.vacate()
         moved = [state.end_part(step) for state in awake]
-        if not any(moved):
+        if has_window and not any(moved):
             raise _halted(budget)
-        unfinished = [state for state in unfinished if state.pending]
+        unfinished = [state for state in unfinished if state.num_pending]
         step, was_last = step + 1, is_last
     return [state.parts for state in states]
 
@@ -111,11 +121,6 @@ def _turn_cycles(states: Sequence[LayerState], budget: Budget, use: Use, least: 
             fruitless, able = 0, sum(used + least <= budget.window for used in use.window)
         elif state.moved is None:
             fruitless += 1
-
-
-def _most_left(states: Sequence[LayerState]) -> int:
-    """Return the most bytes that the slots of any rank still wait for."""
-    return max(map(sum, zip(*(state.left for state in states), strict=True)))
 
 
 def _halted(budget: Budget) -> EplbError:
