@@ -1,4 +1,4 @@
-"""The types of the arrays that are handed around: placements, plans, loads."""
+"""Array types: placements, plans, loads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every error that eplb raises, in one hierarchy.
 
 An error answers four questions for the person who meets it: what happened, where, why, and which command or setting
-mends it. Each class also derives from the built-in exception that callers of the original interface expect
+fixes it. Each class also derives from the built-in exception that callers of the original interface expect
 (`ValueError` for a bad name, `RuntimeError` for something that cannot be built).
 """
 
@@ -20,9 +20,9 @@ class EplbError(Exception):
 
     Attributes:
         what: one clause that says what happened.
-        where: the file, distribution, rank or column it happened at, if there is one.
+        where: the file, distribution, rank or column concerned, if there is one.
         why: the cause, if it is known.
-        remedy: the command, setting or change that mends it, if there is one.
+        remedy: the command, setting or change that fixes it, if there is one.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class EplbError(Exception):
         if why:
             message += f": {why}"
         if remedy:
-            message += f"\n  to mend it: {remedy}"
+            message += f"\n  hint: {remedy}"
         super().__init__(message)
 
 
 class InputError(EplbError, ValueError):
-    """A file, an option or an array that the user gave cannot be used."""
+    """A file, option or array supplied by the user cannot be used."""
 
 
 class PlacementError(EplbError, ValueError):
@@ -49,7 +49,7 @@ class PlacementError(EplbError, ValueError):
 
 
 class LostExpertsError(PlacementError):
-    """The new placement needs experts of which no slot of the old one has a copy. Nothing was moved.
+    """The new placement needs experts that no slot of the old one holds. Nothing was moved.
 
     Attributes:
         experts: `(layer, logical expert)` of each, sorted.
@@ -63,11 +63,11 @@ class LostExpertsError(PlacementError):
         named = ", ".join(f"{expert} in layer {layer}" for layer, expert in self.experts[: self._MOST_NAMED])
         more = len(self.experts) - self._MOST_NAMED
         super().__init__(
-            f"the new placement needs {count} of which no slot has a copy: {named}"
+            f"the new placement needs {count} that no slot holds: {named}"
             + (f", and {more} more" if more > 0 else ""),
             why="weights can only be moved from a slot of the old placement",
             remedy="give Rearranger.run a loader that reads these experts from a checkpoint, "
-            "or leave them out of the new placement",
+            "or omit them from the new placement",
         )
 
 
@@ -75,7 +75,7 @@ class PolicyError(EplbError, ValueError):
     """A balance policy cannot be selected: unknown, registered twice, or broken.
 
     Attributes:
-        name: the name that was asked for.
+        name: the requested name.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class PolicyError(EplbError, ValueError):
 
 
 class ConfigError(EplbError, ValueError):
-    """A config string is not well formed, or an option in it is not acceptable.
+    """A config string is malformed, or an option in it is invalid.
 
     Attributes:
         text: the config string, where there is one.
-        column: 1-based column of the first character that is wrong, or None.
+        column: 1-based column of the first wrong character, or None.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ConfigError(EplbError, ValueError):
 
 
 class BackendError(EplbError):
-    """A backend cannot be selected. `name` is the name that was asked for."""
+    """A backend cannot be selected. `name` is the requested name."""
 
     def __init__(
         self,
@@ -130,23 +130,23 @@ class BackendError(EplbError):
 
 
 class UnknownBackendError(BackendError, ValueError):
-    """No installed distribution registers a backend of this name, and none is known to."""
+    """No installed distribution registers a backend of this name, and eplb knows none that would."""
 
 
 class BackendNotInstalledError(BackendError, RuntimeError):
-    """The backend is known, but it or a package that it needs is not installed."""
+    """The backend is known, but it or a package it needs is not installed."""
 
 
 class BackendBrokenError(BackendError, RuntimeError):
-    """The backend is installed, but importing it, or reading what it registers, fails."""
+    """The backend is installed, but it cannot be imported, or its spec cannot be read."""
 
 
 class BackendConflictError(BackendError, ValueError):
-    """Two distributions register this name, and the config string does not say which one is meant."""
+    """Two distributions register this name, and the config string does not select one."""
 
 
 class BackendVersionError(BackendError, RuntimeError):
-    """The backend was written for a plugin API that this version of eplb does not speak."""
+    """The backend was written for a plugin API that this version of eplb does not support."""
 
 
 class BackendUnavailableError(BackendError, RuntimeError):
@@ -154,7 +154,7 @@ class BackendUnavailableError(BackendError, RuntimeError):
 
 
 class StatelessGroupError(BackendUnavailableError, ValueError):
-    """The backend needs a torch.distributed process group, and the group that it was asked for is stateless."""
+    """The backend needs a torch.distributed process group, but the group is stateless."""
 
 
 class NotACommunicatorError(BackendError, TypeError):
@@ -168,9 +168,9 @@ class HandshakeError(EplbError, RuntimeError):
     """The ranks of a group do not agree on what to build. Every rank raises it, with the same table.
 
     Attributes:
-        table: what differs -> the value of each rank, in rank order.
+        table: the item that differs -> the value of each rank, in rank order.
         missing: ranks that did not answer, sorted.
-        placement: what the slots hold, int64 `[layers, slots]`, if it was about a rearrangement: nothing was moved.
+        placement: what the slots hold, int64 `[layers, slots]`, in a rearrangement: nothing was moved.
     """
 
     placement: npt.NDArray[np.int64] | None = None
@@ -194,10 +194,10 @@ class HandshakeError(EplbError, RuntimeError):
 
 
 class ControlPlaneError(EplbError, RuntimeError):
-    """The small messages between ranks did not go through in time.
+    """The control messages between ranks did not get through in time.
 
     Attributes:
-        missing: group ranks that did not answer, sorted; empty if that is not known.
+        missing: group ranks that did not answer, sorted; empty if unknown.
     """
 
     def __init__(
@@ -231,8 +231,7 @@ class TransferError(EplbError, RuntimeError):
         peers: group ranks concerned, sorted.
         phase: the step of the transfer that failed, in one word ("agree", "pack", "read", ...).
         usable: whether the same communicator may be used again.
-        placement: what the slots hold, int64 `[layers, slots]`, if it was in a rearrangement: the same on every rank
-            that survives.
+        placement: what the slots hold, int64 `[layers, slots]`, in a rearrangement: the same on every surviving rank.
     """
 
     placement: npt.NDArray[np.int64] | None = None
@@ -255,7 +254,7 @@ class TransferError(EplbError, RuntimeError):
 
 
 class TransferMismatchError(TransferError):
-    """What a rank sends is not what its peer receives: another count, size or dtype. No byte moved."""
+    """A send and its receive differ in count, size or dtype. No byte moved."""
 
 
 class TransferOverflowError(TransferError):
@@ -271,11 +270,11 @@ class PeerLostError(TransferError, ConnectionError):
 
 
 class IntegrityError(TransferError):
-    """Bytes arrived that are not those that were sent.
+    """The bytes that arrived are not the bytes that were sent.
 
     Attributes:
         wrong: pairs of source rank and index, among the receives with bytes from that rank, in the order queued.
-        experts: `(layer, expert, source rank)` of each, sorted, if it was in a rearrangement.
+        experts: `(layer, expert, source rank)` of each, sorted, in a rearrangement.
     """
 
     experts: tuple[tuple[int, int, int], ...] = ()
@@ -297,17 +296,17 @@ class IntegrityError(TransferError):
 
 
 class DecisionUnknownError(TransferError):
-    """The store died while a step was being decided: nobody can tell whether other ranks have committed it.
+    """The store died while a step was being decided: other ranks may or may not have committed it.
 
-    `placement` is what this rank's slots hold, and -1 where the step would have changed a slot, of any rank.
+    `placement` is what the slots hold, with -1 in every slot, on any rank, that the step would have changed.
     """
 
 
 class LoaderError(EplbError, RuntimeError):
-    """The loader of some rank did not bring the experts that no rank holds.
+    """A rank's loader did not supply the experts that no rank holds.
 
     Attributes:
-        experts: `(layer, expert)` of each that is still missing, sorted.
+        experts: `(layer, expert)` of each expert still missing, sorted.
         placement: what the slots hold, int64 `[layers, slots]`, with -1 in the slots of these experts.
     """
 
@@ -316,4 +315,4 @@ class LoaderError(EplbError, RuntimeError):
     ) -> None:
         self.experts: tuple[tuple[int, int], ...] = tuple(sorted(set(experts)))
         self.placement = placement
-        super().__init__(what, why=why, remedy="mend the loader, and rearrange from error.placement")
+        super().__init__(what, why=why, remedy="fix the loader, and rearrange from error.placement")

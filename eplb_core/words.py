@@ -1,4 +1,4 @@
-"""Phrases that errors and reports share."""
+"""Phrases shared by errors and reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `, did you mean 'x'?` for the nearest known words, or nothing."""
+    """Return `, did you mean 'x'?` for the nearest known words, or an empty text."""
     near = difflib.get_close_matches(word, list(known), n=2)
     return f", did you mean {' or '.join(repr(other) for other in near)}?" if near else ""
 

@@ -1,1 +1,1 @@
-"""What a backend promises, and what it is given."""
+"""The backend contract: what a backend promises and what it receives."""

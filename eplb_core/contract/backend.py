@@ -1,4 +1,4 @@
-"""What a backend registers: a `BackendSpec`, cheap to import, that says how to build a communicator.
+"""`BackendSpec`, which a backend registers: cheap to import, it says how to build a communicator.
 
 The spec names its factory, options class and probe as dotted strings, `package.module:attribute`, so that listing
 the installed backends imports none of them.
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from eplb_core.contract.communicator import EplbCommunicator
 
 PLUGIN_API_VERSION = (1, 0)
-"""The plugin API that this version of eplb speaks, `(major, minor)`.
+"""The plugin API that this version of eplb supports, `(major, minor)`.
 
-A backend works if its major number is the same and its minor number is not larger.
+A backend is compatible if its major number is equal and its minor number is not larger.
 """
 
 ENTRY_POINT_GROUP = "eplb.backends"
@@ -30,14 +30,14 @@ ENTRY_POINT_GROUP = "eplb.backends"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a backend can do, as it declares it.
+    """The capabilities that a backend declares.
 
     Attributes:
-        device_types: torch device types whose tensors it moves, such as `("cpu", "cuda")`.
+        device_types: torch device types of the tensors it moves, such as `("cpu", "cuda")`.
         stateless_groups: it needs no torch.distributed process group, only the control plane.
         background: it may run beside inference in the same process, on its own thread and stream.
-        device_group: it moves device tensors over the group's own device process group, which has to be there.
-        dtypes: names of the dtypes that it moves, such as `("bfloat16", "uint8")`; empty means every dtype of torch.
+        device_group: it moves device tensors over the group's device process group, which must exist.
+        dtypes: names of the dtypes it moves, such as `("bfloat16", "uint8")`; empty means every torch dtype.
     """
 
     device_types: tuple[str, ...] = ("cpu",)
@@ -47,13 +47,13 @@ class Capabilities:
     dtypes: tuple[str, ...] = ()
 
     def unfit(self, device_type: str, *, stateless: bool, has_device_group: bool) -> str:
-        """Return why this does not do for such tensors in such a group, or an empty text if it does."""
+        """Return why the backend cannot move such tensors in such a group, or an empty text if it can."""
         if device_type not in self.device_types:
-            return f"it moves tensors on {', '.join(self.device_types)}, and these lie on {device_type}"
+            return f"it moves tensors on {', '.join(self.device_types)}, but these are on {device_type}"
         if stateless and not self.stateless_groups:
-            return "it needs a process group, and this group is stateless"
+            return "it needs a process group, but this group is stateless"
         if self.device_group and device_type != "cpu" and not has_device_group:
-            return f"it needs a {device_type} process group, and this group has none"
+            return f"it needs a {device_type} process group, but this group has none"
         return ""
 
 
@@ -68,12 +68,12 @@ class BackendSpec:
         factory: `module:callable`; a `BackendFactory`.
         options: `module:Class`, a frozen dataclass of the backend's options.
         capabilities: what it can do.
-        requires: top-level modules that have to be importable; `a|b` means that one of them is enough.
+        requires: top-level modules that must be importable; `a|b` means that either is enough.
         install: the pip command that installs what `requires` names.
-        probe: `module:callable`, a `BackendProbe`, or None if being importable is all it takes.
-        priority: among the backends that work on every rank, `auto` takes the one with the highest.
-        stateless_substitute: the backend that is taken in its place in a stateless group, with a warning, if it
-            cannot do without a process group; empty for none. It should know the same options.
+        probe: `module:callable`, a `BackendProbe`, or None if being importable is enough.
+        priority: `auto` takes the backend with the highest priority among those that work on every rank.
+        stateless_substitute: the backend used instead, with a warning, in a stateless group, if this one needs a
+            process group; empty for none. It should accept the same options.
     """
 
     name: str
@@ -95,8 +95,8 @@ class ProbeResult:
 
     Attributes:
         available: whether it does.
-        reason: one line, of what was tried if it works and of what failed if it does not.
-        warning: one line, of what should be otherwise although it works; empty where nothing should.
+        reason: one line: what was tried if it works, what failed if it does not.
+        warning: one line: what should be improved although it works; empty if nothing.
     """
 
     available: bool
@@ -115,7 +115,7 @@ class BackendFactory(Protocol):
 
 
 class BackendProbe(Protocol):
-    """Tries the backend for real on this machine, alone. Runs in a child process where a crash does no harm."""
+    """Tries the backend for real on this machine, alone. Runs in a child process, where a crash is harmless."""
 
     def __call__(self, device_type: str) -> ProbeResult:
         """Return whether tensors of `device_type` can be moved here."""

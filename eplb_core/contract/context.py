@@ -1,4 +1,4 @@
-"""What a factory is given about a group, and what a communicator is told of how it was made."""
+"""What a factory receives about its group, and what a communicator knows about its creation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendContext:
-    """All that a factory is given about the group that it builds a communicator for.
+    """The group that a factory builds a communicator for.
 
     Attributes:
         rank: this process's rank in the group.
         world_size: the number of ranks in the group.
         device: the device of the expert weights.
-        control: small typed messages between the ranks of the group, with deadlines.
+        control: small typed messages between the ranks, with deadlines.
         cpu_group: a CPU process group of the same ranks, or None in a stateless group.
         device_group: the device's process group (NCCL) of the same ranks, or None.
         device_communicator: the engine's own device communicator, or None. It may carry `pynccl_comm`.
@@ -39,22 +39,22 @@ class EventSink(Protocol):
     """Takes events of transfers and rearrangements; `eplb_core.hooks.host.PluginHost` is one."""
 
     def listens(self, *events: Any) -> bool:
-        """Return whether anybody listens to one of these classes of events."""
+        """Return whether any plugin listens to one of these classes of events."""
         ...
 
     def notify(self, event: Any) -> None:
-        """Take an event, without waiting for anybody who listens."""
+        """Take an event, without waiting for any listener."""
         ...
 
 
 @dataclass(slots=True)
 class Binding:
-    """What `create_eplb_communicator` knows of a communicator that it made.
+    """How `create_eplb_communicator` made a communicator.
 
     Attributes:
         config: the canonical config string.
-        context: the group that it was made for.
-        plugins: who is told of what is done with it; None for the installed plugins.
+        context: the communicator's group.
+        plugins: the plugins that receive its events; None for the installed plugins.
         timeout_s: the `timeout` option: the longest that any wait for a peer may take, in seconds.
         background: whether the backend may run beside inference, on a thread of its own.
     """

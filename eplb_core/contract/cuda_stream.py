@@ -1,4 +1,4 @@
-"""Streams that engines hand over, as what events and copies need. Imports torch, as nothing else of the contract."""
+"""CUDA streams from the generic streams that engines pass. The only module of the contract that imports torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def as_cuda_stream(stream: torch.Stream) -> torch.cuda.Stream:
-    """Return the CUDA stream that a `torch.Stream` of a CUDA device is: engines hand over these, which know less."""
+    """Return the `torch.cuda.Stream` for a `torch.Stream` of a CUDA device, which engines may pass."""
     if isinstance(stream, torch.cuda.Stream) or not isinstance(stream, torch.Stream) or stream.device.type != "cuda":
         return stream  # type: ignore[return-value]  # whether it suits the tensors' device is asked before
     return torch.cuda.Stream(

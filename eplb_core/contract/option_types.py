@@ -1,4 +1,4 @@
-"""The types that a backend writes its options with."""
+"""The types of backend options."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Duration(float):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonOptions:
-    """The options of every backend. A backend's own options class may derive from it, frozen and keyword-only.
+    """The options common to all backends. A backend's options class may derive from it, frozen and keyword-only.
 
     Attributes:
         timeout: the longest that any wait for a peer may take.
-        start_timeout: the longest that the ranks wait for one another to make the communicator, which they may come to
-            minutes apart, after loading weights; None for the same as `timeout`.
+        start_timeout: the longest that ranks wait for one another when the communicator is made: after loading
+            weights they may arrive minutes apart. None means the same as `timeout`.
     """
 
     timeout: Duration = field(
         default=Duration(60.0), metadata={"help": "the longest that any wait for a peer may take"}
     )
     start_timeout: Duration | None = field(
-        default=None, metadata={"help": "the same for the ranks' meeting when a communicator is made; none = timeout"}
+        default=None, metadata={"help": "the longest wait for all ranks when a communicator is made; none = timeout"}
     )

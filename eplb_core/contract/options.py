@@ -1,7 +1,7 @@
-"""The values of options: text to typed value and back, by the annotation of a field.
+"""Convert option values between text and typed values, by the annotation of a field.
 
 An option's type is one of `ByteSize`, `Duration`, `bool`, `int`, `float`, `str`, `Literal[...]`, or one of these
-`| None`; `none` then spells None.
+`| None`; the text `none` then means None.
 The field's metadata may say more: `help` (one line), `min` and `max` (both inclusive).
 """
 
@@ -55,7 +55,7 @@ class OptionType:
     help: str = ""
 
     def accepts(self) -> str:
-        """Say what may be written, such as `a size with a unit, such as 64MiB`."""
+        """Describe the accepted values, such as `a size with a unit, such as 64MiB`."""
         if self.kind is Literal:
             words = "one of " + ", ".join(map(str, self.choices))
         else:
@@ -79,7 +79,7 @@ class OptionType:
         """Return the value that `text` spells.
 
         Raises:
-            ValueTextError: it spells none, or one out of bounds.
+            ValueTextError: it is not a valid value, or is out of bounds.
         """
         if self.optional and text == _NONE:
             return None
@@ -170,7 +170,7 @@ def option_types(options_class: type) -> dict[str, OptionType]:
 
     Raises:
         TypeError: it is not a dataclass, or a field has a type that no text spells.
-        NameError: an annotation names something that its module does not hold.
+        NameError: an annotation names something that its module does not define.
     """
     if not dataclasses.is_dataclass(options_class):
         raise TypeError(f"{options_class.__qualname__} is not a dataclass")

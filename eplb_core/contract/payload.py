@@ -1,4 +1,4 @@
-"""Tensors that are queued: what a communicator is handed."""
+"""Queued tensors, as a communicator takes them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Payload:
-    """A tensor that will be sent or received, perhaps many times. What that takes is looked up once, on first use.
+    """A tensor that will be sent or received, perhaps many times. Its address and size are looked up once.
 
     Attributes:
         tensor: contiguous.
@@ -27,7 +27,7 @@ class Payload:
 
     @functools.cached_property
     def kind(self) -> bytes:
-        """Its bytes and dtype, for digests over what a pair of ranks exchanges."""
+        """Its size and dtype, for digests of what a pair of ranks exchanges."""
         return b"%d %s;" % (self.nbytes, _name(self.tensor.dtype))
 
 

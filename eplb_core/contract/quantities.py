@@ -1,4 +1,4 @@
-"""Sizes and times as people write them, a number and a unit such as `64MiB` or `30s`: to values and back."""
+"""Sizes and times written with a unit, such as `64MiB` or `30s`: parse and format them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eplb_core.contract.option_types import ByteSize, Duration
 from eplb_core.words import did_you_mean
 
 LONGEST_S = 14 * 24 * 3600
-"""The longest time that an option takes, in seconds: the calls of the operating system that wait end at 24 days."""
+"""The longest time that an option accepts, in seconds: system calls that wait are limited to 24 days."""
 
 _WRITTEN_UNITS = {"B": 1, "kB": 1000, "MB": 1000**2, "GB": 1000**3, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
 _BYTE_UNITS = {**_WRITTEN_UNITS, "KB": 1000, "TB": 1000**4, "TiB": 1024**4}  # some are read only
@@ -19,14 +19,14 @@ _NUMBER_AND_UNIT = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,30})?)([A-Za-z]*)", re.
 
 
 class ValueTextError(ValueError):
-    """A text is not a value of the option's type. Its message is a clause that completes "because ..."."""
+    """A text is not a valid value of the option's type. The message completes "because ..."."""
 
 
 def parse_bytes(text: str) -> ByteSize:
-    """Return the bytes that a text such as `64MiB` spells.
+    """Return the bytes written as a text such as `64MiB`.
 
     Raises:
-        ValueTextError: it spells no whole number of bytes.
+        ValueTextError: it is not a whole number of bytes.
     """
     size = _parse(text, _BYTE_UNITS)
     if size != int(size):
@@ -35,10 +35,10 @@ def parse_bytes(text: str) -> ByteSize:
 
 
 def parse_seconds(text: str) -> Duration:
-    """Return the seconds that a text such as `30s` spells.
+    """Return the seconds written as a text such as `30s`.
 
     Raises:
-        ValueTextError: it spells none.
+        ValueTextError: it is not a time.
     """
     return Duration(_parse(text, _TIME_UNITS))
 

@@ -1,4 +1,4 @@
-"""What a transfer did."""
+"""Statistics of a transfer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class TransferStats:
         bytes_received: payload bytes that reached this rank.
         messages: tensors sent and received.
         phases: phase name -> seconds, in the order in which they ran.
-        paths: peer rank -> the transport that its bytes took, where the backend knows it.
-        descriptors: pieces of memory that a one-sided transport read.
-        descriptors_merged: what was left of them after neighbours were joined.
+        paths: peer rank -> the transport that its bytes took, if the backend knows it.
+        descriptors: memory ranges that a one-sided transport read.
+        descriptors_merged: how many remained after adjacent ranges were merged.
     """
 
     seconds: float = 0.0

@@ -201,23 +201,23 @@ def test_explain_takes_auto():
         (
             "rail?windw=1MiB",
             "error: backend 'rail' has no option 'windw', did you mean 'window'? (column 6 of 'rail?windw=1MiB'); "
-            "to mend it: its options are: mode, start_timeout, timeout, window",
+            "hint: its options are: mode, start_timeout, timeout, window",
         ),
         (
             "rail?window",
-            "error: option 'window' has no value (column 12 of 'rail?window'); to mend it: write window=...",
+            "error: option 'window' has no value (column 12 of 'rail?window'); hint: write window=...",
         ),
         (
             "needy",
             "error: backend 'needy' is not fully installed (needy-eplb 1.0): it needs the module needy_driver; "
-            "to mend it: pip install needy-driver",
+            "hint: pip install needy-driver",
         ),
         (
             "twin",
             "error: 2 distributions register a backend 'twin' (twin-a 1.0, twin-b 1.0); "
-            "to mend it: write twin@twin-a or twin@twin-b",
+            "hint: write twin@twin-a or twin@twin-b",
         ),
-        ("shm", "error: backend 'shm' is not installed; to mend it: pip install eplb-shm"),
+        ("shm", "error: backend 'shm' is not installed; hint: pip install eplb-shm"),
     ],
 )
 def test_what_cannot_be_explained_is_one_line_and_exit_2(site: Path, text: str, line: str):
@@ -229,7 +229,7 @@ def test_what_cannot_be_explained_is_one_line_and_exit_2(site: Path, text: str, 
 def test_nothing_to_explain_is_one_line_and_exit_2():
     done = run_eplb("config", "explain")
     assert done.returncode == 2
-    assert done.stderr == "error: there is no config string to explain; to mend it: give one, or set EPLB_BACKEND\n"
+    assert done.stderr == "error: there is no config string to explain; hint: give one, or set EPLB_BACKEND\n"
 
 
 # --- the frame -------------------------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_what_the_user_has_to_change_is_exit_2_and_what_failed_is_exit_1(error: 
 
 def test_an_error_with_a_remedy_is_one_line():
     assert one_line(InputError("no loads", where="a.json", why="it is empty", remedy="record some")) == (
-        "no loads (a.json): it is empty; to mend it: record some"
+        "no loads (a.json): it is empty; hint: record some"
     )
 
 

@@ -484,7 +484,7 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
     ("arguments", "message"),
     [
         ("--ranks 5", "12 slots cannot be shared evenly by 5 ranks"),
-        ("--ranks 5 --redundant 1", "to mend it: give --redundant 3"),
+        ("--ranks 5 --redundant 1", "hint: give --redundant 3"),
         ("--ranks 13", "there are 13 ranks, but only 12 slots"),
         ("--ranks 0", "--ranks is 0"),
         ("--redundant -1", "--redundant is -1"),
@@ -495,7 +495,7 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--timeout 0", "--timeout is 0"),
         ("--layers 3", "--layers 3 selects no layers that exist"),
         ("--layers 1:1", "--layers 1:1 selects no layers that exist"),
-        ("--counts tokens", "--counts cannot be 'tokens'; to mend it: give logical or physical"),
+        ("--counts tokens", "--counts cannot be 'tokens'; hint: give logical or physical"),
         ("--window-steps 0", "--window-steps is 0"),
         ("--window-steps 2", "--window-steps needs loads with steps"),
         ("--decay 2", "--decay is 2"),
@@ -507,10 +507,10 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--backend torch_gloo?", "column 12"),
         ("--window 256", "the unit is missing"),
         ("--window 100B", "window"),
-        ("--pace 20", "'20' is not a pace: it does not end in /s; to mend it: write a size a second"),
+        ("--pace 20", "'20' is not a pace: it does not end in /s; hint: write a size a second"),
         ("--pace 0B/s", "a pace must be above 0 bytes a second, not 0"),
         ("--pace 1MB/s --backend torch_nccl", "backend 'torch_nccl' cannot run beside inference"),
-        ("--verify lots", "--verify cannot be 'lots'; to mend it: give one of off, sample, full"),
+        ("--verify lots", "--verify cannot be 'lots'; hint: give one of off, sample, full"),
         ("--model deepseek-v3", "both of --checkpoint and --model"),
         ("--scale 1/2", "--scale goes with --model"),
         ("--placement absent.json", "the placement file does not exist"),
@@ -645,7 +645,7 @@ def test_under_torchrun_bad_input_is_one_line_too(checkpoint: Path, capfd: pytes
     codes = under_torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--ranks", 3)
     assert codes == ["2", "2"]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: --ranks is 3, but torchrun started 2; to mend it: leave --ranks away"]
+    assert errors == ["error: --ranks is 3, but torchrun started 2; hint: leave --ranks away"]
 
 
 def test_under_torchrun_a_checkpoint_that_cannot_be_opened_is_one_line(

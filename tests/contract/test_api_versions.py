@@ -101,7 +101,7 @@ def test_a_backend_that_does_not_fit_is_refused_with_the_side_to_upgrade(answers
         why,
         f"pip install --upgrade {package}",
         f"backend 'rail' and this version of eplb do not fit together (rail-eplb 1.0): {why}\n"
-        f"  to mend it: pip install --upgrade {package}",
+        f"  hint: pip install --upgrade {package}",
     ]
 
 

@@ -299,7 +299,7 @@ def test_checks_of_plugins_are_heard_around_one_that_fails(told: tuple[int, dict
     _, document, text = told
     assert findings_of(document, "broken")[0]["detail"] == "the check failed: RuntimeError: the switch did not answer"
     assert findings_of(document, "firmware")[0]["severity"] == "warning"
-    assert "to mend it: update it" in text
+    assert "hint: update it" in text
 
 
 def test_an_option_that_the_backend_does_not_know_is_a_usage_error() -> None:

@@ -375,7 +375,7 @@ def test_text_that_is_no_plan_is_refused(text: str | bytes, message: str) -> Non
         ({"transfer_src_slot": [0, 0, 9]}, "'transfer_src_slot' of the plan has a value outside of 0 to 0"),
         ({"transfer_layer": [0]}, "values instead of"),
         ({"new": [[2, -1, 0, 2]]}, "do not turn its old placement"),
-        ({"new": [[2, -1, 9, 0]]}, "no slot has a copy: 9"),
+        ({"new": [[2, -1, 9, 0]]}, "that no slot holds: 9"),
         ({"new": [[2, -1, 0]]}, "4 ranks cannot share evenly"),
         ({"move_source": [0, -1, -1]}, "do not turn its old placement"),
         ({"move_transfer": [0, 1, 1]}, "do not turn its old placement"),

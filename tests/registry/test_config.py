@@ -229,28 +229,28 @@ def test_values_get_the_type_of_their_field(option: str, key: str, value: object
         (
             "window=64",
             "option 'window' cannot be '64' (column 13 of 'rail?window=64'): the unit is missing\n"
-            "  to mend it: window is a size with a unit "
+            "  hint: window is a size with a unit "
             "(B, kB, MB, GB, KiB, MiB, GiB), such as 64MiB, at least 4KiB, at most 1024GiB",
         ),
         (
             "timeout=30",
             "option 'timeout' cannot be '30' (column 14 of 'rail?timeout=30'): the unit is missing\n"
-            "  to mend it: timeout is a time with a unit (ms, s, min, h), such as 30s",
+            "  hint: timeout is a time with a unit (ms, s, min, h), such as 30s",
         ),
         (
             "pin_memory=yes",
             "option 'pin_memory' cannot be 'yes' (column 17 of 'rail?pin_memory=yes'): it is neither\n"
-            "  to mend it: pin_memory is on or off",
+            "  hint: pin_memory is on or off",
         ),
         (
             "rails=9",
             "option 'rails' cannot be '9' (column 12 of 'rail?rails=9'): it is too large\n"
-            "  to mend it: rails is a whole number, at least 1, at most 8",
+            "  hint: rails is a whole number, at least 1, at most 8",
         ),
         (
             "mode=packd",
             "option 'mode' cannot be 'packd' (column 11 of 'rail?mode=packd'): it is none of these, did you mean "
-            "'packed'?\n  to mend it: mode is one of auto, packed, direct",
+            "'packed'?\n  hint: mode is one of auto, packed, direct",
         ),
     ],
 )
@@ -353,7 +353,7 @@ def test_an_unknown_key_in_the_string_is_refused_with_the_nearest():
     with pytest.raises(ConfigError) as caught:
         resolve("rail?rials=4")
     assert str(caught.value) == (
-        "backend 'rail' has no option 'rials', did you mean 'rails'? (column 6 of 'rail?rials=4')\n  to mend it: its "
+        "backend 'rail' has no option 'rials', did you mean 'rails'? (column 6 of 'rail?rials=4')\n  hint: its "
         "options are: cap, fabric, label, mode, pin_memory, rails, ratio, start_timeout, timeout, window"
     )
 

@@ -147,7 +147,7 @@ def test_a_plugin_that_raises_at_import_does_not_break_those_around_it(tmp_path:
     assert refusal("mid", tmp_path) == (
         "BackendBrokenError",
         f"backend 'mid' is broken (mid-eplb 0.3, {tmp_path}/mid_spec.py:2): RuntimeError: driver too old\n"
-        "  to mend it: pip install --upgrade mid-eplb, or pip uninstall mid-eplb",
+        "  hint: pip install --upgrade mid-eplb, or pip uninstall mid-eplb",
     )
 
 
@@ -242,7 +242,7 @@ def test_two_distributions_with_one_name_are_a_conflict_only_when_that_name_is_s
     assert refusal("rail", tmp_path) == (
         "BackendConflictError",
         "2 distributions register a backend 'rail' (acme-eplb 1.0, other-eplb 2.0)\n"
-        "  to mend it: write rail@acme-eplb or rail@other-eplb",
+        "  hint: write rail@acme-eplb or rail@other-eplb",
     )
 
 
@@ -256,7 +256,7 @@ def test_naming_a_distribution_that_does_not_register_the_backend_is_refused_wit
     install_backend(tmp_path, "rail", distribution="acme-eplb")
     assert refusal("rail@beta", tmp_path) == (
         "UnknownBackendError",
-        "distribution 'beta' registers no backend 'rail'\n  to mend it: write rail@acme-eplb",
+        "distribution 'beta' registers no backend 'rail'\n  hint: write rail@acme-eplb",
     )
 
 
@@ -355,7 +355,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_that_are_installed(
     assert kind == "UnknownBackendError"
     assert message == (
         "there is no backend 'rial', did you mean 'rail'?\n"
-        f"  to mend it: choose one that is installed: {', '.join(names)}; `eplb backends` says more"
+        f"  hint: choose one that is installed: {', '.join(names)}; `eplb backends` says more"
     )
 
 
@@ -378,7 +378,7 @@ def test_a_backend_that_is_known_but_not_installed_is_refused_with_the_command(n
     folded = name.replace("-", "_")
     assert run_python(code.replace("{name!r}", repr(name))) == [
         "BackendNotInstalledError",
-        f"backend '{folded}' is not installed\n  to mend it: {command}",
+        f"backend '{folded}' is not installed\n  hint: {command}",
     ]
 
 
@@ -389,7 +389,7 @@ def test_a_missing_extra_is_refused_with_the_command_that_installs_it(tmp_path: 
     assert refusal("rail", tmp_path) == (
         "BackendNotInstalledError",
         "backend 'rail' is not fully installed (rail-eplb 1.0): it needs the module rail_driver and rail_a or rail_b\n"
-        '  to mend it: pip install "rail-eplb[driver]"',
+        '  hint: pip install "rail-eplb[driver]"',
     )
 
 
@@ -416,7 +416,7 @@ def test_a_part_that_cannot_be_loaded_is_told_with_its_name_and_cause(tmp_path: 
     assert refusal("rail", tmp_path, call=f"{call}(registry.select(parse_config(text)))") == (
         "BackendBrokenError",
         f"the {part} of backend 'rail' is broken (rail-eplb 1.0, {tmp_path}): {why}\n"
-        "  to mend it: pip install --upgrade rail-eplb, or pip uninstall rail-eplb",
+        "  hint: pip install --upgrade rail-eplb, or pip uninstall rail-eplb",
     )
 
 

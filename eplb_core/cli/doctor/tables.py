@@ -92,7 +92,7 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
         line.append(f" {finding.name}" + (f": {finding.detail}" if finding.detail else ""), style="default")
         console.print(line)
         if finding.remedy:
-            console.print(Text(f"         to mend it: {finding.remedy}"))
+            console.print(Text(f"         hint: {finding.remedy}"))
     verdict = worst(findings)
     words = {
         Severity.OK: "everything works",
