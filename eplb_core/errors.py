@@ -63,8 +63,7 @@ class LostExpertsError(PlacementError):
         named = ", ".join(f"{expert} in layer {layer}" for layer, expert in self.experts[: self._MOST_NAMED])
         more = len(self.experts) - self._MOST_NAMED
         super().__init__(
-            f"the new placement needs {count} that no slot holds: {named}"
-            + (f", and {more} more" if more > 0 else ""),
+            f"the new placement needs {count} that no slot holds: {named}" + (f", and {more} more" if more > 0 else ""),
             why="weights can only be moved from a slot of the old placement",
             remedy="give Rearranger.run a loader that reads these experts from a checkpoint, "
             "or omit them from the new placement",

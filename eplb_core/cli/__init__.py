@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "backends": ("eplb_core.cli.backends:backends", "List the installed backends and whether they can be used."),
     "bench": ("eplb_core.cli.bench:bench", "Measure how fast a backend moves expert weights."),
-    "completion": ("eplb_core.cli.completion:completion", "Print the script for completion in your shell."),
+    "completion": ("eplb_core.cli.completion:completion", "Print the shell completion script."),
     "config": ("eplb_core.cli.config:config", "Explain a config string."),
     "conformance": ("eplb_core.cli.conformance:conformance", "Check a backend against the communicator contract."),
-    "demo": ("eplb_core.cli.demo:demo", "Try it: move the experts of a small checkpoint that it makes itself."),
+    "demo": ("eplb_core.cli.demo:demo", "Move the experts of a small generated checkpoint."),
     "doctor": ("eplb_core.cli.doctor.command:doctor", "Show what works on this machine, and how fast its links are."),
-    "make-checkpoint": ("eplb_core.cli.make_checkpoint:make_checkpoint", "Write a small MoE checkpoint to try with."),
-    "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a backend of your own."),
+    "make-checkpoint": (
+        "eplb_core.cli.make_checkpoint:make_checkpoint",
+        "Write a small MoE checkpoint for experiments.",
+    ),
+    "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a new backend."),
     "placement": ("eplb_core.cli.placement:placement", "Convert placements between the formats of engines."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
     "rebalance": (
@@ -47,11 +50,11 @@ _COMMANDS = {
     ),
     "simulate": ("eplb_core.cli.simulate:simulate", "Simulate many rebalances at any scale, without weights."),
 }
-"""Sub-command -> (where its click command is, what it does in one line)."""
+"""Sub-command -> (location of its click command, one-line help)."""
 
 
 class EplbGroup(click.Group):
-    """A group whose own sub-commands are a table, with those of plugins behind them.
+    """A group whose built-in sub-commands come from a table, followed by those of plugins.
 
     A built-in command never loads a plugin. An `EplbError` from any command becomes one line and an exit code.
     """
@@ -65,7 +68,7 @@ class EplbGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command line, whatever standard output and error are; each error becomes one line and a code."""
+        """Run the command line, even with unusable standard streams; each error becomes one line and a code."""
         if not standalone_mode:
             return super().main(args, prog_name, standalone_mode=False, **extra)
         prepare_streams()
@@ -92,7 +95,7 @@ class EplbGroup(click.Group):
         except click.Abort:
             print("error: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED
-        except OSError as error:  # while a help text was printed, for one
+        except OSError as error:  # for example while printing a help text
             report_stranger(error)
             return EXIT_PROBLEM
         return code if isinstance(code, int) else 0
@@ -102,7 +105,7 @@ class EplbGroup(click.Group):
         return [*sorted(_COMMANDS), *sorted(self._plugin_commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one sub-command, or None if there is none of this name."""
+        """Import and return one sub-command, or None if no such command exists."""
         if cmd_name in _COMMANDS:
             module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
             return cast("click.Command", getattr(importlib.import_module(module), attribute))
@@ -141,7 +144,7 @@ class EplbGroup(click.Group):
             raise
         except KeyboardInterrupt:
             code = EXIT_INTERRUPTED
-        except Exception as error:  # noqa: BLE001 - whatever it is, the user gets one line
+        except Exception as error:  # noqa: BLE001 - the user gets one line for any error
             self._show_trace(ctx)
             report_stranger(error)
         raise click.exceptions.Exit(code)
@@ -181,8 +184,8 @@ def _print_version(context: click.Context, parameter: click.Parameter, wanted: b
     is_eager=True,
     expose_value=False,
     callback=_print_version,
-    help="Show the version of eplb and of what it runs with.",
+    help="Show the versions of eplb and its dependencies.",
 )
-@click.option("--traceback", is_flag=True, help="Show where an error comes from, for reports.")
+@click.option("--traceback", is_flag=True, help="Show the traceback of an error, for bug reports.")
 def main(traceback: bool) -> None:
     """Move mixture-of-experts weights between the ranks of an expert-parallel group."""

@@ -1,4 +1,4 @@
-"""`eplb backends`: what is installed, and whether it can be used here."""
+"""`eplb backends`: the installed backends, and whether they can be used here."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _PROBE_TIMEOUT_S: Final = 30.0
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), help="With --probe: the device of the tensors. [default: cpu]"
 )
-@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write JSON to FILE; - prints only JSON.")
 def backends(probe: bool, device: str | None, json_path: str | None) -> None:
     """List every installed backend, where it comes from, and whether it can be used."""
     if device is not None and not probe:
-        raise click.UsageError("--device says what to probe with: give --probe too.")
-    # A plugin that prints while it is imported must not spoil the JSON document.
+        raise click.UsageError("--device needs --probe.")
+    # A plugin that prints during its import must not corrupt the JSON document.
     with contextlib.redirect_stdout(sys.stderr):
         entries = default_registry().entries()
     results: dict[str, ProbeResult] = {}
@@ -59,7 +59,7 @@ def backends(probe: bool, device: str | None, json_path: str | None) -> None:
 def _probe(
     entries: Sequence[BackendEntry], device_type: str, json_path: str | None
 ) -> tuple[list[BackendEntry], dict[str, ProbeResult]]:
-    """Probe what is ready; return the entries with what is now known, and the answers by `name@distribution`."""
+    """Probe the ready backends; return the updated entries, and the results by `name@distribution`."""
     from eplb_core.registry.probe import run_probe
 
     console = human_console(json_path)

@@ -1,4 +1,4 @@
-"""`eplb bench`: how fast a backend moves expert weights, and whether every byte arrives."""
+"""`eplb bench`: measure how fast a backend moves expert weights, and verify every byte."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAGES = {"fill": "fill slots", "move": "rearrange", "check": "compare bytes"}
 
 
 def _parse_size(context: click.Context, param: click.Parameter, value: str | None) -> int | None:
-    """Return the bytes that an option's text means: a bare number of them, or a number with a unit."""
+    """Parse a number of bytes, with or without a unit."""
     if value is None:
         return None
     return parse_size(param.opts[0], f"{value}B" if value.isdecimal() else value)
@@ -40,30 +40,30 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--ranks", type=int, help="Without --workload: ranks.  [default: 2]")
 @click.option("--layers", type=int, help="Without --workload: layers.  [default: 4]")
-@click.option("--slots", type=int, help="Without --workload: slots of a rank in a layer.  [default: 16]")
-@click.option("--redundant", type=int, help="Without --workload: slots that hold a further copy.  [default: 4]")
+@click.option("--slots", type=int, help="Without --workload: slots per rank and layer.  [default: 16]")
+@click.option("--redundant", type=int, help="Without --workload: slots that hold extra copies.  [default: 4]")
 @click.option("--expert-bytes", callback=_parse_size, help="Without --workload: size of an expert.  [default: 3MiB]")
 @click.option("--steps", type=int, help="Without --workload: rearrangements.  [default: 6]")
-@click.option("--churn", type=float, help="Without --workload: share of the slots that a step redraws.  [default: 1]")
+@click.option("--churn", type=float, help="Without --workload: share of slots redrawn per step.  [default: 1]")
 @click.option(
     "--swaps",
     type=int,
-    help="Without --workload, instead of --churn: pairs of experts that change places in a step; 0 moves nothing.",
+    help="Without --workload, instead of --churn: pairs of experts swapped per step; 0 moves nothing.",
 )
-@click.option("--seed", type=int, help="Without --workload: of the random placements.  [default: 0]")
+@click.option("--seed", type=int, help="Without --workload: seed of the random placements.  [default: 0]")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each backend, in turn.")
 @click.option(
     "--window",
     "window_bytes",
     callback=_parse_size,
-    help="What received experts are staged in.  [default: what the backend's own windows leave]",
+    help="Staging memory for received experts.  [default: what the backend's windows leave]",
 )
 @click.option(
     "--in-place",
     type=click.Choice(["auto", "always", "never"]),
     default="auto",
     show_default=True,
-    help="Receive into slots that were given up, instead of the window.",
+    help="Receive into vacated slots instead of the window.",
 )
 @seconds_option(1800.0, "Seconds that each run may take.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
@@ -83,8 +83,8 @@ def bench(
 ) -> None:
     """Measure how fast a backend moves expert weights.
 
-    Starts the ranks as processes of this machine, gives every expert bytes of its own, goes through all placements of
-    a workload, and compares every byte in the end. With --device cuda, several ranks may share a GPU.
+    Starts the ranks as processes on this machine, gives every expert unique bytes, goes through all placements of a
+    workload, and compares every byte at the end. With --device cuda, several ranks may share a GPU.
 
     Exit code: 0 if all bytes are right, 1 if not, 2 if the input cannot be used.
     """
@@ -135,7 +135,7 @@ def _workload(path: Path | None, sizes: dict[str, Any]) -> Workload:
     if sizes:
         options = ", ".join("--" + name.replace("_", "-") for name in sizes)
         raise InputError(
-            f"--workload and {options} were given", why="the file says all that", remedy="give one of them"
+            f"--workload and {options} were given", why="the file defines all of that", remedy="give only one"
         )
     return read_workload(path)
 
@@ -148,7 +148,7 @@ def _describe(work: Workload, device: str) -> str:
 
 
 def _run(job: BenchRun, title: str, console: Console, *, keep_going: bool) -> dict[str, Any]:
-    """Return the document of one run; of one that failed, only what it was and why, if others are to follow."""
+    """Return the document of one run; if it failed and others follow, only its settings and the error."""
     from eplb_core.bench.run import run_bench
     from eplb_core.cli.progress import StageBars
 

@@ -1,4 +1,4 @@
-"""`eplb completion`, and what completes the values of options. Imports neither torch nor a backend."""
+"""`eplb completion`, and completers of option values. Imports neither torch nor a backend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHELLS: Final = ("bash", "zsh", "fish")
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete commands, options, and names of backends, policies and models.
+    """Print a SHELL script that completes commands, options, and names of backends, policies and models.
 
     bash: eval "$(eplb completion bash)" in ~/.bashrc; zsh: the same in ~/.zshrc;
     fish: eplb completion fish > ~/.config/fish/completions/eplb.fish
@@ -32,24 +32,24 @@ def completion(context: click.Context, shell: str) -> None:
 
 
 def complete_backends(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Return `auto` and the names of all installed backends that begin so."""
+    """Return those of `auto` and the installed backends that start with the text."""
     return _beginning(("auto", *_names("eplb.backends")), incomplete)
 
 
 def complete_policies(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Return the names of all installed policies that begin so."""
+    """Return the installed policies that start with the text."""
     return _beginning(_names("eplb.policies"), incomplete)
 
 
 def complete_models(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Return the names of all models of known shapes that begin so."""
+    """Return the models of known shapes that start with the text."""
     from eplb_core.inputs.models import MODELS
 
     return _beginning((model.name for model in MODELS), incomplete)
 
 
 def complete_checks(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Return the names of all checks of the conformance kit that begin so."""
+    """Return the conformance checks that start with the text."""
     from eplb_core.testing.catalogue import all_checks
 
     return _beginning((check.name for check in all_checks()), incomplete)

@@ -1,4 +1,4 @@
-"""`eplb config explain`: what a config string means, and where each value came from."""
+"""`eplb config explain`: the meaning of a config string, and the origin of each value."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def config() -> None:
 
 @config.command()
 @click.argument("text", metavar="CONFIG", required=False, shell_complete=complete_backends)
-@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write JSON to FILE; - prints only JSON.")
 def explain(text: str | None, json_path: str | None) -> None:
-    """Show every option of a backend, its value and where that came from.
+    """Show every option of a backend, its value and its origin.
 
-    Without CONFIG it explains what the environment variable EPLB_BACKEND holds.
+    Without CONFIG it explains the environment variable EPLB_BACKEND.
     """
     chosen = backend_from_environment(text, os.environ)
     if chosen is None:
-        raise InputError("there is no config string to explain", remedy=f"give one, or set {BACKEND_VARIABLE}")
+        raise InputError("no config string to explain", remedy=f"give one, or set {BACKEND_VARIABLE}")
     with contextlib.redirect_stdout(sys.stderr):
         backend = default_registry().resolve(chosen)
     source, resolved = "the best backend that works on every rank", backend.options

@@ -1,4 +1,4 @@
-"""`eplb conformance`: run the contract against a backend, with nothing to write."""
+"""`eplb conformance`: check a backend against the contract, without writing any code."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ _STYLES: Final = {"passed": "green", "failed": "red", "not run": "red", "skipped
 
 @click.command()
 @click.argument("config", required=False, shell_complete=complete_backends)
-@click.option("--ranks", type=click.IntRange(2), default=3, show_default=True, help="How many local processes.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of the tensors.")
+@click.option("--ranks", type=click.IntRange(2), default=3, show_default=True, help="Number of local processes.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Device of the tensors."
+)
 @click.option(
     "--check",
     "names",
     multiple=True,
     metavar="NAME",
     shell_complete=complete_checks,
-    help="Only this check; may be given again.",
+    help="Run only this check; may be repeated.",
 )
-@click.option("--thorough", is_flag=True, help="Also the checks that are too long for every day.")
-@click.option("--register", is_flag=True, help="Register every tensor first, for backends that move no others.")
-@click.option("--list", "list_only", is_flag=True, help="Only list the checks and what each promises.")
-@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.option("--thorough", is_flag=True, help="Also run the long checks.")
+@click.option("--register", is_flag=True, help="Register every tensor first, for backends that require it.")
+@click.option("--list", "list_only", is_flag=True, help="Only list the checks and the promise behind each.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write JSON to FILE; - prints only JSON.")
 @click.pass_context
 def conformance(
     ctx: click.Context,
@@ -45,16 +47,16 @@ def conformance(
     list_only: bool,
     json_path: str | None,
 ) -> None:
-    """Check whether the backend of CONFIG keeps the communicator contract, in real processes on this machine.
+    """Check whether the backend of CONFIG conforms to the communicator contract, in real processes on this machine.
 
-    Every byte that is compared comes from the check, not from the backend. A check that hangs is cut, with a stack
-    dump of every rank.
+    The expected bytes come from the check, not from the backend. A check that hangs is stopped, with a stack dump of
+    every rank.
     """
     from eplb_core.testing.subject import Subject
 
     if config is None and not list_only:
         raise click.UsageError("Missing argument 'CONFIG', such as nixl or 'torch_gloo?timeout=5s'.")
-    # What cannot be checked at all is told before torch is imported.
+    # Refuse an unusable backend before the slow import of torch.
     subject = None if config is None or list_only else Subject.declared(config, device, must_register=register)
     from eplb_core.testing.catalogue import all_checks, checks_named
 

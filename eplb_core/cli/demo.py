@@ -1,4 +1,4 @@
-"""`eplb demo`: the whole job without any input of one's own."""
+"""`eplb demo`: the whole job on generated input."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _MOST_RANKS = 12  # one for each expert
 @click.option(
     "--backend",
     shell_complete=complete_backends,
-    help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]",
+    help="Config string of the backend.  [default: EPLB_BACKEND, or auto]",
 )
-@click.option("--keep", type=click.Path(path_type=Path), help="Keep the loads and the checkpoint in this folder.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the loads and the checkpoint in this directory.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
 @click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
 @click.pass_context
@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Make a small checkpoint and loads, move its experts to a better placement, and verify every byte.
 
-    Needs no files and no GPU. The input is removed afterwards; with --keep it stays, to try `eplb rebalance` on.
+    Needs no files and no GPU. The input is removed afterwards; --keep keeps it, to try `eplb rebalance` with.
     """
     from eplb_core.cli.rebalance.command import rebalance
     from eplb_core.inputs.make_checkpoint import make_checkpoint

@@ -1,4 +1,4 @@
-"""`eplb new-backend`: a complete project for a transport of one's own, that works before a line is changed."""
+"""`eplb new-backend`: write a complete project for a new transport, which works unchanged."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from eplb_core.cli.output import human_console
     type=click.Path(path_type=Path),
     default=Path("."),
     metavar="DIR",
-    help="Where to make the project's folder. [default: the current folder]",
+    help="Parent directory of the project. [default: the current one]",
 )
 def new_backend(name: str, into: Path) -> None:
-    """Write a project for a backend called NAME into the new folder eplb-NAME.
+    """Write a project for a backend called NAME into the new directory eplb-NAME.
 
-    It has a slow transport that works and passes the conformance kit, to be replaced by yours: the package with its
-    entry point, tests with the kit, and a CI workflow.
+    It holds the package with its entry point, tests with the conformance kit, and a CI workflow. Its transport is
+    slow but passes the kit; replace it with yours.
     """
     from eplb_core.cli.new_backend_project import ProjectNames, write_project
 

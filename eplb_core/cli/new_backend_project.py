@@ -1,5 +1,4 @@
-"""The project that `eplb new-backend` writes: its names, and its files out of the templates beside this module.
-
+"""The project that `eplb new-backend` writes: its names, and its files from the templates next to this module.
 The templates have six values to fill in and nothing to decide or repeat, so `string.Template` does: it is in the
 standard library, and a name that is not there is an error.
 """
@@ -23,7 +22,7 @@ from eplb_core.registry.discovery import discover
 from eplb_core.registry.known import KNOWN_BACKENDS
 from eplb_core.registry.names import fold_name
 
-_SUFFIX: Final = ".tmpl"  # keeps linters and build tools from taking templates for what they will be
+_SUFFIX: Final = ".tmpl"  # so that linters and build tools ignore the templates
 _PACKAGE_FOLDER: Final = "__package__"
 _LONGEST_NAME: Final = 30
 _OUR_PACKAGES: Final = ("eplb_core", "eplb_backends")
@@ -31,13 +30,13 @@ _OUR_PACKAGES: Final = ("eplb_core", "eplb_backends")
 
 @dataclass(frozen=True, slots=True)
 class ProjectNames:
-    """What a project and its parts are called.
+    """The names of a project and its contents.
 
     Attributes:
-        name: the backend's, as in config strings: `acme_rail`.
+        name: of the backend, as in config strings: `acme_rail`.
         distribution: what pip installs: `eplb-acme-rail`.
         package: what Python imports: `eplb_acme_rail`.
-        class_name: the first part of its classes' names: `AcmeRail`.
+        class_name: prefix of the class names: `AcmeRail`.
     """
 
     name: str
@@ -50,7 +49,7 @@ class ProjectNames:
         """Return the names that follow from the backend's.
 
         Raises:
-            InputError: it is not a legal name, or somebody has it already.
+            InputError: the name is invalid or already taken.
         """
         try:
             folded = fold_name(name)
@@ -73,9 +72,9 @@ class ProjectNames:
 
     def _fault(self) -> str:
         if len(self.name) > _LONGEST_NAME:
-            return f"it has {len(self.name)} letters, and {_LONGEST_NAME} are allowed"
+            return f"it has {len(self.name)} letters, but at most {_LONGEST_NAME} are allowed"
         if self.name == AUTO:
-            return "it is what lets eplb choose"
+            return "it makes eplb choose a backend"
         if self.package in _OUR_PACKAGES:
             return f"its package would be {self.package}, which is eplb's own"
         holders = {each.distribution for each in discover(ENTRY_POINT_GROUP) if each.name == self.name}
@@ -83,27 +82,27 @@ class ProjectNames:
         if others:
             return f"the installed distribution {others[0]} registers it"
         if self.name in KNOWN_BACKENDS:
-            return f"there is one already: {KNOWN_BACKENDS[self.name]}"
+            return f"such a backend already exists: {KNOWN_BACKENDS[self.name]}"
         return ""
 
 
 def write_project(names: ProjectNames, folder: Path) -> list[Path]:
-    """Write the project into the new folder `folder`, and return its files, sorted. All of it or nothing.
+    """Write the project into the new directory `folder`, and return its files, sorted. All of it or nothing.
 
     Raises:
-        InputError: the folder is there already, or cannot be written.
+        InputError: the directory already exists, or cannot be written.
     """
     contents = render_project(names)
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
         raise InputError(
-            f"{folder} is there already",
+            f"{folder} already exists",
             why="nothing is overwritten",
-            remedy="move it away, or name another place with --into",
+            remedy="move it away, or choose another directory with --into",
         ) from error
     except OSError as error:
-        raise InputError(f"cannot make {folder}", why=error.strerror or str(error)) from error
+        raise InputError(f"cannot create {folder}", why=error.strerror or str(error)) from error
     try:
         for path, text in contents.items():
             target = folder / path

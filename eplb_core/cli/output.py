@@ -1,4 +1,4 @@
-"""How every sub-command speaks: one console, one line for an error, the same exit codes, JSON for machines."""
+"""Output shared by all sub-commands: one console, one line per error, common exit codes, JSON for machines."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 EXIT_PROBLEM = 1
-"""The exit code when the work was understood but did not succeed."""
+"""The exit code when the input was valid but the work failed."""
 
 EXIT_USAGE = 2
-"""The exit code when what the user gave cannot be used; the same as click's own usage errors."""
+"""The exit code when the input cannot be used; the same as click's usage errors."""
 
 EXIT_INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
+"""The exit code after Ctrl-C: 128 plus the number of SIGINT, as in shells."""
 
 STDOUT = "-"
 """The path that stands for standard output."""
 
-_LONGEST_TEXT = 500  # characters of an error that is none of eplb's
-_PLAIN_WIDTH = 10_000  # in a pipe or a log no line is wrapped, so that it can be searched
+_LONGEST_TEXT = 500  # characters of a foreign error
+_PLAIN_WIDTH = 10_000  # lines in a pipe or a log are not wrapped, so that they can be searched
 _USAGE_ERRORS = (BackendError, ConfigError, InputError, PlacementError, PolicyError)
 
 
@@ -41,13 +41,13 @@ def seconds_option(default: float, what: str) -> Callable[[_Command], _Command]:
     """Return the option `--timeout`, in seconds.
 
     Args:
-        default: its value where it is not given.
-        what: what it is for, one sentence.
+        default: its value if it is not given.
+        what: the help text, one sentence.
     """
     import click
 
     def check(context: click.Context, param: click.Parameter, value: float) -> float:
-        if not 0 < value <= LONGEST_S:  # not a number neither
+        if not 0 < value <= LONGEST_S:  # also refuses NaN
             raise InputError(f"--timeout is {value:g}", why=f"it must be above 0 and at most {LONGEST_S} seconds")
         return value
 
@@ -68,20 +68,20 @@ def parse_size(option: str, text: str, least: int = 1) -> int:
 
 
 def prepare_streams() -> None:
-    """Have standard output and error take whatever is printed, also where they are closed or not of UTF-8.
+    """Make standard output and error accept any text, even if they are closed or not UTF-8.
 
-    The work is done by the time that its report is printed: a character must not cost its result.
+    The work is done when its report is printed: an unprintable character must not lose the result.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by who started this
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open as long as the process is
         elif isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
 
 
 def flush_streams() -> str:
-    """Write out what was printed; return why that is not possible, or nothing."""
+    """Flush standard output; return why that fails, or an empty text."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -93,7 +93,7 @@ def flush_streams() -> str:
 
 
 def _discard_output() -> None:
-    """Have what is left of standard output go nowhere, so that Python does not fail at it at its end."""
+    """Discard the rest of standard output, so that Python does not fail on it at exit."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, sys.stdout.fileno())
@@ -103,8 +103,8 @@ def _discard_output() -> None:
 def human_console(json_path: str | None = None) -> Console:
     """Return the console for tables and progress bars.
 
-    It writes to standard error when the JSON document goes to standard output. Rich leaves out colour where
-    `NO_COLOR` is set or nobody looks at a terminal; there, lines are as long as they need to be.
+    It writes to standard error when the JSON document goes to standard output. Rich omits colour if `NO_COLOR` is set
+    or the output is not a terminal; in the latter case lines are not wrapped.
 
     Args:
         json_path: the value of the sub-command's `--json` option.
@@ -121,7 +121,7 @@ def write_json(document: object, path: str) -> None:
 
     Raises:
         InputError: the file cannot be written.
-        ValueError: the document holds NaN or an infinity, which JSON has no words for.
+        ValueError: the document holds NaN or an infinity, which JSON cannot express.
     """
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
@@ -136,7 +136,7 @@ def write_json(document: object, path: str) -> None:
 
 
 def exit_code_of(error: EplbError) -> int:
-    """Return 2 if the user has to give something else, 1 if the work itself failed."""
+    """Return 2 if the input is at fault, 1 if the work failed."""
     return EXIT_USAGE if isinstance(error, _USAGE_ERRORS) else EXIT_PROBLEM
 
 
@@ -151,16 +151,16 @@ def report_error(error: EplbError) -> None:
 
 
 def report_stranger(error: BaseException) -> None:
-    """Print one line about an error that is none of eplb's to standard error."""
+    """Print one line about a foreign error to standard error."""
     if isinstance(error, MemoryError):
-        _report(f"there is not enough memory{f': {error}' if str(error) else ''}")
+        _report(f"out of memory{f': {error}' if str(error) else ''}")
     elif isinstance(error, OSError) and error.strerror:
         _report(f"{error.strerror}{f': {error.filename}' if error.filename else ''}")
     else:
         text = " ".join(str(error).split())[:_LONGEST_TEXT]
-        _report(f"{type(error).__name__}: {text}; eplb --traceback COMMAND shows where it comes from")
+        _report(f"{type(error).__name__}: {text}; run eplb --traceback COMMAND for the traceback")
 
 
 def _report(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # nobody can be told, and the exit code says it all the same
+    with contextlib.suppress(OSError, ValueError):  # the exit code still reports it
         print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""`eplb plugins`: which hook plugins are installed, what they listen to, and what is wrong with them."""
+"""`eplb plugins`: the installed hook plugins, the hooks they implement, and their problems."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--hooks", "show_hooks", is_flag=True, help="List every hook that there is, and who implements it.")
-@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.option("--hooks", "show_hooks", is_flag=True, help="List every hook and the plugins that implement it.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write JSON to FILE; - prints only JSON.")
 def plugins(show_hooks: bool, json_path: str | None) -> None:
-    """List every installed hook plugin, where it comes from, and which hooks it implements. It imports them."""
-    # A plugin that prints while it is imported must not spoil the JSON document.
+    """List every installed hook plugin, where it comes from, and which hooks it implements. Imports all plugins."""
+    # A plugin that prints during its import must not corrupt the JSON document.
     with contextlib.redirect_stdout(sys.stderr):
         found = PluginHost().load().plugins
     if json_path is not None:

@@ -1,4 +1,4 @@
-"""Progress bars by bytes, for stages that several ranks go through side by side."""
+"""Progress bars by bytes, for stages that several ranks run in parallel."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class StageBars:
-    """One bar a stage, with the bytes of all ranks together. Shows nothing where nobody looks at a terminal.
+    """One bar per stage, with the bytes of all ranks together. Shows nothing without a terminal.
 
     Args:
-        console: where to.
-        titles: stage -> what to call it.
+        console: where to draw.
+        titles: stage -> its title.
         num_ranks: how many ranks work.
-        heard_ranks: how many of them report; the bytes of the others are taken to be as many.
+        heard_ranks: how many of them report; the others are assumed to progress equally.
     """
 
     def __init__(self, console: Console, titles: Mapping[str, str], num_ranks: int, heard_ranks: int) -> None:
@@ -48,13 +48,13 @@ class StageBars:
         )
 
     def update(self, rank: int, stage: str, done: int, total: int) -> None:
-        """Take in how many bytes of a stage a rank has done."""
+        """Record how many bytes of a stage a rank has done."""
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(self._titles[stage], total=None)
         ranks = self._bytes.setdefault(stage, {})
         ranks[rank] = (done, total)
         factor = self._num_ranks // self._heard_ranks
-        # The total is known once every rank has spoken; until then the bar only says that something goes on.
+        # The total is known once every rank has reported; until then the bar only shows activity.
         known = sum(each for _, each in ranks.values()) * factor if len(ranks) == self._heard_ranks else None
         self._progress.update(
             self._tasks[stage], completed=sum(each for each, _ in ranks.values()) * factor, total=known
@@ -68,5 +68,5 @@ class StageBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         self._progress.stop()

@@ -30,49 +30,59 @@ _MOST_ROWS = 20  # rebalances in the table; the document has all
 @click.option(
     "--model", default="deepseek-v3", show_default=True, help="A published model: its layers, experts, bytes."
 )
-@click.option("--layers", type=click.IntRange(1), help="MoE layers.  [default: the model's, or those of --loads]")
+@click.option("--layers", type=click.IntRange(1), help="MoE layers.  [default: those of the model, or of --loads]")
 @click.option("--ranks", type=click.IntRange(1, _MOST_RANKS), default=8, show_default=True)
 @click.option(
     "--nodes", type=click.IntRange(1), default=1, show_default=True, help="Nodes that share the ranks evenly."
 )
-@click.option("--redundant", type=click.IntRange(0), default=32, show_default=True, help="Slots beyond one an expert.")
+@click.option("--redundant", type=click.IntRange(0), default=32, show_default=True, help="Slots beyond one per expert.")
 @click.option("--groups", type=click.IntRange(1), default=1, show_default=True, help="Expert groups of the router.")
 @click.option(
     "--policy", "policies", multiple=True, help="A config string; repeat it to compare.  [default: incremental]"
 )
-@click.option("--compare", is_flag=True, help="Compare keeping, fresh plans, slot keeping, swaps, and incremental.")
-@click.option("--as-planned", is_flag=True, help="Take plans as they are, without ranks relabelled and slots kept.")
+@click.option(
+    "--compare",
+    is_flag=True,
+    help="Compare the built-in ways to rebalance: none, fresh plans, slot keeping, swaps, incremental.",
+)
+@click.option("--as-planned", is_flag=True, help="Use plans unchanged, without relabelling ranks or keeping slots.")
 @click.option(
     "--loads", type=click.Path(path_type=Path), help="A recording [steps, layers, experts] instead of --trace."
 )
 @click.option(
-    "--interval", type=click.IntRange(1), default=1, show_default=True, help="With --loads: steps an interval."
+    "--interval", type=click.IntRange(1), default=1, show_default=True, help="With --loads: steps per interval."
 )
 @click.option("--trace", type=click.Choice(["lognormal", "zipf"]), default="lognormal", show_default=True)
 @click.option(
-    "--drift", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Change of loads an interval."
+    "--drift", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Change of loads per interval."
 )
-@click.option("--rebalances", type=click.IntRange(1), default=10, show_default=True, help="How often, without --loads.")
 @click.option(
-    "--tokens", type=click.FloatRange(0, min_open=True), help="Tokens an expert and interval.  [default: no noise]"
+    "--rebalances", type=click.IntRange(1), default=10, show_default=True, help="Number of rebalances, without --loads."
+)
+@click.option(
+    "--tokens", type=click.FloatRange(0, min_open=True), help="Tokens per expert and interval.  [default: no noise]"
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--links", help="Rates, such as 'rank_rate=200GB&node_rate=400GB&step=1ms'; see the documentation.")
-@click.option("--window", default="256MiB", show_default=True, help="Staging of a rank for received experts.")
+@click.option("--window", default="256MiB", show_default=True, help="Staging memory of a rank for received experts.")
 @click.option(
     "--in-place-from",
     default="1GiB",
     show_default=True,
-    help="Staging that takes as long as a step: 1GiB on GPUs, 24MiB on CPUs; none stages everything.",
+    help="Staging bytes that cost as much time as a step: 1GiB on GPUs, 24MiB on CPUs; none stages everything.",
 )
-@click.option("--workload", type=click.Path(path_type=Path), help="Cost of a bench workload's placements, no policy.")
+@click.option(
+    "--workload",
+    type=click.Path(path_type=Path),
+    help="Only the cost of a bench workload's placements, without a policy.",
+)
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw imbalance and bytes over time here (.png).")
 def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **options: Any) -> None:
     """Simulate many rebalances, without weights and without ranks.
 
-    A policy decides on placements as it would in a serving system; plans and schedules are the real ones, so experts,
-    bytes, steps and staging are exact. Seconds come from the rates that --links gives.
+    A policy chooses placements as it would in a serving system; plans and schedules are real, so experts, bytes, steps
+    and staging are exact. Seconds follow from the rates of --links.
 
     Exit code: 0, or 2 if the input cannot be used.
     """
@@ -157,7 +167,7 @@ def _contestants(options: dict[str, Any]) -> tuple[Contestant, ...]:
 
     if options["compare"]:
         if options["policies"]:
-            raise InputError("--compare and --policy were given", remedy="give one of them")
+            raise InputError("--compare and --policy were given", remedy="give only one")
         return contestants()
     names = list(dict.fromkeys(options["policies"])) or ["incremental"]
     selected = [select_policy(name) for name in names]

@@ -1,4 +1,4 @@
-"""Draws a simulation: imbalance over time, and what each rebalance moves into the busiest rank."""
+"""Plots a simulation: imbalance over time, and the bytes into the busiest rank at each rebalance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def save_plot(runs: Mapping[str, Sequence[Rebalance]], title: str, path: Path) -
 
     Args:
         runs: name of a policy -> its rebalances.
-        title: above all.
+        title: of the whole figure.
         path: the file.
 
     Raises:

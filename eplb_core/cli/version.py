@@ -1,4 +1,4 @@
-"""What `eplb --version` shows: eplb, what it runs with, what is plugged in. It reads metadata and imports nothing."""
+"""The text of `eplb --version`: eplb, its dependencies, its plugins. Reads metadata and imports nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)[^;]*(?:;.*extra *== *['\"](?P<extr
 
 
 def version_text() -> str:
-    """Return one line for each distribution that matters: `name version`, and where eplb finds what.
+    """Return one line per relevant distribution: `name version`, and what it registers.
 
     The first line is always `eplb VERSION`.
     """
@@ -30,7 +30,7 @@ def version_text() -> str:
 
 
 def _requirements() -> Iterator[tuple[str, str]]:
-    """Yield (distribution, extra or "") that eplb's own metadata states, the core's first."""
+    """Yield (distribution, extra or "") from eplb's metadata, the core's first."""
     try:
         stated = requires("eplb") or []
     except PackageNotFoundError:  # on the path, but not installed

@@ -229,7 +229,7 @@ def test_what_cannot_be_explained_is_one_line_and_exit_2(site: Path, text: str, 
 def test_nothing_to_explain_is_one_line_and_exit_2():
     done = run_eplb("config", "explain")
     assert done.returncode == 2
-    assert done.stderr == "error: there is no config string to explain; hint: give one, or set EPLB_BACKEND\n"
+    assert done.stderr == "error: no config string to explain; hint: give one, or set EPLB_BACKEND\n"
 
 
 # --- the frame -------------------------------------------------------------------------------------------------------

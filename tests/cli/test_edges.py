@@ -135,8 +135,8 @@ def test_process_1_ends_at_sigterm(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (ZeroDivisionError("no\nsuch"), 1, "error: ZeroDivisionError: no such; eplb --traceback COMMAND shows where"),
-        (MemoryError(), 1, "error: there is not enough memory\n"),
+        (ZeroDivisionError("no\nsuch"), 1, "error: ZeroDivisionError: no such; run eplb --traceback COMMAND for the"),
+        (MemoryError(), 1, "error: out of memory\n"),
         (OSError(28, "No space left on device", "p.json"), 1, "error: No space left on device: p.json\n"),
         (KeyboardInterrupt(), 130, ""),
     ],

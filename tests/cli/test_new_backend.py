@@ -124,8 +124,8 @@ def test_it_says_what_it_wrote_and_what_comes_next(tmp_path: Path) -> None:
         ("acme_", "it ends with '_'"),
         ("", "it is empty"),
         ("../acme", "'.' is not a lower-case letter"),
-        ("a" * 31, "it has 31 letters, and 30 are allowed"),
-        ("auto", "it is what lets eplb choose"),
+        ("a" * 31, "it has 31 letters, but at most 30 are allowed"),
+        ("auto", "it makes eplb choose a backend"),
         ("core", "its package would be eplb_core, which is eplb's own"),
         ("torch-gloo", "the installed distribution eplb registers it"),
     ],
@@ -153,7 +153,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     kept.write_text("mine")
     result = new_backend("acme", "--into", tmp_path)
     assert result.exit_code == 2
-    assert "is there already: nothing is overwritten" in result.output
+    assert "already exists: nothing is overwritten" in result.output
     assert [path.name for path in kept.parent.iterdir()] == ["mine"]
 
 

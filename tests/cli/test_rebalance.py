@@ -512,7 +512,7 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--pace 1MB/s --backend torch_nccl", "backend 'torch_nccl' cannot run beside inference"),
         ("--verify lots", "--verify cannot be 'lots'; hint: give one of off, sample, full"),
         ("--model deepseek-v3", "both of --checkpoint and --model"),
-        ("--scale 1/2", "--scale goes with --model"),
+        ("--scale 1/2", "--scale needs --model"),
         ("--placement absent.json", "the placement file does not exist"),
         ("--verify-against absent", "the checkpoint does not exist"),
         ("--out new.txt", "cannot be written as .txt"),
@@ -645,7 +645,7 @@ def test_under_torchrun_bad_input_is_one_line_too(checkpoint: Path, capfd: pytes
     codes = under_torchrun(2, PUBLISHED, "--checkpoint", checkpoint, "--ranks", 3)
     assert codes == ["2", "2"]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert errors == ["error: --ranks is 3, but torchrun started 2; hint: leave --ranks away"]
+    assert errors == ["error: --ranks is 3, but torchrun started 2; hint: omit --ranks"]
 
 
 def test_under_torchrun_a_checkpoint_that_cannot_be_opened_is_one_line(

@@ -1,4 +1,4 @@
-"""`eplb doctor`: what this machine is like, which backends work on it, and what the links between its ranks are."""
+"""`eplb doctor`: inspect this machine, its backends, and the links between its ranks."""
 
 from __future__ import annotations
 
@@ -37,14 +37,16 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str) -> i
 
 @click.command()
 @click.argument("configs", nargs=-1, metavar="[CONFIG]...", shell_complete=complete_backends)
-@click.option("--ranks", type=click.IntRange(2), help="Local processes to start; torchrun has its own.  [default: 2]")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Of the tensors.  [default: cuda if there is one]")
+@click.option("--ranks", type=click.IntRange(2), help="Local processes to start, without torchrun.  [default: 2]")
 @click.option(
-    "--size", "nbytes", metavar="SIZE", callback=_parse_size, default="32MiB", show_default=True, help="Of a message."
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Device of the tensors.  [default: cuda if available]"
 )
-@seconds_option(120.0, "Seconds that each backend may take.")
-@click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
-@click.option("--json", "json_path", metavar="FILE", help="Write it as JSON too; - is standard output, with no table.")
+@click.option(
+    "--size", "nbytes", metavar="SIZE", callback=_parse_size, default="32MiB", show_default=True, help="Message size."
+)
+@seconds_option(120.0, "Time limit for each backend, in seconds.")
+@click.option("--strict", is_flag=True, help="Exit with 1 on warnings too.")
+@click.option("--json", "json_path", metavar="FILE", help="Also write JSON to FILE; - prints only JSON.")
 @click.pass_context
 def doctor(
     ctx: click.Context,
@@ -56,10 +58,10 @@ def doctor(
     strict: bool,
     json_path: str | None,
 ) -> None:
-    """Look at this machine, try every backend, and measure the link between each two ranks.
+    """Inspect this machine, try every backend, and measure the link between every two ranks.
 
-    CONFIG is what to measure with, such as 'nixl?mode=packed'; without it, every backend that works here. Under
-    torchrun it joins the ranks that there are, on several machines too.
+    CONFIG selects the backend to measure, such as 'nixl?mode=packed'; the default is every backend that works here.
+    Under torchrun it joins the existing ranks, on several machines too.
 
     Exit code: 0 if everything works, 1 if something does not, 2 if the input cannot be used.
     """
@@ -68,13 +70,13 @@ def doctor(
 
     _check_configs(configs)
     if not timeout_s > 0:
-        raise InputError(f"--timeout is {timeout_s:g}", why="it has to be above 0 seconds")
+        raise InputError(f"--timeout is {timeout_s:g}", why="it must be above 0 seconds")
     device = _device(device)
     group = _ranks(ranks, timeout_s)
     console = human_console(json_path)
     console.quiet = not group.is_first or json_path == STDOUT
 
-    # A plugin that prints while it is imported must not spoil the JSON document.
+    # A plugin that prints during its import must not corrupt the JSON document.
     with contextlib.redirect_stdout(sys.stderr):
         entries = default_registry().entries()
         machines = group.machines(_look(entries))
@@ -128,7 +130,7 @@ def _ranks(ranks: int | None, timeout_s: float) -> Ranks:
     if not started_by_torchrun():
         return LocalRanks(ranks or 2, timeout_s)
     if ranks is not None:
-        raise click.UsageError("--ranks does not go with torchrun, which has started the ranks.")
+        raise click.UsageError("--ranks cannot be used under torchrun, which has already started the ranks.")
     return JoinedRanks(timeout_s)
 
 
@@ -136,14 +138,14 @@ def _device(device: str | None) -> str:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here", remedy="give --device cpu")
+        raise InputError("no CUDA device is available", remedy="give --device cpu")
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _check_configs(configs: Sequence[str]) -> None:
-    """Raise `ConfigError` for the first that is not well formed, or that has an option which its backend has not."""
+    """Raise `ConfigError` for the first malformed config string, or the first with an unknown option."""
     for text in configs:
-        with contextlib.suppress(BackendError):  # that is what the doctor tells
+        with contextlib.suppress(BackendError):  # the doctor reports it
             default_registry().resolve(text)
 
 
@@ -193,7 +195,7 @@ def _of_plugins() -> list[Finding]:
 
 
 def _probe(console: Console, entries: Sequence[BackendEntry], device: str) -> Mapping[str, ProbeResult]:
-    """Return what the probes of the backends that are ready said, by `name@distribution`."""
+    """Probe the ready backends; return the results by `name@distribution`."""
     from eplb_core.registry.probe import run_probe
 
     found = {}

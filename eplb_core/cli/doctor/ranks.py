@@ -1,4 +1,4 @@
-"""The ranks that `eplb doctor` measures with: processes that it starts, or those that torchrun started."""
+"""The ranks of `eplb doctor`: processes that it starts, or that torchrun started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Shared = TypeVar("_Shared")
 
 
 class Ranks(Protocol):
-    """Ranks that measure together. Every one of them makes the same calls."""
+    """Ranks that measure together. Every rank makes the same calls."""
 
     world_size: int
     is_first: bool
@@ -31,7 +31,7 @@ class Ranks(Protocol):
         ...
 
     def measure(self, job: LinkTest) -> list[LinkReport]:
-        """Return what each rank found, in rank order."""
+        """Return the report of each rank, in rank order."""
         ...
 
     def leave(self, code: int) -> int:
@@ -40,7 +40,7 @@ class Ranks(Protocol):
 
 
 class LocalRanks:
-    """New processes of this machine for each backend, so that one that crashes does no harm to the next.
+    """New local processes for each backend, so that a crash does not affect the next one.
 
     Args:
         world_size: how many.
@@ -54,7 +54,7 @@ class LocalRanks:
         self._timeout_s = timeout_s
 
     def share(self, value: _Shared) -> _Shared:
-        """Return it: there is one process that asks."""
+        """Return the value unchanged: only one process asks."""
         return value
 
     def machines(self, here: Machine) -> list[Machine]:
@@ -62,7 +62,7 @@ class LocalRanks:
         return [here]
 
     def measure(self, job: LinkTest) -> list[LinkReport]:
-        """Return what each rank found; one that died reports that."""
+        """Return the report of each rank; for a dead rank, a report of its death."""
         outcomes = collect_local_ranks(measure_in_new_rank, self.world_size, (job,), timeout_s=self._timeout_s)
         return [
             outcome.result
@@ -72,7 +72,7 @@ class LocalRanks:
         ]
 
     def leave(self, code: int) -> int:
-        """Return it."""
+        """Return the code unchanged."""
         return code
 
 
@@ -83,7 +83,7 @@ class JoinedRanks:
         timeout_s: how long to wait for the slowest rank, in seconds.
 
     Raises:
-        InputError: torchrun's environment is not complete.
+        InputError: torchrun's environment is incomplete.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -93,7 +93,7 @@ class JoinedRanks:
         self._timeout_s = timeout_s
 
     def share(self, value: _Shared) -> _Shared:
-        """Return the value of rank 0, which is made of lists, texts and numbers."""
+        """Return the value of rank 0, which consists of lists, texts and numbers."""
         gathered = self._control.all_gather("what rank 0 says", msgspec.json.encode(value), self._timeout_s)
         first: _Shared = msgspec.json.decode(gathered[0])
         return first
@@ -106,7 +106,7 @@ class JoinedRanks:
         return [answer for answer in answers if answer is not None]
 
     def measure(self, job: LinkTest) -> list[LinkReport]:
-        """Do this rank's part, and return what every rank found."""
+        """Do this rank's part, and return the reports of all ranks."""
         if not dist.is_initialized():
             self._environment.init_process_group(self._timeout_s)
         control = self._control.scoped(f"links/{job.config}")

@@ -1,4 +1,4 @@
-"""The tables of `eplb doctor`: machines, backends, a matrix of links for each backend, and what to mend."""
+"""The tables of `eplb doctor`: machines, backends, a matrix of links for each backend, and what to fix."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STYLES: Final = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.PROBLEM: "red"}
-_MOST_COLUMNS: Final = 16  # a matrix of more ranks is told in a line
+_MOST_COLUMNS: Final = 16  # with more ranks, one line replaces the matrix
 
 
 def print_machines(console: Console, machines: Sequence[Machine]) -> None:
-    """Print the facts, one column a host, and the environment of each."""
+    """Print the facts, one column per host, and the environment of each."""
     from rich.table import Table
     from rich.text import Text
 
@@ -53,7 +53,7 @@ def print_backends(console: Console, entries: Sequence[BackendEntry], probed: Ma
 
 
 def print_links(console: Console, config: str, reports: Sequence[LinkReport]) -> None:
-    """Print GB/s from each rank to each other one, what the backend says of the way, and what it has set."""
+    """Print GB/s between every two ranks, and the backend's paths and settings."""
     from rich.table import Table
     from rich.text import Text
 
@@ -83,7 +83,7 @@ def print_links(console: Console, config: str, reports: Sequence[LinkReport]) ->
 
 
 def print_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """Print what is wrong with its remedy, then what was found to be well, then the verdict."""
+    """Print the problems with their remedies, then the passed checks, then the verdict."""
     from rich.text import Text
 
     order = list(Severity)

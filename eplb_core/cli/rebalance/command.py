@@ -1,4 +1,4 @@
-"""`eplb rebalance`: from recorded loads to weights that lie where a policy wants them, every byte compared."""
+"""`eplb rebalance`: from recorded loads to weights in their new slots, every byte compared."""
 
 from __future__ import annotations
 
@@ -27,64 +27,66 @@ _DEFAULT_RANKS = 4
 @click.command()
 @click.argument("loads", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Real weights: a Hugging Face MoE checkpoint.")
-@click.option("--part", help="One of a checkpoint's parts with experts: thinker, talker, encoder, decoder, mtp.")
+@click.option("--part", help="Part of the checkpoint to use: thinker, talker, encoder, decoder, mtp.")
 @click.option(
     "--model", shell_complete=complete_models, help="Random weights of a published model's shapes, such as deepseek-v3."
 )
 @click.option("--scale", default="1", show_default=True, help="Shrink each tensor of --model, such as 1/16.")
 @click.option("--ranks", type=int, help=f"Ranks.  [default: {_DEFAULT_RANKS}, or those of torchrun]")
-@click.option("--nodes", type=int, help="Nodes that the ranks are spread over.  [default: 1, or those of torchrun]")
+@click.option("--nodes", type=int, help="Nodes that share the ranks evenly.  [default: 1, or those of torchrun]")
 @click.option("--redundant", type=int, help="Slots of a layer beyond one for each expert.  [default: 0]")
 @click.option("--groups", type=int, help="Expert groups to keep on one node.  [default: the checkpoint's, or 1]")
 @click.option(
     "--policy",
     shell_complete=complete_policies,
-    help="What decides on the new placement: a config string, such as 'incremental?within=0.01'.  "
+    help="Config string of the balance policy, such as 'incremental?within=0.01'.  "
     "[default: incremental with --placement, or deepseek]",
 )
 @click.option(
     "--as-planned",
     is_flag=True,
-    help="Take the policy's placement as it is. Otherwise ranks are relabelled, and slots kept, so that less moves.",
+    help="Use the policy's placement unchanged. By default ranks are relabelled and slots kept to move less.",
 )
-@click.option("--if-worth-it", is_flag=True, help="Move nothing unless the time saved later exceeds what moving costs.")
+@click.option(
+    "--if-worth-it", is_flag=True, help="Move nothing unless the time saved later exceeds the cost of moving."
+)
 @click.option(
     "--cost",
-    help="With --if-worth-it: what moving costs and balance is worth, such as "
+    help="With --if-worth-it: the cost of moving and the value of balance, such as "
     "'rate=20GB&step=40ms&steps=5000&moe_share=0.4&knee=1.05&blocked=0'.",
 )
-@click.option("--layers", help="COUNT for the first so many, or START:STOP.  [default: all]")
+@click.option("--layers", help="COUNT for the first COUNT layers, or START:STOP.  [default: all]")
 @click.option("--placement", type=click.Path(path_type=Path), help="Start from this placement.  [default: in order]")
 @click.option(
-    "--counts", default="logical", show_default=True, help="What LOADS counts: logical experts, or physical slots."
+    "--counts", default="logical", show_default=True, help="Whether LOADS counts logical experts or physical slots."
 )
-@click.option("--window-steps", type=int, help="Add up only so many of the last steps of LOADS.  [default: all]")
-@click.option("--decay", type=float, default=1.0, show_default=True, help="How much a step counts beside the next.")
+@click.option("--window-steps", type=int, help="Sum only this many of the last steps of LOADS.  [default: all]")
+@click.option("--decay", type=float, default=1.0, show_default=True, help="Weight of a step relative to the next.")
 @click.option(
     "--backend",
     shell_complete=complete_backends,
-    help="What moves the bytes: a config string.  [default: EPLB_BACKEND, or auto]",
+    help="Config string of the backend.  [default: EPLB_BACKEND, or auto]",
 )
 @click.option(
     "--window",
-    help="The most staging of a rank for received experts, such as 64MiB; that of the backend, such as nixl?window=, "
-    "comes on top.  [default: what the backend leaves of its own]",
+    help="Staging limit of a rank for received experts, such as 64MiB; the backend's staging, such as nixl?window=, "
+    "is extra.  [default: what the backend's window leaves]",
 )
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the weights lie. With cuda each local rank takes a GPU, in turn; under torchrun LOCAL_RANK decides.",
+    help="Device of the weights. With cuda, local ranks take the GPUs in turn; under torchrun LOCAL_RANK decides.",
 )
-@click.option("--pace", help="Move in the background, with at most so much into a rank, such as 200MB/s.")
+@click.option("--pace", help="Move in the background, at no more than this rate into a rank, such as 200MB/s.")
 @click.option("--verify", default="off", show_default=True, help="Compare checksums before and after: sample, full.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights.")
+@click.option("--seed", default=0, show_default=True, help="Seed of random weights.")
 @click.option("--verify-against", type=click.Path(path_type=Path), help="Compare with this copy of the checkpoint.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the new placement here (.json, .npz).")
 @click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
-@seconds_option(1800.0, "Seconds that all of it may take.")
+@seconds_option(1800.0, "Time limit for the whole job, in seconds.")
 @click.pass_context
 def rebalance(
     context: click.Context,
@@ -98,10 +100,10 @@ def rebalance(
 ) -> None:
     """Move experts to a better placement, and verify every byte.
 
-    LOADS is what an engine has recorded: how often each expert was chosen, [layers, experts] or [steps, layers,
-    experts], in a .json, .jsonl, .npy, .npz, .pt, .csv or .safetensors file, or a folder with the files of all ranks.
+    LOADS is an engine's recording of how often each expert was chosen, [layers, experts] or [steps, layers, experts],
+    in a .json, .jsonl, .npy, .npz, .pt, .csv or .safetensors file, or a directory with the files of all ranks.
 
-    Alone it starts local ranks. Under torchrun it joins the ranks that it is given, on several machines too.
+    By default it starts local ranks. Under torchrun it joins the existing ranks, on several machines too.
 
     Exit code: 0 if all weights are where they should be, 1 if not, 2 if the input cannot be used.
     """
@@ -131,9 +133,7 @@ def rebalance(
 
     def check_and_prepare() -> RebalanceTask:
         if ranks not in (None, joined.world_size):
-            raise InputError(
-                f"--ranks is {ranks}, but torchrun started {joined.world_size}", remedy="leave --ranks away"
-            )
+            raise InputError(f"--ranks is {ranks}, but torchrun started {joined.world_size}", remedy="omit --ranks")
         if joined.is_first:
             output.check()
         return prepare(request, joined.open_checkpoint)
@@ -158,7 +158,7 @@ def rebalance(
 
 
 def _check_present(paths: Mapping[str, Any]) -> None:
-    """Raise `InputError` if an input is not there: before torch is imported, which takes seconds."""
+    """Raise `InputError` if an input does not exist: before the import of torch, which takes seconds."""
     for name, what in (("loads", "the loads file"), ("checkpoint", "the checkpoint")):
         path = paths.get(name)
         if path is not None and not path.exists():
@@ -166,7 +166,7 @@ def _check_present(paths: Mapping[str, Any]) -> None:
 
 
 class _Output:
-    """The files that the user wants."""
+    """The requested output files."""
 
     def __init__(self, placement: Path | None, json_path: str | None, plot: Path | None) -> None:
         self.placement = placement
@@ -174,7 +174,7 @@ class _Output:
         self.plot = plot
 
     def check(self) -> None:
-        """Raise `InputError` if one of them cannot be written, before any work is done."""
+        """Raise `InputError` if one of the files cannot be written, before any work is done."""
         from eplb_core.cli.rebalance.plot import check_plot_target
         from eplb_core.inputs.placements import check_placement_target
 
@@ -191,7 +191,7 @@ class _Output:
 
 
 def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, console: Console) -> bool:
-    """Say so and return True if the user wants to move only what is worth it, and this is not."""
+    """Report and return True if the user asked to move only when it pays, and it does not."""
     if not request.if_worth_it or job.worth.worth_it:
         return False
     for note in job.notes:
@@ -218,7 +218,7 @@ def _conclude(
     else:
         source = f"{request.model}" + (f" at {request.scale}" if request.scale != "1" else "") + ", random weights"
     report = make_report(job, results, source=source)
-    # The files come first: a terminal that is gone must not cost what was worked for.
+    # The files come first: a closed terminal must not lose the results.
     if output.placement is not None and report.verified:
         write_placement(output.placement, job.new, job.num_ranks)
     if output.plot is not None:

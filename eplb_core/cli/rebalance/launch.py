@@ -1,4 +1,4 @@
-"""Gets the ranks of `eplb rebalance` to work: as processes that it starts, or among those that torchrun started."""
+"""Runs the ranks of `eplb rebalance`: as local processes that it starts, or under torchrun."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STAGES = {"read": "read weights", "move": "move experts", "verify": "compare bytes"}
-_MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
+_MEMORY_SHARE = 0.9  # of free memory; the rest is for the processes themselves
 
 
 _MOST_CHECKPOINTS = 2  # one to move, and one to compare with
 
 
 class RefusedError(EplbError):
-    """The ranks agreed that they cannot begin. Rank 0 has told the user why. `exit_code` is for all of them."""
+    """The ranks agreed that they cannot begin. Rank 0 has reported why. `exit_code` is for all ranks."""
 
     def __init__(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -44,11 +44,11 @@ class RefusedError(EplbError):
 
 
 def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
-    """Start the job's ranks as processes of this machine, and return what each found.
+    """Start the job's ranks as local processes, and return their results.
 
     Raises:
         InputError: the weights do not fit into memory.
-        LocalRankError: a rank failed, or did not end in time.
+        LocalRankError: a rank failed, or did not finish in time.
     """
     check_memory(job, job.num_ranks)
     with StageBars(console, _STAGES, job.num_ranks, heard_ranks=job.num_ranks) as bars:
@@ -59,10 +59,10 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
         outcomes = collect_local_ranks(run_rank, job.num_ranks, (job,), timeout_s=job.timeout_s, on_event=show)
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     if failed:
-        # A rank that raised says more than one that died, and both more than those that were ended because of it.
+        # A rank that raised is more informative than one that died; ranks terminated as a consequence come last.
         first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
         if first.error and not hasattr(errors, first.error):
-            print(first.trace, file=sys.stderr)  # no error of ours: whoever mends it needs the place
+            print(first.trace, file=sys.stderr)  # a foreign error: the traceback is needed to fix it
         raise LocalRankError(
             f"rank {first.rank} failed" + (f" with {first.error}" if first.error else ""),
             rank=first.rank,
@@ -75,7 +75,7 @@ class JoinedRanks:
     """This process among the ranks that torchrun started, on one machine or several."""
 
     def __init__(self, timeout_s: float) -> None:
-        """Meet the other ranks. Raises `InputError` if torchrun's environment is not complete."""
+        """Connect to the other ranks. Raises `InputError` if torchrun's environment is incomplete."""
         self.environment, self._control = join_torchrun("rebalance/input", timeout_s)
         self.world_size = self.environment.world_size
         self.is_first = self.environment.rank == 0
@@ -84,11 +84,11 @@ class JoinedRanks:
 
     @property
     def num_nodes(self) -> int:
-        """How many machines there are, as far as can be told."""
+        """The number of machines, judged by torchrun's environment."""
         return max(1, self.world_size // self.environment.local_world_size)
 
     def open_checkpoint(self, directory: Path, part: str | None) -> Checkpoint:
-        """Open a checkpoint on rank 0; the others are told where the experts lie, and read no header.
+        """Open a checkpoint on rank 0; it sends the others the location of the experts, so that they read no header.
 
         Raises:
             InputError: rank 0 could not open it, or this rank does not see the same files.
@@ -106,21 +106,21 @@ class JoinedRanks:
         return decode_checkpoint(payload)
 
     def agree(self, prepare: Callable[[], RebalanceTask], timeout_s: float) -> RebalanceTask:
-        """Prepare the job on every rank; go on only if all of them could, and have read the same.
+        """Prepare the job on every rank; continue only if all succeeded and read the same input.
 
         Raises:
-            RefusedError: some rank could not; rank 0 has printed the reason.
+            RefusedError: a rank failed to prepare; rank 0 has printed the reason.
         """
         job, digest, refusal, code = None, "", "", 0
         self._timeout_s = timeout_s
         try:
             job = prepare()
-            # How many ranks share a GPU is not known here: torchrun's may each see one of their own.
+            # It is unknown here how many ranks share a GPU: under torchrun each rank may see a different one.
             check_memory(job, self.environment.local_world_size if job.device == "cpu" else 1)
             digest = job.digest()
         except EplbError as error:
             refusal, code = one_line(error), exit_code_of(error)
-            while self.is_first and self._num_opened < _MOST_CHECKPOINTS:  # nobody may wait for them
+            while self.is_first and self._num_opened < _MOST_CHECKPOINTS:  # so that no rank waits for them
                 self._control.publish(f"checkpoint {self._num_opened}", b"")
                 self._num_opened += 1
         said = msgspec.json.encode((code, digest))
@@ -129,19 +129,19 @@ class JoinedRanks:
         refusals = [(rank, told[rank][0], answers[rank].problem) for rank in failed_ranks(answers)]
         if not refusals and len(set(told)) > 1:
             other = next(rank for rank, each in enumerate(told) if each != told[0])
-            refusals = [(other, 2, f"rank {other} has read other loads, placements or weights than rank 0")]
+            refusals = [(other, 2, f"rank {other} has read different loads, placements or weights than rank 0")]
         if job is None or refusals:
             rank, code, message = refusals[0]
             if self.is_first:
                 where = f"rank {rank}: " if len(refusals) < self.world_size else ""
                 print(f"error: {where}{message}", file=sys.stderr, flush=True)
-            # torchrun ends all ranks as soon as one has ended, so rank 0 has to have spoken.
+            # torchrun terminates all ranks as soon as one exits, so rank 0 must have printed the reason before.
             self._control.barrier("that rank 0 has told why", timeout_s)
             raise RefusedError(code)
         return job
 
     def run(self, job: RebalanceTask, console: Console) -> list[RankResult]:
-        """Do this rank's part, and return what every rank found.
+        """Do this rank's part, and return the results of all ranks.
 
         Raises:
             EplbError: the ranks do not agree, or a transfer failed.

@@ -1,4 +1,4 @@
-"""Draws what a rebalance did: the load of each rank before and after, and the bytes between ranks."""
+"""Plots a rebalance: the load of each rank before and after, and the bytes between ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOST_LABELS = 16  # ticks and numbers beyond this only make noise
 
 
 def check_plot_target(path: Path) -> None:
-    """Say before any work is done if `save_plot` cannot work.
+    """Check that `save_plot` can work, before any work is done.
 
     Raises:
         InputError: the name does not end in `.png`, or matplotlib is not installed.
@@ -41,7 +41,7 @@ def save_plot(report: RebalanceReport, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # A figure of its own, and no pyplot: nothing here asks for a display or changes anybody's settings.
+    # A separate figure without pyplot: nothing here needs a display or changes global settings.
     figure = Figure(figsize=(12, 4.8), dpi=144, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
@@ -62,7 +62,7 @@ def save_plot(report: RebalanceReport, path: Path) -> None:
 
 
 def _draw_loads(axes: Axes, report: RebalanceReport) -> None:
-    """Draw the mean of all layers as bars, and how far single layers reach as lines upon them."""
+    """Draw the mean of all layers as bars, and the range of single layers as lines on them."""
     ranks = np.arange(report.ranks)
     highest = 1.0
     for offset, loads, color, when, after in (

@@ -1,4 +1,4 @@
-"""What each rank of `eplb rebalance` does: load its slots, rearrange them, and compare every byte with the source."""
+"""The work of one rank of `eplb rebalance`: load its slots, rearrange them, compare every byte with the source."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MOST_NAMED = 5  # of wrong slots, in messages
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """How far a rank is; sent to the parent a few times a second.
+    """The progress of a rank; sent to the parent a few times a second.
 
     Attributes:
         stage: "read", "move" or "verify".
@@ -42,7 +42,7 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankResult:
-    """What one rank did.
+    """The result of one rank.
 
     Attributes:
         seconds: of the rearrangement alone.
@@ -51,9 +51,9 @@ class RankResult:
         checked_slots: slots that were compared with their source.
         checked_bytes: bytes that were compared.
         wrong_slots: slots whose bytes differ from their source's.
-        examples: the first of them, in words.
-        placement_reached: whether the placement that was reached is the one that was wanted.
-        backend: the canonical config string of what moved the bytes.
+        examples: the first wrong slots, in words.
+        placement_reached: whether the requested placement was reached.
+        backend: the canonical config string of the backend.
     """
 
     seconds: float
@@ -77,7 +77,7 @@ def run_rank(
     Args:
         environment: which rank this is.
         job: what to do; the same on every rank.
-        report: told the progress; by default the parent process is.
+        report: takes the progress; by default it goes to the parent process.
 
     Raises:
         EplbError: the ranks do not agree, or a transfer failed.
@@ -101,7 +101,7 @@ def run_rank(
     control = ControlPlane(store, rank, environment.world_size)
     with create_eplb_communicator(group, job.backend, weights[0]) as communicator:
         fill_slots(weights, source, job.layers, job.local(job.old, rank), _throttled(report, "read"))
-        # Reading takes different times on different machines: the rearrangement, with its shorter deadlines, waits.
+        # Reading takes longer on some machines: the rearrangement, with its shorter deadlines, must wait for all.
         control.barrier("that every rank has read its weights", job.timeout_s)
         rearranger = Rearranger(
             communicator, weights, window_bytes=job.window_bytes, node_of_rank=list(job.node_of_rank)
@@ -146,7 +146,7 @@ def _run_paced(
         sample = job.verify == "sample"
         return slot_checksums(ExpertWeights(weights), control, sample=sample, stream=None, timeout_s=job.timeout_s)
 
-    # A job compares nothing by itself: while it runs the engine's weights are in use.
+    # A job does not compare checksums itself: the engine uses the weights while it runs.
     expected = None if job.verify == "off" else expected_checksums(job.old, checksums())
     background = rearranger.start(job.old, job.new, pace=job.bytes_per_s)
     while not background.received:

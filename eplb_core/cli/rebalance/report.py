@@ -1,4 +1,4 @@
-"""What `eplb rebalance` says in the end: the same numbers as a table for people and as a document for machines."""
+"""The report of `eplb rebalance`: the same numbers as a table for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ from eplb_core.policies.worth import WorthDecision
 if TYPE_CHECKING:
     from rich.console import Console
 
-_MOST_NAMED = 5  # wrong slots in the table; the document has as many of each rank
+_MOST_NAMED = 5  # wrong slots in the table; the document has as many for each rank
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One layer.
-
+    """The report of one layer.
     Attributes:
-        layer: the model's own number of it.
+        layer: its number in the model.
         imbalance_before: largest load of a rank divided by the mean, before.
         imbalance_after: the same, after.
         experts_remote: experts that crossed between ranks.
-        experts_local: slots that were filled from another slot of their rank, or by an expert that crossed for two.
+        experts_local: slots filled from another slot of their rank, or from an expert that crossed once for two slots.
         bytes_remote: bytes that crossed between ranks.
         bytes_local: bytes that were copied within ranks.
     """
@@ -46,36 +45,36 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceReport:
-    """What was asked, what was moved, how fast, and whether it is right.
+    """The request, what was moved, how fast, and whether it is correct.
 
     Attributes:
-        backend: the canonical config string of what moved the bytes.
+        backend: the canonical config string of the backend.
         policy: the canonical config string of the policy.
         plan: which plan it made, in words.
         plans: for each layer, which plan it made.
-        notes: what there is to know about the loads and the plan.
-        worth: whether moving pays, by the cost model that was given, or else by default figures.
+        notes: remarks on the loads and the plan.
+        worth: whether moving pays, by the given cost model or the default one.
         source: where the weights came from, in words.
         ranks: how many ranks.
         nodes: how many nodes they are spread over.
         experts: logical experts in each layer.
         slots: slots in each layer.
-        layers: one report a layer.
-        bytes_across_nodes: of the bytes that crossed between ranks, those that crossed between nodes.
+        layers: one report per layer.
+        bytes_across_nodes: bytes that crossed between nodes; part of the bytes between ranks.
         seconds: of the rearrangement, on the slowest rank.
         staging_bytes_max: the most staging memory that any rank held.
         pace_bytes_per_s: the most bytes a second into a rank, of a background job; None if it ran at once.
         verify: how thoroughly the ranks compared checksums before and after: off, sample or full.
         phases: phase -> seconds, on the slowest rank of each.
-        verified: whether every slot of every rank was compared and found right.
-        checked_slots: how many were compared.
-        checked_bytes: how many bytes that were.
-        wrong_slots: how many were wrong.
+        verified: whether every slot of every rank was compared and found correct.
+        checked_slots: how many slots were compared.
+        checked_bytes: how many bytes were compared.
+        wrong_slots: how many slots were wrong.
         problems: what was wrong, in words.
         load_before: float64 `[layers, ranks]`, load of each rank divided by the layer's mean, before; layers
             without any load are left out.
         load_after: the same, after.
-        second_copies: slots of the new placement with an expert that their rank has in another slot too.
+        second_copies: slots of the new placement whose expert is also in another slot of the rank.
         traffic: int64 `[ranks, ranks]`, bytes from each rank (row) to each other (column).
     """
 
@@ -119,7 +118,7 @@ class RebalanceReport:
 
     @property
     def gb_per_s(self) -> float:
-        """Gigabytes (10^9) of all ranks together that crossed between ranks, in each second."""
+        """Gigabytes (10^9) per second between ranks, all ranks together."""
         return self.bytes_remote / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def imbalances(self, after: bool) -> list[float]:
@@ -171,11 +170,11 @@ class RebalanceReport:
 
 
 def make_report(job: RebalanceTask, results: Sequence[RankResult], *, source: str) -> RebalanceReport:
-    """Put together what the ranks found.
+    """Combine the results of the ranks.
 
     Args:
         job: what they did.
-        results: one a rank.
+        results: one per rank.
         source: where the weights came from, in words.
     """
     plan = job.plan()
@@ -188,7 +187,7 @@ def make_report(job: RebalanceTask, results: Sequence[RankResult], *, source: st
     problems = [example for result in results for example in result.examples]
     for rank, result in enumerate(results):
         if not result.placement_reached:
-            problems.append(f"rank {rank} did not reach the placement that was asked for")
+            problems.append(f"rank {rank} did not reach the requested placement")
     expected_slots = int(np.count_nonzero(job.new >= 0))
     checked_slots = sum(result.checked_slots for result in results)
     if checked_slots != expected_slots:
@@ -262,7 +261,7 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     remote, local = (sum(getattr(layer, f"experts_{kind}") for layer in report.layers) for kind in ("remote", "local"))
     moved.add_row("between ranks (remote)", f"{remote:,}", format_bytes(report.bytes_remote))
     if report.nodes > 1:
-        moved.add_row("  of them between nodes", "", format_bytes(report.bytes_across_nodes))
+        moved.add_row("  of which between nodes", "", format_bytes(report.bytes_across_nodes))
     moved.add_row("within a rank (local)", f"{local:,}", format_bytes(report.bytes_local))
     console.print(moved)
 
@@ -271,7 +270,7 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts.add_column()
     facts.add_row("plan", report.plan)
     if report.second_copies:
-        facts.add_row("of no use", f"{_count(report.second_copies, 'slot')}: a second copy on the same rank")
+        facts.add_row("wasted", f"{_count(report.second_copies, 'slot')}: a second copy on the same rank")
     facts.add_row("time", f"{report.seconds:.3f} s")
     facts.add_row("rate", f"{report.gb_per_s:.2f} GB/s between ranks, all together" if remote else "nothing crossed")
     if report.pace_bytes_per_s is not None:
@@ -294,7 +293,7 @@ def print_report(report: RebalanceReport, console: Console) -> None:
 
 
 def format_bytes(number: int) -> str:
-    """Return a number of bytes for people, in decimal units, as GB/s are."""
+    """Return a human-readable number of bytes, in decimal units like GB/s."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
@@ -302,7 +301,7 @@ def format_bytes(number: int) -> str:
 
 
 def _second_copies(placement: NDArray[np.int64], num_ranks: int) -> int:
-    """Return how many slots hold an expert that an earlier slot of their rank holds already."""
+    """Return how many slots hold an expert that an earlier slot of their rank already holds."""
     by_rank = np.sort(placement.reshape(len(placement) * num_ranks, -1), axis=1)
     return int(np.count_nonzero((by_rank[:, 1:] == by_rank[:, :-1]) & (by_rank[:, 1:] != EMPTY)))
 

@@ -1,4 +1,4 @@
-"""From what the user asked to what the ranks do: everything is read and checked here, before a rank is started."""
+"""Turns the user's request into the job of the ranks: reads and checks all input before a rank starts."""
 
 from __future__ import annotations
 
@@ -39,36 +39,36 @@ _LAYERS = re.compile(r"(?:(?P<start>\d+):)?(?P<stop>\d+)")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRequest:
-    """What the user asked for; the options of `eplb rebalance`.
+    """The user's request: the options of `eplb rebalance`.
 
     Attributes:
         loads: the file with the loads.
-        checkpoint: the folder with the weights, or None for random ones of `model`.
-        part: a word that chooses one of several sequences of layers of the checkpoint, or None.
+        checkpoint: the directory with the weights, or None for random ones of `model`.
+        part: a word that selects one of several sequences of layers of the checkpoint, or None.
         model: the model whose shapes random weights have, or None.
-        scale: what each of its tensors is shrunk to.
-        verify_against: another copy of the checkpoint, to compare with in the end.
+        scale: the size that each of its tensors is shrunk to.
+        verify_against: another copy of the checkpoint, to compare with at the end.
         placement: the file with the placement to start from, or None for the contiguous one.
         ranks: how many ranks.
         nodes: how many nodes they are spread over.
         redundant: slots beyond one for each expert; None for those of `placement`, or 0.
         counts: whether an array in the loads counts logical experts or physical slots.
-        window_steps: how many of the last steps of the loads to add up, or None for all.
-        decay: how much a step counts, compared with the one after it.
-        groups: expert groups that the policy keeps on one node; None for what the checkpoint states, or 1.
+        window_steps: how many of the last steps of the loads to sum, or None for all.
+        decay: the weight of a step relative to the next.
+        groups: expert groups that the policy keeps on one node; None for the checkpoint's value, or 1.
         policy: a config string of the policy; None for `incremental` if there is a placement to start from, else
             `deepseek`.
-        as_planned: whether the policy's placement is taken as it is, without ranks relabelled and slots kept.
-        if_worth_it: whether nothing is moved unless that pays.
+        as_planned: whether the policy's placement is used unchanged, without relabelling ranks or keeping slots.
+        if_worth_it: whether to move nothing unless it pays.
         cost: options of a `CostModel` as in a config string, `key=value&key=value`, or None for the defaults.
         layers: `COUNT` or `START:STOP`, or None for all.
         seed: of the random weights.
-        backend: a config string, or None for what the environment says, or `auto`.
-        window: the most staging of a rank for received experts, as text; None for what the backend allows.
-        pace: the most bytes a second that a background job brings to a rank, as text; None to run at once.
+        backend: a config string, or None for the environment's, or `auto`.
+        window: staging limit of a rank for received experts, as text; None for what the backend allows.
+        pace: bytes per second that a background job may bring to a rank, as text; None to run at once.
         verify: how thoroughly checksums are compared before and after: off, sample or full.
-        timeout_s: the longest that all of it may take, in seconds.
-        device: where the weights lie, `cpu` or `cuda`.
+        timeout_s: time limit for the whole job, in seconds.
+        device: the device of the weights, `cpu` or `cuda`.
     """
 
     loads: Path
@@ -101,27 +101,27 @@ class RebalanceRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RebalanceTask:
-    """What the ranks do. Rows of its arrays are the layers that take part.
+    """The job of the ranks. The rows of its arrays are the layers that take part.
 
     Attributes:
-        weights: where the experts come from: a checkpoint, whose headers were read once, or random ones.
-        truth: the same, for the comparison in the end.
+        weights: the source of the experts: a checkpoint, whose headers were read once, or random weights.
+        truth: the source for the comparison at the end.
         layers: for each row, the layer of the source.
-        layer_names: for each row, the model's own number of the layer.
+        layer_names: for each row, the layer's number in the model.
         loads: float64 `[rows, experts]`.
         old: int64 `[rows, slots]`, the placement to start from.
-        new: int64 `[rows, slots]`, the placement that the policy made.
+        new: int64 `[rows, slots]`, the policy's placement.
         num_ranks: how many ranks share the slots.
         node_of_rank: the node of each rank.
         expert_bytes: for each row, the bytes of one expert.
-        backend: the config string of what moves the bytes.
-        window_bytes: the most staging of a rank for received experts; None for what the backend allows.
+        backend: the config string of the backend.
+        window_bytes: staging limit of a rank for received experts; None for what the backend allows.
         timeout_s: the longest that all of it may take, in seconds.
-        bytes_per_s: the most that a background job brings to a rank; None to run at once.
+        bytes_per_s: limit on what a background job brings to a rank; None to run at once.
         verify: how thoroughly checksums are compared before and after.
         policy: the canonical config string of the policy.
         plans: for each row, which plan the policy made.
-        notes: what was left out of the loads or of the checkpoint, and what there is to know about the plan.
+        notes: what was omitted from the loads or the checkpoint, and remarks on the plan.
         worth: whether moving pays.
         device: where the weights lie, `cpu` or `cuda`.
     """
@@ -153,7 +153,7 @@ class RebalanceTask:
         return int(self.old.shape[1]) // self.num_ranks
 
     def plan(self) -> RearrangementPlan:
-        """Return what has to move."""
+        """Return what must move."""
         return plan_rearrangement(self.old, self.new, self.num_ranks, self.node_of_rank)
 
     @property
@@ -186,10 +186,10 @@ def prepare(
 
     Args:
         request: what the user asked for.
-        open_checkpoint: opens the part of a checkpoint; among ranks that are joined, one of them does.
+        open_checkpoint: opens the part of a checkpoint; under torchrun only rank 0 reads it.
 
     Raises:
-        InputError: something that the user gave cannot be used.
+        InputError: some input cannot be used.
         PlacementError: the placement to start from is not valid, or lacks experts.
     """
     _check_counts(request)
@@ -219,7 +219,7 @@ def prepare(
     if placement is not None and checkpoint is not None and len(placement) == checkpoint.num_hidden_layers:
         placement = placement[list(checkpoint.layer_ids)]  # SGLang has a row for every layer
     old = _start_placement(request, placement, num_layers, layers, num_experts)
-    load_per_rank(old, loads, request.ranks)  # says so if an expert with a load has no copy
+    load_per_rank(old, loads, request.ranks)  # raises if an expert with a load has no copy
     groups = request.groups
     if groups is None:
         groups = source.num_groups if isinstance(source, Checkpoint) else 1
@@ -270,7 +270,7 @@ def prepare(
 
 
 def _check_device(device: str) -> None:
-    """Raise `InputError` if the weights cannot lie there."""
+    """Raise `InputError` if the device cannot hold the weights."""
     if device == "cpu":
         return
     import torch
@@ -299,7 +299,7 @@ def _cost_model(request: RebalanceRequest) -> CostModel:
 
 
 def _doubts(old: NDArray[np.int64], new: NDArray[np.int64], loads: NDArray[np.float64], num_ranks: int) -> list[str]:
-    """Say if moving gains nothing."""
+    """Return a note if moving gains nothing."""
     if np.array_equal(old, new):
         return ["the placement stays as it is: nothing moves"]
     if imbalance(new, loads, num_ranks).mean() >= imbalance(old, loads, num_ranks).mean() - _GAINS_NOTHING:
@@ -308,7 +308,7 @@ def _doubts(old: NDArray[np.int64], new: NDArray[np.int64], loads: NDArray[np.fl
 
 
 def _check_backend(backend: str | None, device: str, *, background: bool) -> str:
-    """Return the config string to use. Raises `ConfigError` or `BackendError` if it cannot be selected."""
+    """Return the config string to use. Raises `ConfigError` or `BackendError` if its backend cannot be selected."""
     text = backend_from_environment(backend) or AUTO
     entry = default_registry().resolve(text).entry
     if entry is not None:
@@ -321,9 +321,9 @@ def _check_backend(backend: str | None, device: str, *, background: bool) -> str
             )
         if background and entry.spec is not None and not entry.spec.capabilities.background:
             raise BackendUnavailableError(
-                f"backend {entry.name!r} cannot run beside inference, and --pace asks for a background job",
+                f"backend {entry.name!r} cannot run beside inference, but --pace asks for a background job",
                 name=entry.name,
-                remedy="leave --pace away, or give a backend that can: 'eplb backends --json -' says which",
+                remedy="omit --pace, or give a backend that can: see 'eplb backends --json -'",
             )
     return text
 
@@ -338,13 +338,13 @@ def _check_counts(request: RebalanceRequest) -> None:
     for option in ("ranks", "nodes", "groups"):
         value = getattr(request, option)
         if value is not None and value < 1:
-            raise InputError(f"--{option} is {value}", why="it has to be 1 or more")
+            raise InputError(f"--{option} is {value}", why="it must be 1 or more")
     if request.redundant is not None and request.redundant < 0:
-        raise InputError(f"--redundant is {request.redundant}", why="it has to be 0 or more")
+        raise InputError(f"--redundant is {request.redundant}", why="it must be 0 or more")
     if request.seed < 0:
-        raise InputError(f"--seed is {request.seed}", why="it has to be 0 or more")
+        raise InputError(f"--seed is {request.seed}", why="it must be 0 or more")
     if not request.timeout_s > 0:
-        raise InputError(f"--timeout is {request.timeout_s:g}", why="it has to be above 0 seconds")
+        raise InputError(f"--timeout is {request.timeout_s:g}", why="it must be above 0 seconds")
     if request.ranks % request.nodes:
         raise InputError(f"{request.ranks} ranks cannot be shared evenly by {request.nodes} nodes")
     if (request.checkpoint is None) == (request.model is None):
@@ -356,7 +356,7 @@ def _check_counts(request: RebalanceRequest) -> None:
     if request.checkpoint is None and request.part is not None:
         raise InputError("--part needs --checkpoint", why="random weights have no parts")
     if request.checkpoint is None and request.verify_against is not None:
-        raise InputError("--verify-against needs --checkpoint", why="random weights are made anew to verify them")
+        raise InputError("--verify-against needs --checkpoint", why="random weights are generated again to verify them")
 
 
 def _load_options(
@@ -387,7 +387,7 @@ def _match_weights(
     recorded: RecordedLoads,
     placement: NDArray[np.int64] | None,
 ) -> tuple[Checkpoint | RandomExperts, RecordedLoads]:
-    """Return the weights and the loads of their layers, with notes on what was left out."""
+    """Return the weights and the loads of their layers, with notes on what was omitted."""
     loads = recorded.loads
     if checkpoint is None:
         model, scale = find_model(request.model or ""), parse_scale(request.scale)
@@ -396,7 +396,7 @@ def _match_weights(
         )
         return experts, recorded
     if parse_scale(request.scale) != Fraction(1):
-        raise InputError("--scale goes with --model", why="a checkpoint's tensors are what they are")
+        raise InputError("--scale needs --model", why="a checkpoint's tensors have fixed sizes")
     recorded = _without_dense_layers(recorded, checkpoint)
     loads = recorded.loads
     for what, ours, theirs in (
@@ -412,13 +412,13 @@ def _match_weights(
             why="they have as many columns as the placement has slots" if as_many_slots else None,
             remedy="give --counts physical if they count slots"
             if as_many_slots
-            else "give the loads that were recorded with this model",
+            else "give loads recorded with this model",
         )
     return checkpoint, replace(recorded, notes=(*checkpoint.notes, *recorded.notes))
 
 
 def _without_dense_layers(recorded: RecordedLoads, checkpoint: Checkpoint) -> RecordedLoads:
-    """Leave out dense layers: SGLang's recorder has a row for every layer, and those of dense ones are zero."""
+    """Omit dense layers: SGLang's recorder writes a row for every layer, and rows of dense layers are zero."""
     loads = recorded.loads
     if loads.shape[0] == checkpoint.num_layers or loads.shape[0] != checkpoint.num_hidden_layers:
         return recorded
@@ -482,6 +482,6 @@ def _start_placement(
             f"the placement has {num_slots} slots, but {num_experts} experts and {request.redundant} redundant ones "
             f"make {num_experts + request.redundant}",
             where=str(request.placement),
-            remedy="leave --redundant away: the placement says how many slots there are",
+            remedy="omit --redundant: the placement defines the number of slots",
         )
     return check_placement(placement, request.ranks, num_logical=num_experts, name=str(request.placement))
