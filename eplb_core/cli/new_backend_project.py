@@ -1,6 +1,7 @@
 """The project that `eplb new-backend` writes: its names, and its files from the templates next to this module.
-The templates have six values to fill in and nothing to decide or repeat, so `string.Template` does: it is in the
-standard library, and a name that is not there is an error.
+
+The templates have six values to fill in and no conditions or loops, so `string.Template` is enough: it is in the
+standard library, and a missing name is an error.
 """
 
 from __future__ import annotations

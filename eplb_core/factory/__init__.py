@@ -1,1 +1,1 @@
-"""From an installed backend to a communicator, on every rank or on none."""
+"""Builds communicators from installed backends, on every rank or on none."""

@@ -1,4 +1,4 @@
-"""What `auto` means: every rank tries every backend, and all take the best one that works on all of them."""
+"""The backend `auto`: every rank probes every backend, and all take the best one that works on all ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Finding(msgspec.Struct, array_like=True, frozen=True):
-    """What one rank found out about one backend."""
+    """One rank's probe result for one backend."""
 
     name: str
     available: bool
@@ -43,14 +43,14 @@ class _Finding(msgspec.Struct, array_like=True, frozen=True):
 def wanted_by_all(
     control: ControlPlane, config: BackendConfig | None, problem: EplbError | None, timeout_s: float
 ) -> bool:
-    """Return whether every rank asks for `auto`, which takes messages of its own; False if none does.
+    """Return True if every rank asks for `auto`, which needs extra messages, and False if none does.
 
     Raises:
-        HandshakeError: some ask for it and others do not, or a rank did not answer; the same table on every rank.
+        HandshakeError: only some ask for it, or a rank did not answer; the same table on every rank.
     """
     name = "" if config is None else config.name
-    why = problem if config is None else None  # one that is known by name is told later, with all that it would build
-    answers = all_answer(control, "which backend is asked for", timeout_s, value=name.encode(), problem=why)
+    why = problem if config is None else None  # with a known name, it is reported later, in the full proposal
+    answers = all_answer(control, "the requested backend", timeout_s, value=name.encode(), problem=why)
     names = [answer.value.decode() for answer in answers]
     if AUTO not in names:
         return False
@@ -65,15 +65,15 @@ def wanted_by_all(
 
 
 class AutomaticChoice:
-    """The backends that all ranks may take in place of `auto`.
+    """The backends that `auto` may choose from.
 
     Args:
-        control: where the ranks meet; every rank makes the same calls.
+        control: the control plane; every rank makes the same calls.
         config: `auto`, with options that the chosen backend gets.
-        device: where the tensors lie.
+        device: the device of the tensors.
         group: the group of ranks.
-        registry: where the backends are looked up.
-        plugins: who is asked.
+        registry: the installed backends.
+        plugins: the plugins whose hooks decide.
         timeout_s: the longest wait for the slowest rank, in seconds.
 
     Raises:
@@ -106,10 +106,10 @@ class AutomaticChoice:
     def choose(self) -> BackendConfig:
         """Return the config of the backend to take, with the options that `auto` had.
 
-        Rank 0 decides, by the `eplb_choose_backend` hook, over what every rank found; the others take its word.
+        Rank 0 decides, by the `eplb_choose_backend` hook, on the findings of all ranks; the others follow.
 
         Raises:
-            BackendUnavailableError: none is left that works on every rank; it lists the reasons.
+            BackendUnavailableError: no remaining backend works on every rank; the error lists the reasons.
             HandshakeError: a rank did not answer.
         """
         decision = (self._plugins.choose_backend(self._candidates) or "") if self._control.rank == 0 else ""
@@ -134,10 +134,10 @@ class AutomaticChoice:
         return dataclasses.replace(self._config, name=chosen, options=options)
 
     def rule_out(self, name: str, error: EplbError) -> bool:
-        """Take a backend off the list that all ranks failed to build; return whether another one may be tried.
+        """Remove a backend that the ranks failed to build; return whether another one may be tried.
 
-        A probe tries one process by itself. Whether the ranks reach one another, such as each other's GPUs, is known
-        only once they have tried. Where ranks did nothing but wait in vain, one is dead: then nothing else is tried.
+        A probe tests a single process. Whether the ranks can reach one another, such as each other's GPUs, is known
+        only once they have tried. If the ranks only waited in vain, one of them is dead: then nothing else is tried.
         """
         told = error.table.get("problem", []) if isinstance(error, HandshakeError) else [type(error).__name__]
         if all(each.startswith(_WAITED_IN_VAIN) for each in told if each != "-"):
@@ -168,7 +168,7 @@ def _try(entry: BackendEntry, device: torch.device, group: GroupCoordinator | St
 
 
 def _candidates(ranks: list[list[_Finding]], device_type: str) -> tuple[BackendCandidate, ...]:
-    """Join the ranks' findings; a backend that some rank does not have is not usable on all."""
+    """Merge the ranks' findings; a backend missing on one rank is not usable on all."""
     names = sorted({finding.name for rank in ranks for finding in rank})
     candidates = []
     for name in names:

@@ -46,10 +46,10 @@ def create_eplb_communicator(
     registry: Registry | None = None,
     plugins: PluginHost | None = None,
 ) -> EplbCommunicator:
-    """Return a communicator for the ranks of a group. Every rank of the group has to call it.
+    """Return a communicator for the ranks of a group. Every rank of the group must call it.
 
-    Before anything is built, all ranks tell each other what they would build. Whatever differs, or goes wrong on any
-    of them, raises on all of them.
+    Before anything is built, all ranks exchange what they would build. Any difference, and any failure on one rank,
+    raises on all ranks.
 
     Args:
         group_coordinator: the group: `TorchGroups`, `StatelessGroup`, or an engine's own object with `rank_in_group`,
@@ -59,12 +59,12 @@ def create_eplb_communicator(
         expert_weights: the tensors of one layer, first dimension = local slots. Their device is the communicator's;
             without tensors it is the CPU.
         arguments: option values by name; they win over the config string.
-        registry: where to look the backend up; the installed ones by default.
-        plugins: who is told of transfers and asked what `auto` means; the installed ones by default.
+        registry: the backends to select from; the installed ones by default.
+        plugins: the plugins that observe transfers and decide for `auto`; the installed ones by default.
 
     Raises:
-        HandshakeError: the ranks do not agree, only some of them can build it, or some did not come; the same table on
-            every rank.
+        HandshakeError: the ranks do not agree, only some can build it, or some are missing; the same table on every
+            rank.
         ConfigError: the config string, an option in it, or one in the environment is wrong on every rank.
         BackendError: no rank can build it; the sub-class says why.
     """
@@ -93,7 +93,7 @@ def create_eplb_communicator(
             rank=group_coordinator.rank_in_group,
             world_size=group_coordinator.world_size,
             device=device,
-            control=control.scoped(f"communicator {number}"),  # what an earlier attempt has told is not to be read
+            control=control.scoped(f"communicator {number}"),  # keep apart from messages of earlier attempts
             cpu_group=group_coordinator.cpu_group,
             device_group=group_coordinator.device_group,
             device_communicator=group_coordinator.device_communicator,
@@ -118,11 +118,11 @@ class _Attempt:
     """What one rank would build, or why it cannot.
 
     Attributes:
-        config: what was asked for, in this group; None if that cannot be told.
-        backend: what that stands for; None if it cannot be selected, or for `auto`.
+        config: the request, resolved for this group; None if it cannot be resolved.
+        backend: the selected backend; None if it cannot be selected, or for `auto`.
         problem: why this rank cannot build it, or None.
-        timeout_s: the `timeout` option, as far as it is known, in seconds.
-        start_timeout_s: the same for the ranks' meeting.
+        timeout_s: the `timeout` option if known, else its default, in seconds.
+        start_timeout_s: the `start_timeout` option, likewise.
     """
 
     config: BackendConfig | None
@@ -132,7 +132,7 @@ class _Attempt:
     start_timeout_s: float
 
     def selected(self) -> tuple[BackendEntry, ResolvedOptions]:
-        """Return what to build. Raises what stands in the way."""
+        """Return the backend to build. Raises the problem, if there is one."""
         if self.problem is not None or self.backend is None or self.backend.entry is None:
             raise self.problem or EplbError("no backend was selected")
         return self.backend.entry, self.backend.options
@@ -145,7 +145,7 @@ def _attempt(
     arguments: Mapping[str, object] | None,
     registry: Registry,
 ) -> _Attempt:
-    """Select a backend on this rank alone. What goes wrong is not raised: the other ranks have to be told first."""
+    """Select a backend on this rank alone. Errors are not raised: the other ranks must be informed first."""
     config: BackendConfig | None = None
     backend: ResolvedBackend | None = None
     problem: EplbError | None = None
@@ -155,17 +155,17 @@ def _attempt(
         resolved = registry.resolve(config, arguments=arguments)
         timeout_s, start_timeout_s = resolved.timeout_s, resolved.start_timeout_s
         if resolved.entry is not None:
-            load_factory(resolved.entry)  # one that cannot be imported must not surprise the other ranks later
+            load_factory(resolved.entry)  # an import error must not surprise the other ranks later
             backend = resolved
             _check_fits(resolved.entry, device, group)
     except EplbError as error:
-        # The options of auto are those of the backend that it will stand for: they are looked at then.
+        # The options of auto belong to the backend that it will choose: they are checked then.
         problem = None if config is not None and config.name == AUTO else error
     return _Attempt(config, backend, problem, timeout_s, start_timeout_s)
 
 
 def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, registry: Registry) -> BackendConfig:
-    """Return the config of what stands in for the backend in a stateless group, or the same one."""
+    """Return the config of the backend's substitute in a stateless group, or the same config."""
     if config.name == AUTO or not is_stateless(group):
         return config
     spec = registry.select(config).spec
@@ -173,7 +173,7 @@ def _for_group(config: BackendConfig, group: GroupCoordinator | StatelessGroup, 
         return config
     if _is_first_local_rank(group.rank_in_group):
         logger.warning(
-            "%s needs a process group and this group is stateless: taking %s instead",
+            "%s needs a process group, but this group is stateless: using %s instead",
             config.name,
             spec.stateless_substitute,
         )
@@ -223,7 +223,7 @@ def _build(
     control: ControlPlane,
     timeout_s: float,
 ) -> EplbCommunicator:
-    """Call the backend's factory on every rank; if it fails on any, close what the others have built and raise."""
+    """Call the backend's factory on every rank; if one fails, close what the others have built and raise."""
     problem: Exception | None = None
     built: Any = None
     try:
@@ -246,7 +246,7 @@ def _build(
         )
         problem.__cause__ = error
     try:
-        # A rank whose construction timed out answers that much later than one that failed at once.
+        # A rank whose construction timed out answers later, by that timeout, than one that failed at once.
         agree_on_outcome(control, f"building the {entry.name} communicator", problem, 2 * timeout_s + 5.0)
     except BaseException:
         if isinstance(built, EplbCommunicator):

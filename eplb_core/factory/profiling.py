@@ -1,7 +1,7 @@
-"""Makes a transport allocate what it allocates by itself, so that an engine's memory profiling counts it.
+"""Makes a transport allocate its buffers early, so that an engine's memory profiling counts them.
 
-An engine that measures how much memory is left for its KV cache does so before the first rebalancing. A transport such
-as NCCL allocates its buffers at its first use, which would then fail, long after the start.
+An engine measures how much memory is left for its KV cache before the first rebalance. A transport such as NCCL
+allocates its buffers at its first use, which would then fail, long after the start.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import torch
 
 from eplb_core.contract.communicator import EplbCommunicator
 
-_LARGEST_BYTES = 8 << 20  # beyond this, transports use the same buffers again
+_LARGEST_BYTES = 8 << 20  # beyond this, transports reuse their buffers
 
 
 def reserve_profile_buffers(communicator: EplbCommunicator, expert_weights: Sequence[torch.Tensor] = ()) -> int:
-    """Send something between every pair of ranks, if the transport needs that to show what memory it takes.
+    """Send something between every pair of ranks, if the transport needs that to allocate its buffers.
 
     Call it on every rank inside the engine's memory profiling, where the original interface ran a dummy collective.
-    It keeps nothing: two tensors of one expert's size, 8 MiB at most, exist meanwhile.
+    Its own memory is temporary: two tensors of one expert's size, 8 MiB at most.
 
     Args:
         communicator: made by `create_eplb_communicator`, with nothing queued.
         expert_weights: the tensors of one layer, first dimension = local slots; the largest row sets the size.
 
     Returns:
-        By how many bytes the device's memory that torch's allocator does not manage grew: the transport's own
-        buffers, if nothing else on the device allocates meanwhile. 0 on a CPU, where `needs_profile_buffer_reservation`
-        says that nothing is needed, and where the transport was warmed up before.
+        The growth, in bytes, of device memory outside torch's allocator: the transport's buffers, if nothing else on
+        the device allocates meanwhile. 0 on a CPU, if `needs_profile_buffer_reservation` is False, and if the transport
+        was already warmed up.
 
     Raises:
         TransferError: as `execute()` does.
@@ -43,7 +43,7 @@ def reserve_profile_buffers(communicator: EplbCommunicator, expert_weights: Sequ
         nbytes = min(nbytes, limit)
     before = _outside_torch(context.device)
     outgoing, landing = (torch.zeros(nbytes, dtype=torch.uint8, device=context.device) for _ in range(2))
-    # One pair at a time for each rank: all at once would need as many landing places as there are ranks.
+    # One peer at a time per rank: all at once would need a receive tensor for every rank.
     for distance in range(1, context.world_size):
         communicator.add_send(outgoing, (context.rank + distance) % context.world_size)
         communicator.add_recv(landing, (context.rank - distance) % context.world_size)
@@ -52,7 +52,7 @@ def reserve_profile_buffers(communicator: EplbCommunicator, expert_weights: Sequ
 
 
 def _outside_torch(device: torch.device) -> int:
-    """Return the bytes of the device's memory that are in use, by anybody, but not by torch's allocator."""
+    """Return the bytes of device memory in use by any process, excluding torch's allocator."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)

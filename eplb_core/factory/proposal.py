@@ -1,7 +1,7 @@
 """The agreement between ranks: nothing is built unless every rank would build the same.
 
-A rank that fails alone makes the others hang. So every rank says what it would build, or why it cannot, and all of
-them compare the same answers and come to the same conclusion.
+A rank that fails alone makes the others hang. So every rank announces what it would build, or why it cannot, and all
+ranks compare the same answers and reach the same conclusion.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from eplb_core.errors import EplbError, HandshakeError
 
 
 class Proposal(msgspec.Struct, array_like=True, frozen=True):
-    """What one rank would build. Every field but `problem` has to be the same on every rank.
+    """What one rank would build. Every field except `problem` must be the same on every rank.
 
     Attributes:
         problem: why this rank cannot build it; empty if it can.
         backend: name of the backend.
         distribution: the distribution that registers it, with its version.
-        plugin_api: the plugin API version that it was written for.
+        plugin_api: the plugin API version that the backend was written for.
         options: every option with its value.
         device: device type of the tensors.
         layout: shape and dtype of each of one layer's tensors.
@@ -50,7 +50,7 @@ _ROWS = {
 
 
 def describe_layout(tensors: Sequence[torch.Tensor]) -> str:
-    """Return shape and dtype of each tensor, in words that are the same on every rank with the same layout."""
+    """Return a text of each tensor's shape and dtype, equal on all ranks with the same layout."""
     return " + ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "no tensors"
 
 
@@ -72,10 +72,10 @@ def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, 
         proposals = [msgspec.msgpack.decode(value, type=Proposal) for value in said]
     except (msgspec.DecodeError, msgspec.ValidationError) as error:
         raise HandshakeError(
-            "a rank speaks another version of the agreement",
+            "a rank uses another version of the handshake",
             table={},
             why=str(error),
-            remedy="install one eplb everywhere",
+            remedy="install the same eplb on every rank",
         ) from error
     if problem is not None and len({rank.problem for rank in proposals}) == 1:
         raise problem
@@ -86,7 +86,7 @@ def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, 
             differs = any(values)
             values = [value or "-" for value in values]
         else:
-            # Ranks that have a problem may not have come as far as this.
+            # Ranks with a problem may not have got this far.
             differs = len({v for v, rank in zip(values, proposals, strict=True) if v or not rank.problem}) > 1
             values = [value or "?" for value in values]
         if differs:

@@ -1,1 +1,1 @@
-"""Ranks on this machine: local processes with a deadline, and the GPU of each."""
+"""Ranks on this machine: local processes with deadlines, and the GPU of each."""

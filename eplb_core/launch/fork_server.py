@@ -1,8 +1,8 @@
-"""The process that has imported torch once and forks a rank whenever it is asked to; `rank_process` is who asks.
+"""The server process that imports torch once and forks a rank at each request of `rank_process`.
 
-It imports nothing of this package that reads an environment, starts no thread of Python, and touches neither CUDA nor a
-transport: a rank that it forks is as good as a new process. It ends with the process that started it, however that one
-ends, and takes its ranks with it.
+It imports nothing of this package that reads the environment, starts no Python thread, and touches neither CUDA nor a
+transport: a forked rank is as good as a new process. The server and its ranks end when the process that started it
+ends, even by a crash.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from multiprocessing.connection import Connection
 
 PRELOADED = ("numpy", "torch", "torch.distributed")
 NUMBER = struct.Struct("q")
-"""What the server writes of each rank: its process id, then its exit code, negative for a signal."""
+"""What the server writes for each rank: its process id, then its exit code, negative for a signal."""
 
 _PR_SET_PDEATHSIG = 1
 _REQUEST_FDS = 4  # the rank's pipe, where to write the numbers, stdout, stderr
 
 
 def serve(control_fd: int, launcher: int) -> None:
-    """Be the server. This returns in a rank that was forked, when it has done its work, and never in the server.
+    """Run the server. Returns only in a forked rank that has done its work, never in the server.
 
     Args:
-        control_fd: the socket over which requests come. When it ends, the server ends with its last rank.
-        launcher: the process that asks. When it ends, the server and all ranks end at once.
+        control_fd: the socket for requests. When it is closed, the server ends with its last rank.
+        launcher: the requesting process. When it ends, the server and all ranks end at once.
     """
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which ends the ranks
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher, which terminates the ranks
     server = os.getpid()
     requests = _Server(socket.socket(fileno=control_fd), launcher)
     for name in PRELOADED:
-        with contextlib.suppress(ImportError):  # the rank that needs it will say so
+        with contextlib.suppress(ImportError):  # the rank that needs it will report the error
             importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # no rank goes through what all share, at its end least of all, which would copy it
+    gc.freeze()  # the ranks' garbage collectors must not walk shared objects: that would copy the pages
     pipe, stdout, stderr = requests.fork_until_retired()
     _end_with(server)
     signal.signal(signal.SIGINT, interrupt)
@@ -57,7 +57,7 @@ def serve(control_fd: int, launcher: int) -> None:
 class _Rank:
     pid: int
     process: int  # a descriptor, readable when it has ended
-    launcher: socket.socket  # takes the numbers; its end says that the launcher needs the process id no more
+    launcher: socket.socket  # takes the numbers; closed when the launcher no longer needs the process id
 
 
 class _Server:
@@ -107,7 +107,7 @@ class _Server:
         return None
 
     def _tell_end(self, rank: _Rank) -> None:
-        """Tell the exit code; the process id stays taken, so that whoever means the rank cannot mean another one."""
+        """Send the exit code; the process id stays reserved, so that a signal for the rank cannot reach another."""
         self._selector.unregister(rank.process)
         ended = os.waitid(os.P_PID, rank.pid, os.WEXITED | os.WNOWAIT)
         if ended is not None:
@@ -122,7 +122,7 @@ class _Server:
         del self._ranks[rank.pid]
 
     def _let_go(self) -> None:
-        """Close in a rank what is the server's."""
+        """Close the server's descriptors in a rank."""
         self._selector.close()
         self._control.close()
         os.close(self._launcher)
@@ -132,19 +132,19 @@ class _Server:
 
 
 def _tell(rank: _Rank, number: int) -> None:
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the launcher has lost interest
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the launcher is no longer listening
         rank.launcher.send(NUMBER.pack(number))
 
 
 def _end_with(server: int) -> None:
-    """Have the kernel kill this process when the server ends."""
+    """Make the kernel kill this process when the server ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != server:  # it has ended already
+    if os.getppid() != server:  # it has already ended
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _perform(pipe: Connection) -> None:
-    """Become like the launcher, then do what it says; the interpreter's usual end follows."""
+    """Take over the launcher's environment, then run its function; the interpreter then exits as usual."""
     environment, preparation = pipe.recv()
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -152,6 +152,6 @@ def _perform(pipe: Connection) -> None:
     spawn.prepare(preparation)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # else all ranks would draw what the server would have drawn
+        sys.modules["numpy"].random.seed()  # else all ranks would draw the same numbers
     function, arguments = pipe.recv()
     function(*arguments, pipe)

@@ -1,7 +1,7 @@
-"""Starts ranks as local processes, and always ends them.
+"""Starts ranks as local processes, and always terminates them.
 
-The parent hosts the store that the ranks meet at, so that it outlives any of them. Each child reports over a pipe of
-its own; the first failure, or the deadline, ends all.
+The parent hosts the store through which the ranks meet, so that it outlives them. Each child reports over a separate
+pipe; the first failure, or the deadline, terminates all.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from eplb_core.launch.rank_devices import limit_visible_gpus
 from eplb_core.launch.rank_process import RankProcess, start_rank
 from eplb_core.words import signal_name
 
-_GRACE_S = 5.0  # once a rank failed, the others have this long to say what they saw
-_JOIN_S = 30.0  # a rank that reported has this long to exit
+_GRACE_S = 5.0  # once a rank has failed, the others have this long to report
+_JOIN_S = 30.0  # a rank that has reported has this long to exit
 _DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
 _LOOPBACK = "127.0.0.1"
 _BACKLOG = 1024  # connections that ranks may open at once
 _START_S = 120.0  # for all ranks to meet
 
-_NOT_TORCHRUN = "start it with torchrun; or unset RANK and WORLD_SIZE, and it starts ranks of this machine"
+_NOT_TORCHRUN = "start it with torchrun, or unset RANK and WORLD_SIZE to start local ranks"
 
 logger = logging.getLogger(__name__)
 
 
 class LocalRankError(EplbError, RuntimeError):
-    """A local rank failed, died or did not end in time. `rank` is the first one that did."""
+    """A local rank failed, died or did not finish in time. `rank` is the first such rank."""
 
     def __init__(self, what: str, *, rank: int, why: str | None = None) -> None:
         self.rank = rank
@@ -50,16 +50,15 @@ class LocalRankError(EplbError, RuntimeError):
 
 @dataclass(slots=True)
 class RankEnvironment:
-    """What a rank knows of itself.
+    """What a rank knows about itself.
 
     Attributes:
         rank: 0 .. world_size - 1.
         world_size: the number of ranks.
         local_rank: the rank's number on its host.
         local_world_size: the number of ranks on its host.
-        store: the store at which all ranks meet.
-        own_gpu_first: whether the rank's own GPU is the first that it sees, as a launcher that limits what each rank
-            sees arranges.
+        store: the store through which all ranks meet.
+        own_gpu_first: whether the rank's own GPU is the first that it sees, because a launcher limits the visible ones.
     """
 
     rank: int
@@ -78,7 +77,7 @@ class RankEnvironment:
             timeout_s: how long to wait for the store of rank 0, in seconds.
 
         Raises:
-            InputError: a variable is missing or is not a number, or nobody hosts the store that they name.
+            InputError: a variable is missing or is not a number, or the store that they name is not there.
         """
         try:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -103,14 +102,14 @@ class RankEnvironment:
         except (dist.DistError, RuntimeError, ValueError, OSError) as error:
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
-                f"there is no store at {address}:{port}, which MASTER_ADDR and MASTER_PORT name",
+                f"no store at {address}:{port}, the address in MASTER_ADDR and MASTER_PORT",
                 why=first_line,
                 remedy=_NOT_TORCHRUN,
             ) from error
         return cls(rank, world_size, local_rank, local_world_size, dist.PrefixStore("eplb", store))
 
     def init_process_group(self, timeout_s: float = 600.0) -> None:
-        """Make the default torch.distributed group (gloo) of all ranks."""
+        """Create the default torch.distributed group (gloo) of all ranks."""
         dist.init_process_group(
             "gloo",
             store=dist.PrefixStore("world", self.store),
@@ -120,7 +119,7 @@ class RankEnvironment:
         )
 
     def report(self, event: object) -> None:
-        """Send a picklable progress event to the parent; does nothing where there is none."""
+        """Send a picklable progress event to the parent, if there is one."""
         if self._pipe is not None:
             self._pipe.send(("event", event))
 
@@ -133,9 +132,9 @@ class Outcome:
         rank: the rank.
         result: what its target returned.
         error: the class name of the exception that it raised, or None.
-        message: that exception's text, or what happened to the process.
+        message: the exception's text, or what happened to the process.
         trace: the traceback as text.
-        exit_code: of the process; negative for a signal; None if it had to be killed at the deadline.
+        exit_code: of the process; negative for a signal; None if it was killed at the deadline.
     """
 
     rank: int
@@ -150,7 +149,7 @@ class Outcome:
     def succeeded(self) -> bool:
         """Whether the target returned and the process ended by itself.
 
-        A library that crashes while the process exits takes nothing back: the result was handed in before.
+        A crash of a library at process exit does not matter: the result had already been handed over.
         """
         return self.reported and self.error is None and self.exit_code is not None and self.exit_code <= 0
 
@@ -163,22 +162,22 @@ def run_local_ranks(
     timeout_s: float,
     on_event: Callable[[int, Any], None] | None = None,
 ) -> list[Any]:
-    """Run `target(environment, *args)` in `num_ranks` new processes and return what each returned, in rank order.
+    """Run `target(environment, *args)` in `num_ranks` new processes and return their results, in rank order.
 
     Args:
         target: a function at the top level of an importable module.
         num_ranks: how many processes.
         args: picklable arguments.
-        timeout_s: for all of it once the processes have started, in seconds.
+        timeout_s: time limit once the processes have started, in seconds.
         on_event: called in this process with `(rank, event)` for each `RankEnvironment.report(event)`.
 
     Raises:
-        LocalRankError: a rank raised, died or did not end in time. All processes are gone by then.
+        LocalRankError: a rank raised, died or did not finish in time. All processes have ended by then.
     """
     outcomes = collect_local_ranks(target, num_ranks, args, timeout_s=timeout_s, on_event=on_event)
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     if failed:
-        # A rank that raised says more than one that was ended because of it.
+        # A rank that raised is more informative than one terminated as a consequence.
         first = next((outcome for outcome in failed if outcome.error), failed[0])
         raise LocalRankError(
             f"rank {first.rank} failed with {first.error}" if first.error else f"rank {first.rank} failed",
@@ -198,7 +197,7 @@ def collect_local_ranks(
     on_start: Callable[[list[int]], None] | None = None,
     grace_s: float = _GRACE_S,
 ) -> list[Outcome]:
-    """As `run_local_ranks`, but return how every rank ended instead of raising.
+    """Like `run_local_ranks`, but return how every rank ended instead of raising.
 
     Args:
         target: as in `run_local_ranks`.
@@ -207,7 +206,7 @@ def collect_local_ranks(
         timeout_s: as in `run_local_ranks`.
         on_event: as in `run_local_ranks`.
         on_start: called once with the process ids, in rank order.
-        grace_s: how long the others may go on once a rank has failed.
+        grace_s: how long the others may continue once a rank has failed.
     """
     store = store_of_this_machine()
     outcomes = [Outcome(rank) for rank in range(num_ranks)]
@@ -237,7 +236,7 @@ def collect_local_ranks(
                         cut_short = True
         for pipe, rank in pipes.items():
             if cut_short:
-                outcomes[rank].message = "ended because another rank failed"
+                outcomes[rank].message = "terminated because another rank failed"
             else:
                 outcomes[rank].message = f"did not end within {timeout_s:g} s; its stacks are on stderr"
                 _dump_stacks(processes[rank].pid)
@@ -265,7 +264,7 @@ def collect_local_ranks(
 
 
 def store_of_this_machine() -> dist.TCPStore:
-    """Return a store that only processes of this machine reach: one that torch opens listens on every address."""
+    """Return a store that listens on the loopback address only: torch would listen on every address."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
         listening.bind((_LOOPBACK, 0))
         listening.listen(_BACKLOG)
@@ -276,19 +275,19 @@ def store_of_this_machine() -> dist.TCPStore:
 
 
 def _how_it_ended(outcome: Outcome, exit_code: int) -> str:
-    """Return what is worth saying of a process's end, and log what is no failure of its rank."""
+    """Return a note on how a process ended, and log an abnormal end that is not a failure of its rank."""
     if exit_code >= 0 and not outcome.reported:
-        return f"its process exited with {exit_code} and reported nothing"
+        return f"its process exited with code {exit_code} and reported nothing"
     if exit_code >= 0:
-        return f"its process exited with {exit_code} after it had handed in its result" if exit_code else ""
-    what = f"its process was ended by {signal_name(-exit_code)} (signal {-exit_code})"
+        return f"its process exited with code {exit_code} after handing over its result" if exit_code else ""
+    what = f"its process was killed by {signal_name(-exit_code)} (signal {-exit_code})"
     if outcome.reported:
-        what += " after it had handed in its result"
+        what += " after handing over its result"
         if outcome.error is None:
             logger.warning("rank %d: %s", outcome.rank, what)
         return what
     if -exit_code == signal.SIGKILL:
-        what += "; the kernel does that when memory runs out"
+        what += "; the kernel does this when memory runs out"
     return what
 
 

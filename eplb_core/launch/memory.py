@@ -1,4 +1,4 @@
-"""How much memory there is for processes that this one starts: that of the host, or of the container that it is in."""
+"""How much memory is free for child processes, on the host or in this container."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that are free: on the host, or below the lowest limit of a cgroup if that is less."""
+    """Return the bytes of free memory: on the host, or below the lowest cgroup limit if that is less."""
     import psutil
 
     return min([int(psutil.virtual_memory().available), *_free_in_groups(_OWN_GROUPS, _GROUPS)])
 
 
 def memory_limit() -> int | None:
-    """Return the lowest limit of memory that a cgroup sets this process, in bytes; None if there is none."""
+    """Return the lowest cgroup memory limit of this process, in bytes; None if there is none."""
     return min((limit for limit, _ in _limits(_OWN_GROUPS, _GROUPS)), default=None)
 
 
@@ -29,7 +29,7 @@ def _free_in_groups(own: Path, groups: Path) -> Iterator[int]:
 def _limits(own: Path, groups: Path) -> Iterator[tuple[int, int]]:
     """Yield limit and use, in bytes, of each cgroup around this process that has a limit.
 
-    Files that the kernel may drop from its cache count as free: they are as good as that.
+    Cached files that the kernel may drop count as free.
     """
     try:
         lines = own.read_text(encoding="utf-8").splitlines()
@@ -43,7 +43,7 @@ def _limits(own: Path, groups: Path) -> Iterator[tuple[int, int]]:
             top, limit, use = groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
-        # In a container the path may be that of the host, while what is mounted is its own group.
+        # In a container the path may be the host's, while the mounted group is the container's.
         inside = top / path.lstrip("/")
         for folder in dict.fromkeys((inside, *(each for each in inside.parents if each.is_relative_to(top)), top)):
             most, used = _number(folder / limit), _number(folder / use)

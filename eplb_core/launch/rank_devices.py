@@ -1,4 +1,4 @@
-"""Which GPU a rank uses, what it sees of the others, and whether every rank has one of its own."""
+"""Which GPU a rank uses, which ones it sees, and whether every rank has a separate one."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
     from eplb_core.launch.local_ranks import RankEnvironment
 
 VISIBLE_GPUS_VARIABLE: Final = "EPLB_VISIBLE_GPUS"
-"""What each local rank sees of the GPUs: `all` (default), `own`, or `own_first`. Engines' launchers do each of these,
-and what holds with one need not hold with another: the same GPU has other numbers in other processes."""
+"""The GPUs visible to each local rank: `all` (default), `own`, or `own_first`. Engines' launchers use all three, and
+they behave differently: the same GPU has different numbers in different processes."""
 
 _CHOICES = ("all", "own", "own_first")
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def limit_visible_gpus(rank: int) -> bool:
-    """Set what this process, a new local rank, sees of the GPUs; return whether its own one is then number 0.
+    """Set the GPUs visible to this process, a new local rank; return whether its own GPU is then number 0.
 
     Call it before anything initialises CUDA.
 
     Raises:
-        InputError: `EPLB_VISIBLE_GPUS` is not one of the choices, or CUDA has counted its devices already.
+        InputError: `EPLB_VISIBLE_GPUS` is not one of the choices, or CUDA has already counted its devices.
     """
     choice = os.environ.get(VISIBLE_GPUS_VARIABLE) or "all"
     if choice not in _CHOICES:
@@ -45,7 +45,7 @@ def limit_visible_gpus(rank: int) -> bool:
     if torch.cuda.device_count() != (1 if choice == "own" else count):
         raise InputError(
             f"{VISIBLE_GPUS_VARIABLE} has no effect",
-            why="CUDA counted its devices before the rank was told which ones it sees",
+            why="CUDA counted its devices before the variable was applied",
         )
     return True
 
@@ -53,7 +53,7 @@ def limit_visible_gpus(rank: int) -> bool:
 def rank_device(kind: str, environment: RankEnvironment) -> torch.device:
     """Return a rank's device, and make it the current one.
 
-    Every rank has a GPU of its own where its host has enough of them, and ranks share them elsewhere.
+    Every rank gets a separate GPU if its host has enough of them; otherwise ranks share GPUs.
 
     Args:
         kind: `cpu` or `cuda`.
@@ -68,7 +68,7 @@ def rank_device(kind: str, environment: RankEnvironment) -> torch.device:
 
 
 def own_gpus(environment: RankEnvironment, device: torch.device, timeout_s: float) -> bool:
-    """Return whether no two ranks use the same GPU; every rank must call it. NCCL connects no others.
+    """Return whether no two ranks use the same GPU, as NCCL requires; every rank must call it.
 
     Args:
         environment: the rank.
@@ -87,5 +87,5 @@ def own_gpus(environment: RankEnvironment, device: torch.device, timeout_s: floa
 
 
 def device_group(environment: RankEnvironment, device: torch.device, timeout_s: float) -> dist.ProcessGroup | None:
-    """Return an NCCL group of all ranks, or None where they have no GPU each; every rank must call it."""
+    """Return an NCCL group of all ranks, or None if they do not have a GPU each; every rank must call it."""
     return dist.new_group(backend="nccl", device_id=device) if own_gpus(environment, device, timeout_s) else None

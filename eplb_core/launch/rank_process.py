@@ -1,10 +1,10 @@
-"""Starts the processes of local ranks: forked off a server that has imported torch, or, where that cannot be, anew.
+"""Starts the processes of local ranks: forked from a server that has imported torch, or spawned if there is none.
 
 Importing torch takes a second of CPU in every new process. The server does it once; a forked rank starts in
-milliseconds, with the launcher's present environment, folder, `sys.path`, stdout and stderr. Libraries that the server
-has loaded may have read their environment variables: when one differs, a new server is started.
+milliseconds, with the launcher's current environment, directory, `sys.path`, stdout and stderr. Libraries that the
+server has loaded may have read their environment variables: if one changes, a new server is started.
 
-One server is kept for the whole process, as `multiprocessing` keeps its own: starting it is what costs.
+One server is kept for the whole process, as in `multiprocessing`, because starting it is expensive.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from eplb_core.launch.fork_server import NUMBER
 START_METHOD_VARIABLE: Final = "EPLB_START_METHOD"
 
 _TUNED = {"GLIBC_TUNABLES": "glibc.cpu.x86_non_temporal_threshold=0xf0000"}
-"""What the server is started with, unless the user has set it: ranks then copy blocks of 960 KiB and more past the
-cache, 1.5 times as fast. By itself the C library does so from three quarters of the cache on: hundreds of MB."""
+"""Environment of the server, unless the user has set it: ranks then copy blocks of 960 KiB and more past the cache,
+1.5 times as fast. The C library's own threshold is three quarters of the cache: hundreds of MB."""
 
 _READ_LATER = ("EPLB_", "PYTEST_", "NIXL_", "UCX_")
-"""Variables that nothing reads which the server has loaded. All others might have been read."""
+"""Variables that the server's imports do not read. If any other variable changes, a new server is started."""
 
 _READY_S = 60.0  # for the server to import torch, on a busy machine too
 _KILLED_S = 30.0  # for a killed process to be gone
@@ -44,7 +44,7 @@ _SERVE = (
 
 
 class RankProcess(Protocol):
-    """What a local rank's process can be asked, as one of `multiprocessing` can."""
+    """The process of a local rank, with the interface of a `multiprocessing` process."""
 
     @property
     def pid(self) -> int | None:
@@ -58,20 +58,20 @@ class RankProcess(Protocol):
         """Whether it runs."""
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for its end, `timeout` seconds at most."""
+        """Wait until it ends, `timeout` seconds at most."""
 
     def kill(self) -> None:
-        """End it with SIGKILL, if it runs."""
+        """Kill it with SIGKILL, if it runs."""
 
     def close(self) -> None:
-        """Let go of what is held of it. It must have ended."""
+        """Release its resources. It must have ended."""
 
 
 def start_rank(function: Callable[..., None], arguments: Sequence[Any], name: str) -> tuple[RankProcess, Connection]:
     """Start a process that calls `function(*arguments, pipe)`; return it with the other end of `pipe`.
 
-    The environment variable `EPLB_START_METHOD` says how: `forkserver`, which is the default, or `spawn`, for a wholly
-    new process each time. Where there is no fork server, as on an old kernel, it is `spawn` in any case.
+    The environment variable `EPLB_START_METHOD` selects how: `forkserver`, the default, or `spawn`, for an entirely
+    new process each time. Without a fork server, as on an old kernel, it is always `spawn`.
 
     Args:
         function: at the top level of an importable module.
@@ -79,7 +79,7 @@ def start_rank(function: Callable[..., None], arguments: Sequence[Any], name: st
         name: of the process, for `multiprocessing.current_process().name`.
 
     Raises:
-        InputError: `EPLB_START_METHOD` is none of the two.
+        InputError: `EPLB_START_METHOD` is neither of the two.
     """
     ours, theirs = multiprocessing.Pipe()
     process: RankProcess | None = None
@@ -89,7 +89,7 @@ def start_rank(function: Callable[..., None], arguments: Sequence[Any], name: st
             new = multiprocessing.get_context("spawn").Process(target=function, args=(*arguments, theirs), name=name)
             new.start()
             return new, ours
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as its exit code will tell
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died, as its exit code will show
             ours.send((dict(os.environ), _preparation(name)))
             ours.send((function, tuple(arguments)))
     except BaseException:
@@ -105,7 +105,7 @@ def start_rank(function: Callable[..., None], arguments: Sequence[Any], name: st
 
 
 def start_server() -> None:
-    """Have a server ready, or on its way, while this process does other things."""
+    """Start a server in the background, while this process does other things."""
     if _fork_wanted():
         _the_server.start()
 
@@ -113,14 +113,12 @@ def start_server() -> None:
 def _fork_wanted() -> bool:
     method = os.environ.get(START_METHOD_VARIABLE) or "forkserver"
     if method not in ("forkserver", "spawn"):
-        raise InputError(
-            f"{START_METHOD_VARIABLE} is {method!r}", remedy="set it to forkserver or spawn, or leave it away"
-        )
+        raise InputError(f"{START_METHOD_VARIABLE} is {method!r}", remedy="set it to forkserver or spawn, or unset it")
     return method == "forkserver" and hasattr(os, "pidfd_open") and not getattr(sys, "frozen", False)
 
 
 def _preparation(name: str) -> dict[str, Any]:
-    """Return what makes a process like this one: its `sys.path`, `sys.argv`, folder and main module."""
+    """Return what a child process takes over: `sys.path`, `sys.argv`, directory and main module."""
     preparation = spawn.get_preparation_data(name)
     return {**preparation, "authkey": bytes(preparation["authkey"])}
 
@@ -133,7 +131,7 @@ class _ForkedRank:
         self._numbers = numbers
         self._exitcode: int | None = None
         self._process: int | None = None
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
+        with contextlib.suppress(ProcessLookupError):  # it has already ended
             self._process = os.pidfd_open(pid)
 
     @property
@@ -147,7 +145,7 @@ class _ForkedRank:
     def join(self, timeout: float | None = None) -> None:
         if self._exitcode is None and wait([self._numbers], timeout):
             told = _read_number(self._numbers)
-            if told is None:  # the server has gone without a word, and the kernel kills its ranks
+            if told is None:  # the server has died silently, and the kernel kills its ranks
                 told = -signal.SIGKILL
                 if self._process is not None and not wait([self._process], timeout):
                     return
@@ -159,7 +157,7 @@ class _ForkedRank:
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
 
     def close(self) -> None:
-        with self._numbers:  # the server lets go of the process id only now, and says so by closing its side
+        with self._numbers:  # the server releases the process id only now, and confirms by closing its side
             self._numbers.shutdown(socket.SHUT_WR)
             wait([self._numbers], _KILLED_S)
         if self._process is not None:
@@ -167,12 +165,12 @@ class _ForkedRank:
 
 
 class _ServerOfThisProcess:
-    """Starts the server when it is first needed, and another one when that does not fit any more."""
+    """Starts the server when it is first needed, and another one when the environment has changed."""
 
     def __init__(self) -> None:
         self._forget()
         atexit.register(self._end)
-        os.register_at_fork(after_in_child=self._forget)  # the parent's server is the parent's
+        os.register_at_fork(after_in_child=self._forget)  # the parent's server belongs to the parent
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
@@ -182,14 +180,14 @@ class _ServerOfThisProcess:
         self._retired: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start a server if there is none that fits."""
+        """Start a server unless a matching one runs."""
         with self._lock:
             self._fitting()
 
     def fork(self, pipe: Connection) -> _ForkedRank | None:
-        """Return a new process that listens to `pipe`, or None if no server comes up."""
+        """Return a new process that listens to `pipe`, or None if no server starts."""
         with self._lock:
-            for _ in range(2):  # once more if somebody has killed the server
+            for _ in range(2):  # retry once if the server was killed
                 rank = _ask(self._fitting(), pipe)
                 if rank is not None:
                     return rank
@@ -227,7 +225,7 @@ class _ServerOfThisProcess:
         self._reap()
 
     def _reap(self) -> None:
-        """Let go of the retired servers that have ended: until then they are zombies."""
+        """Reap the retired servers that have ended: until then they are zombies."""
         self._retired = [server for server in self._retired if server.poll() is None]
 
     def _end(self) -> None:
@@ -239,14 +237,14 @@ class _ServerOfThisProcess:
 
 
 def _traits() -> object:
-    """Return what a server has from this process for good."""
+    """Return what a server inherits permanently from this process."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_READ_LATER)}
     limits = [resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")]
     return variables, limits, os.sched_getaffinity(0), spawn.get_executable()
 
 
 def _ask(control: socket.socket, pipe: Connection) -> _ForkedRank | None:
-    """Have the server fork; return None if it does not."""
+    """Ask the server to fork; return None if it does not."""
     numbers, theirs = socket.socketpair()
     try:
         with contextlib.ExitStack() as opened:
@@ -263,7 +261,7 @@ def _ask(control: socket.socket, pipe: Connection) -> _ForkedRank | None:
 
 
 def _or_nothing(fd: int, opened: contextlib.ExitStack) -> int:
-    """Return a descriptor of this process's output, or of /dev/null if that is closed."""
+    """Return the descriptor of an output stream, or of /dev/null if the stream is closed."""
     try:
         os.fstat(fd)
     except OSError:
@@ -274,7 +272,7 @@ def _or_nothing(fd: int, opened: contextlib.ExitStack) -> int:
 
 def _read_number(numbers: socket.socket) -> int | None:
     try:
-        told = numbers.recv(NUMBER.size)  # sent at once, and so small that it is whole
+        told = numbers.recv(NUMBER.size)  # sent in one piece, and too small to be split
     except ConnectionResetError:
         return None
     return NUMBER.unpack(told)[0] if told else None

@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started, on one machine or several: whether this is one, and a way to talk to the others."""
+"""Ranks started by torchrun, on one machine or several: detect them, and connect them by a control plane."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 def started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks already. Imports nothing heavy."""
+    """Whether this process is already one of several ranks. Imports nothing heavy."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join_torchrun(purpose: str, timeout_s: float) -> tuple[RankEnvironment, ControlPlane]:
-    """Return this process's rank, and a control plane of all ranks that is used for one purpose only.
+    """Return this process's rank, and a control plane of all ranks for a single purpose.
 
     Args:
-        purpose: a name that no other use has.
+        purpose: a unique name.
         timeout_s: how long to wait for the store, in seconds.
 
     Raises:
-        InputError: torchrun's environment is not complete.
+        InputError: torchrun's environment is incomplete.
     """
     import torch.distributed as dist
 

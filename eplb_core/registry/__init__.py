@@ -1,1 +1,1 @@
-"""From a config string to an installed backend."""
+"""Finds the installed backend for a config string."""

@@ -1,14 +1,14 @@
-"""Config strings, and the options that they, the environment and the caller give to a backend.
+"""Config strings, and a backend's options from config string, environment and arguments.
 
     config = name [ "@" distribution ] [ "?" key "=" value *( "&" key "=" value ) ]
 
 - A name and a key: lower-case letters, digits and single `_`, starting with a letter. `-` is read as `_`.
 - A distribution: as on PyPI; letters, digits, `.`, `_`, `-`, folded as pip folds them (`Acme_EPLB` is `acme-eplb`).
-- A value: any printable characters except space, `&` and `%`. Those, and everything else, are written as `%` and two
+- A value: any printable characters except space, `&` and `%`. All other characters are written as `%` and two
   hexadecimal digits for each byte of their UTF-8 form: `%26` is `&`. A `+` is a plus and `=` needs no escape.
 
-`str(config)` is canonical: folded names, options sorted by key, no escape that is not needed. It parses back to an
-equal config. A config string names a registered backend and nothing else: it never imports a path that it spells.
+`str(config)` is canonical: folded names, options sorted by key, no unnecessary escape. It parses back to an equal
+config. A config string can only name a registered backend: it never imports a path that it spells.
 
 Values come from, in falling precedence: an argument, the config string, the environment
 (`EPLB_BACKEND__NIXL__WINDOW` for option `window` of backend `nixl`), the default.
@@ -30,13 +30,13 @@ from eplb_core.registry.names import read_distribution, read_name
 from eplb_core.words import did_you_mean
 
 AUTO: Final = "auto"
-"""The name that stands for whichever backend works on every rank. No distribution can register it."""
+"""The name for the best backend that works on every rank. No distribution can register it."""
 
 BACKEND_VARIABLE: Final = "EPLB_BACKEND"
 """The environment variable that holds a config string."""
 
 _LONGEST_TEXT = 1000  # characters of a config string
-_LONGEST_SHOWN = 60  # of them, in a message about one that is longer
+_LONGEST_SHOWN = 60  # of them, in a message about a longer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class ConfigOption:
     Attributes:
         key: the folded key.
         value: the value, without escapes.
-        column: 1-based column of the key in the string. It does not count when configs are compared.
+        column: 1-based column of the key in the string. Ignored in comparisons.
         value_column: 1-based column of the value.
     """
 
@@ -62,9 +62,9 @@ class BackendConfig:
 
     Attributes:
         name: the folded name of the backend.
-        distribution: the folded name of the distribution that is meant, or None.
+        distribution: the folded name of the selected distribution, or None.
         options: sorted by key.
-        text: the string as it was written. It does not count when configs are compared.
+        text: the string as written. Ignored in comparisons.
     """
 
     name: str
@@ -81,7 +81,7 @@ class BackendConfig:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedOptions:
-    """The options of one backend, each with where it came from.
+    """The options of one backend, each with its origin.
 
     Attributes:
         config: the config that they were resolved for.
@@ -100,7 +100,7 @@ class ResolvedOptions:
         return self.types[key].format(getattr(self.values, key))
 
     def canonical(self) -> str:
-        """Return the shortest config string that gives the same values: those that differ from their defaults."""
+        """Return the shortest config string with the same values: only those that differ from their defaults."""
         defaults = _defaults(type(self.values))
         options = tuple(
             ConfigOption(key, self.text(key))
@@ -110,7 +110,7 @@ class ResolvedOptions:
         return str(dataclasses.replace(self.config, options=options))
 
     def digest(self) -> str:
-        """Return a hash of all values, equal on two ranks exactly if every option is; 64 hexadecimal digits."""
+        """Return a hash of all values, equal on two ranks only if every option is; 64 hexadecimal digits."""
         import hashlib
 
         lines = "\n".join(f"{key}={_escape(self.text(key))}" for key in sorted(self.types))
@@ -122,20 +122,20 @@ def parse_config(text: str, *, kind: str = "backend") -> BackendConfig:
 
     Args:
         text: the string.
-        kind: what messages call the thing that it names.
+        kind: what the string names, for messages.
 
     Raises:
-        ConfigError: it is not well formed; `column` is that of the first wrong character.
+        ConfigError: it is malformed; `column` is that of the first wrong character.
     """
     if not isinstance(text, str):
         raise ConfigError(f"a config string is text, not {type(text).__name__}")
     if len(text) > _LONGEST_TEXT:
         raise ConfigError(
-            f"the config string has {len(text)} characters, and {_LONGEST_TEXT} are the most",
+            f"the config string has {len(text)} characters, but at most {_LONGEST_TEXT} are allowed",
             text=text[:_LONGEST_SHOWN] + "...",
         )
     surrogate = next((place for place, sign in enumerate(text) if "\ud800" <= sign <= "\udfff"), None)
-    if surrogate is not None:  # what the operating system could not decode; it cannot be printed either
+    if surrogate is not None:  # bytes that the operating system could not decode; they cannot be printed either
         readable = text.encode("utf-8", "backslashreplace").decode()
         raise ConfigError("the config string is not UTF-8", text=readable, column=surrogate + 1)
     head, question, tail = text.partition("?")
@@ -162,7 +162,7 @@ def resolve_options(
     arguments: Mapping[str, object] | None = None,
     kind: str = "backend",
 ) -> ResolvedOptions:
-    """Give every option of a backend, or of something else that config strings name, its value.
+    """Resolve the value of every option of a backend, or of anything else that config strings name.
 
     Args:
         config: the parsed config string.
@@ -172,7 +172,7 @@ def resolve_options(
         kind: what the string names, for messages and environment variables (`EPLB_BACKEND__...`).
 
     Raises:
-        ConfigError: a key that the backend does not have, from wherever, or a value that does not suit.
+        ConfigError: an unknown key from any source, or an invalid value.
         TypeError, NameError: the options class itself is at fault.
     """
     types = option_types(options_class)
@@ -215,9 +215,9 @@ def resolve_options(
     try:
         return ResolvedOptions(config, options_class(**values), origins, types)
     except ValueError as error:
-        # The class itself checks what concerns several options together.
+        # The class itself checks combinations of options.
         raise ConfigError(
-            f"the options of {kind} {config.name!r} do not go together", text=config.text or None, why=str(error)
+            f"the options of {kind} {config.name!r} conflict", text=config.text or None, why=str(error)
         ) from error
 
 
@@ -225,13 +225,13 @@ def resolve_options(
 
 
 def _parse_options(tail: str, text: str, column: int) -> list[ConfigOption]:
-    """Parse what follows `?`; `column` is where that starts in `text`."""
+    """Parse the options after `?`; `column` is where they start in `text`."""
     if not tail:
         raise ConfigError("an option is missing after '?'", text=text, column=column)
     options: dict[str, ConfigOption] = {}
     for part in tail.split("&"):
         if not part:
-            raise ConfigError("an option is missing beside '&'", text=text, column=column)
+            raise ConfigError("an option is missing next to '&'", text=text, column=column)
         written, equals, value = part.partition("=")
         key = read_name(written, text, column, "the key of an option")
         if not equals:
@@ -260,7 +260,7 @@ def _unescape(value: str, text: str, column: int) -> str:
         if sign == " " or not sign.isprintable():
             code = "".join(f"%{byte:02X}" for byte in sign.encode("utf-8", "replace"))
             raise ConfigError(
-                f"{sign!r} cannot stand in a value", text=text, column=column + offset, remedy=f"write {code}"
+                f"{sign!r} is not allowed in a value", text=text, column=column + offset, remedy=f"write {code}"
             )
     decoded = bytearray()
     offset = 0

@@ -1,6 +1,6 @@
 """Finds what installed distributions register in an entry-point group, without importing any of it.
 
-Every rank finds the same in the same order, whatever order the file system lists folders in.
+Every rank finds the same entries in the same order, regardless of the file system's order.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Registration:
         value: `module:attribute`.
         distribution: its name, folded as pip folds it.
         version: the distribution's version.
-        location: the folder that holds the distribution's metadata.
-        problem: why it cannot be loaded although it is there, or None.
-        notes: what else is worth knowing, such as copies that are ignored.
+        location: the directory of the distribution's metadata.
+        problem: why it cannot be loaded although it is installed, or None.
+        notes: remarks, such as copies that are ignored.
     """
 
     name: str
@@ -44,17 +44,17 @@ class Registration:
     _entry_point: importlib_metadata.EntryPoint | None = field(default=None, compare=False, repr=False)
 
     def load(self) -> Any:
-        """Import the module and return the attribute. Whatever the import raises is passed on."""
+        """Import the module and return the attribute. Errors of the import propagate."""
         if self._entry_point is None:
-            raise ImportError(f"{self.value} was not found by a search")
+            raise ImportError(f"{self.value} was not found by discovery")
         return self._entry_point.load()
 
 
 def discover(group: str) -> list[Registration]:
     """Return what is registered in `group`, without duplicates, sorted by name, distribution and value.
 
-    Of a distribution that is on the path several times the first copy counts, as for `import`. Metadata that cannot
-    be read is logged and skipped.
+    If several copies of a distribution are on the path, the first one counts, as for `import`. Unreadable metadata is
+    logged and skipped.
     """
     path = metadata_search_path()
     holders: dict[str, list[importlib_metadata.Distribution]] = {}
@@ -72,11 +72,11 @@ def discover(group: str) -> list[Registration]:
 
 
 def metadata_search_path() -> list[str]:
-    """Return the folders of `sys.path` in which installed distributions are looked for.
+    """Return the directories of `sys.path` that are searched for installed distributions.
 
-    The current directory is among them only if `PYTHONPATH` names it, or if it stands behind the standard library,
-    where `.pth` files put it. Before the standard library it stands because Python was started there: an `*.egg-info`
-    in a source tree that one happens to stand in is not an installed distribution.
+    The current directory is included only if `PYTHONPATH` names it, or if it comes after the standard library, where
+    `.pth` files put it. If it comes before the standard library, Python was merely started there: an `*.egg-info` in
+    the current source tree is not an installed distribution.
     """
     here = _real(os.curdir)
     named = {_real(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
@@ -98,7 +98,7 @@ def metadata_search_path() -> list[str]:
 def _registrations(
     name: str, holders: Sequence[importlib_metadata.Distribution], group: str, path: Sequence[str]
 ) -> Iterator[Registration]:
-    """Yield what the copy that counts registers; `holders` are the copies that register something."""
+    """Yield the registrations of the first copy; `holders` are the copies that register something."""
     copies = _in_order(_distributions(name=name, path=list(path)), path) or list(holders)
     first = copies[0]
     notes = [f"another copy, {_place(copy)}, is ignored" for copy in copies[1:]]
@@ -124,14 +124,14 @@ def _registrations(
 
 
 def _distributions(**context: Any) -> list[importlib_metadata.Distribution]:
-    # Finders of others may yield what only looks like a Distribution; that is all that is needed here.
+    # Third-party finders may yield objects that only resemble a Distribution; that is enough here.
     return list(importlib_metadata.distributions(**context))  # type: ignore[arg-type]
 
 
 def _in_order(
     copies: Iterable[importlib_metadata.Distribution], path: Sequence[str]
 ) -> list[importlib_metadata.Distribution]:
-    """Sort copies of one distribution by their place on the path, the newest first within one folder."""
+    """Sort copies of one distribution by their position on the path, the newest first within one directory."""
     place = {_real(entry): index for index, entry in enumerate(path)}
     by_version = sorted(copies, key=lambda copy: _version_key(_version(copy)), reverse=True)
     return sorted(by_version, key=lambda copy: place.get(_real(_location(copy)), len(place)))
@@ -162,7 +162,7 @@ def _version(distribution: importlib_metadata.Distribution) -> str:
 
 
 def _version_key(version: str) -> list[tuple[int, int | str]]:
-    """Return a key that sorts 1.10 behind 1.9; good enough to choose between two copies in one folder."""
+    """Return a key that sorts 1.10 after 1.9; good enough to choose between two copies in one directory."""
     return [(1, int(part)) if part.isdigit() else (0, part) for part in re.findall(r"\d+|[a-z]+", version)]
 
 

@@ -1,4 +1,4 @@
-"""One installed backend: what a distribution registers, read and judged without importing the backend itself."""
+"""One installed backend: its registration, read and checked without importing the backend itself."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class BackendEntry:
         distribution: the distribution's name, folded as pip folds it.
         version: the distribution's version.
         value: the entry point's `module:attribute`.
-        location: the folder that holds the distribution's metadata.
-        spec: what it registered, or None where that could not be read.
+        location: the directory of the distribution's metadata.
+        spec: the registered spec, or None if it could not be read.
         state: whether it can be used. `UNAVAILABLE` is only known after a probe.
-        why: the reason for any state but ready, one clause.
-        remedy: the command or setting that mends it.
-        file: `file:line` at which importing it failed, where it did.
-        notes: what else is worth knowing, such as copies that are ignored.
+        why: the reason for any state except ready, one clause.
+        remedy: the command or setting that fixes it.
+        file: `file:line` at which its import failed, if it did.
+        notes: remarks, such as copies that are ignored.
         cause: the exception behind `BROKEN`, if there was one.
     """
 
@@ -79,14 +79,14 @@ class BackendEntry:
 
     @property
     def choice(self) -> str:
-        """The config string that means this entry and no other."""
+        """The config string that selects exactly this entry."""
         return f"{self.name}@{self.distribution}"
 
 
 def read_entry(
     name: str, registration: Registration, api_version: tuple[int, int] = PLUGIN_API_VERSION
 ) -> BackendEntry:
-    """Import the spec and say whether it can be used, with an eplb that speaks the plugin API `api_version`."""
+    """Import the spec and judge whether an eplb with plugin API `api_version` can use it."""
     entry = BackendEntry(
         name=name,
         distribution=registration.distribution,
@@ -111,8 +111,8 @@ def read_entry(
         return dataclasses.replace(
             entry,
             state=BackendState.INCOMPATIBLE,
-            why=f"it speaks plugin API {_dotted(spec.api_version)} and this eplb speaks {_dotted(api_version)}; "
-            f"{older} has to be upgraded",
+            why=f"it uses plugin API {_dotted(spec.api_version)}, but this eplb has {_dotted(api_version)}; "
+            f"{older} must be upgraded",
             remedy=f"pip install --upgrade {package}",
         )
     missing = [modules for modules in spec.requires if not any(map(_is_importable, modules.split("|")))]
@@ -143,17 +143,17 @@ def _fault_of_name(name: str) -> str | None:
     try:
         fold_name(name)
     except ConfigError as error:
-        return f"its name {name!r} is not legal: {error.why}"
+        return f"its name {name!r} is invalid: {error.why}"
     return None
 
 
 def _fault_of_spec(registered: Any, name: str) -> str | None:
-    """Say what is wrong with a spec. Plugins are not all type-checked, so every field is looked at."""
+    """Return what is wrong with a spec. Not every plugin is type-checked, so every field is examined."""
     if not isinstance(registered, BackendSpec):
         return f"it registers {type(registered).__name__} where a BackendSpec is expected"
     spec: Any = registered
     if spec.name != name:
-        return f"its spec is named {spec.name!r} and its entry point {name!r}"
+        return f"its spec is named {spec.name!r}, but its entry point is named {name!r}"
     version = spec.api_version
     if not (isinstance(version, tuple) and len(version) == 2 and all(type(part) is int for part in version)):
         return f"its api_version is {version!r} where two whole numbers are expected"
@@ -179,15 +179,15 @@ def _fault_of_reference(part: str, reference: Any) -> str | None:
 
 
 def speaks(ours: tuple[int, int], theirs: tuple[int, int]) -> bool:
-    """Return whether an eplb of plugin API `ours` takes a backend that was written for `theirs`.
+    """Return whether an eplb with plugin API `ours` accepts a backend written for `theirs`.
 
-    Minor versions only add, each addition with a default, so every earlier one of the same major version will do.
+    Minor versions only add, and every addition has a default, so any earlier minor version is compatible.
     """
     return theirs[0] == ours[0] and theirs[1] <= ours[1]
 
 
 def _is_importable(module: str) -> bool:
-    """Whether the top-level module is there. Only looks: importing a parent package would run its code."""
+    """Whether the top-level module exists. Does not import it: importing a parent package would run its code."""
     try:
         return importlib.util.find_spec(module.partition(".")[0]) is not None
     except (ImportError, ValueError):
@@ -204,7 +204,7 @@ def selection_error(entry: BackendEntry) -> BackendError:
         what = f"backend {entry.name!r} is not fully installed"
         return BackendNotInstalledError(what, name=entry.name, where=where, why=entry.why, remedy=entry.remedy)
     if entry.state is BackendState.INCOMPATIBLE:
-        what = f"backend {entry.name!r} and this version of eplb do not fit together"
+        what = f"backend {entry.name!r} is not compatible with this version of eplb"
         return BackendVersionError(what, name=entry.name, where=where, why=entry.why, remedy=entry.remedy)
     what = f"backend {entry.name!r} is broken"
     where = f"{where}, {entry.file}"

@@ -1,4 +1,4 @@
-"""Backends that are known to exist, and how to install them. The only place in the core that names a backend."""
+"""Known backends, and how to install them. The only place in the core that names a backend."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ KNOWN_BACKENDS: Final = {
 """Name -> the command that installs it."""
 
 DEFAULT_BACKEND: Final = "torch_nccl"
-"""What no name at all means, as in the original interface. It moves CPU tensors over the CPU group."""
+"""The backend used if none is named, as in the original interface. It moves CPU tensors over the CPU group."""

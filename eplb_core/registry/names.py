@@ -1,4 +1,4 @@
-"""The names of backends and distributions: what is legal, and which spellings are the same."""
+"""Names of backends and distributions: which are valid, and which spellings are equal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fold_name(name: str) -> str:
     """Return the name of a backend with `-` folded to `_`, as config strings do.
 
     Raises:
-        ConfigError: it is not a legal name.
+        ConfigError: it is not a valid name.
     """
     return read_name(name, name, 1, "the name of a backend")
 
@@ -31,12 +31,12 @@ def read_name(written: str, text: str, column: int, what: str) -> str:
 
     Args:
         written: the name.
-        text: the config string that it is a part of, for errors.
+        text: the config string that contains it, for errors.
         column: where it starts in `text`, from 1.
-        what: the name's own name, for errors.
+        what: what the name is, for errors.
 
     Raises:
-        ConfigError: it is not well formed.
+        ConfigError: it is malformed.
     """
     if not written:
         raise ConfigError(f"{what} is missing", text=text, column=column)
@@ -46,7 +46,7 @@ def read_name(written: str, text: str, column: int, what: str) -> str:
         if sign not in _LETTERS + _DIGITS + "-_":
             why = f"{sign!r} is not a lower-case letter, a digit, '_' or '-'"
         elif not previous and sign not in _LETTERS:
-            why = "it has to start with a lower-case letter"
+            why = "it must start with a lower-case letter"
         elif sign in "-_" and previous in "-_":
             why = "two of '-' and '_' in a row"
         elif sign in "-_" and offset == len(written) - 1:
@@ -63,11 +63,11 @@ def read_distribution(written: str, text: str, column: int) -> str:
 
     Args:
         written: the name.
-        text: the config string that it is a part of, for errors.
+        text: the config string that contains it, for errors.
         column: where it starts in `text`, from 1.
 
     Raises:
-        ConfigError: it is not well formed.
+        ConfigError: it is malformed.
     """
     if not written:
         raise ConfigError("the name of the distribution is missing", text=text, column=column)
@@ -78,7 +78,7 @@ def read_distribution(written: str, text: str, column: int) -> str:
             why = f"{written[offset]!r} is not a letter, a digit, '.', '_' or '-'"
         else:
             offset = 0 if not written[0].isalnum() else len(written) - 1
-            why = "it has to start and end with a letter or a digit"
+            why = "it must start and end with a letter or a digit"
         what = "the name of the distribution is not well formed"
         raise ConfigError(what, text=text, column=column + offset, why=why)
     return fold_distribution(written)

@@ -1,4 +1,4 @@
-"""Which policies are installed, found with the same care as backends, and a policy with its options from one string.
+"""Finds installed policies like backends, and selects one with its options from a config string.
 
     [project.entry-points."eplb.policies"]
     deepseek = "eplb_core.policies.deepseek:POLICY"
@@ -38,9 +38,9 @@ class PolicyEntry:
         distribution: the distribution that registers it, its name folded as pip folds it.
         version: that distribution's version.
         target: `module:attribute` of the policy.
-        location: the folder that holds the distribution's metadata.
-        problem: why it cannot be loaded although it is there, or "".
-        notes: what else is worth knowing, such as copies that are ignored.
+        location: the directory of the distribution's metadata.
+        problem: why it cannot be loaded although it is installed, or "".
+        notes: remarks, such as copies that are ignored.
     """
 
     name: str
@@ -54,18 +54,18 @@ class PolicyEntry:
 
     @property
     def choice(self) -> str:
-        """The config string that means this entry and no other."""
+        """The config string that selects exactly this entry."""
         return f"{self.name}@{self.distribution}"
 
 
 @dataclass(frozen=True, slots=True)
 class SelectedPolicy:
-    """A policy that was selected by a config string.
+    """A policy selected by a config string.
 
     Attributes:
-        policy: it, with its options.
+        policy: the policy, with its options.
         entry: where it comes from.
-        text: the shortest config string that gives the same.
+        text: the shortest equivalent config string.
     """
 
     policy: BalancePolicy
@@ -89,7 +89,7 @@ def load_policy(name: str) -> BalancePolicy:
     """Return the policy of a config string: `incremental`, `incremental?within=0.01`, `name@distribution`.
 
     Raises:
-        ConfigError: the string is not well formed, or an option or its value is wrong.
+        ConfigError: the string is malformed, or an option or its value is wrong.
         PolicyError: no policy has the name (the message has the nearest names), several distributions register it, it
             cannot be imported, or it is not a policy.
     """
@@ -97,7 +97,7 @@ def load_policy(name: str) -> BalancePolicy:
 
 
 def select_policy(text: str, *, environment: Mapping[str, str] = os.environ) -> SelectedPolicy:
-    """Do what `load_policy` does, and return where the policy comes from as well.
+    """Load a policy like `load_policy`, and also return where it comes from.
 
     Options that the string does not give come from the environment (`EPLB_POLICY__INCREMENTAL__WITHIN`), then from the
     policy's defaults.
@@ -137,7 +137,7 @@ def _select(config: BackendConfig) -> PolicyEntry:
             why=f"there are {', '.join(names)}"
             if names
             else f"no entry point in group {ENTRY_POINT_GROUP!r} was found",
-            remedy=_near(config.name, names) or "install the package that has it, or pick another",
+            remedy=_near(config.name, names) or "install the package that has it, or choose another",
         )
     choices = word_list([entry.choice for entry in named], "or")
     if config.distribution is not None:
@@ -164,7 +164,7 @@ def _load(entry: PolicyEntry) -> BalancePolicy:
     from eplb_core.policies.base import BalancePolicy
 
     if entry.problem or entry._registration is None:
-        raise _broken(entry, entry.problem or "it was not found by a search")
+        raise _broken(entry, entry.problem or "it was not found by discovery")
     try:
         policy = entry._registration.load()
     except (Exception, SystemExit) as error:
@@ -199,7 +199,7 @@ def _entry(registration: Registration) -> PolicyEntry:
     try:
         name = fold_name(name)
     except ConfigError as error:
-        problem = problem or f"its name {name!r} is not legal: {error.why}"
+        problem = problem or f"its name {name!r} is invalid: {error.why}"
     return PolicyEntry(
         name=name,
         distribution=registration.distribution,

@@ -1,7 +1,7 @@
-"""Runs a backend's probe in a child process, where a crash or a hang does no harm.
+"""Runs a backend's probe in a child process, where a crash or a hang is harmless.
 
-The child reports one line of JSON on its own standard output; whatever the probe and native libraries print goes to
-standard error. The child leads a process group of its own, and all of that group ends with it.
+The child reports one line of JSON on its standard output; all output of the probe and of native libraries goes to
+standard error. The child leads a new process group, and the whole group ends with it.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: flo
 
     Args:
         entry: a backend whose spec could be read.
-        device: where the tensors lie that are to be moved, such as `cpu` or `cuda:1`; `cuda` is the
-            first one. The probe is called with the device's type, and finds that device to be the current one.
-        timeout_s: then the child and all that it started are killed.
+        device: the device of the tensors to move, such as `cpu` or `cuda:1`; `cuda` is the first one. The probe is
+            called with the device's type, and that device is current.
+        timeout_s: after this, the child and all processes it started are killed.
 
     Returns:
-        The probe's own answer, or `available=False` with what happened to the child instead. A backend without a
-        probe is available where it declares the device type.
+        The probe's answer, or `available=False` with what happened to the child. A backend without a probe is
+        available if it declares the device type.
     """
     if entry.spec is None:
         return ProbeResult(False, entry.why)
@@ -52,7 +52,7 @@ def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: flo
     if device_type not in entry.spec.capabilities.device_types:
         return ProbeResult(False, f"it does not move {device_type} tensors")
     if entry.spec.probe is None:
-        return ProbeResult(True, "it has no probe; what it needs is installed")
+        return ProbeResult(True, "it has no probe; its requirements are installed")
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", _MODULE, entry.spec.probe, device_type, number],
@@ -69,23 +69,23 @@ def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: flo
         if result is None:
             return ProbeResult(False, _how_it_died(child.returncode, printed))
         if child.returncode < 0 and not result.warning:
-            crash = f"a process that used it was ended by {signal_name(-child.returncode)} at its exit"
+            crash = f"a process that used it was killed by {signal_name(-child.returncode)} at exit"
             result = dataclasses.replace(result, warning=crash)
         return result
 
 
 def _child_environment() -> dict[str, str]:
-    """Return an environment with this process's import path, and without the job that it may be a rank of."""
+    """Return an environment with this process's import path, without the variables of a job it may belong to."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC_")}
     for variable in _JOB_VARIABLES:
         environment.pop(variable, None)
-    path = [os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)]  # others import nothing
+    path = [os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike)]  # others are ignored
     environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in path)
     return environment
 
 
 def _wait_and_kill_group(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Wait for the child, then kill what is left of its group; return whether the child ended by itself.
+    """Wait for the child, then kill the rest of its group; return whether the child ended by itself.
 
     The child is not reaped before its group is killed: until then no other process can get its id.
     """
@@ -132,7 +132,7 @@ def _how_it_died(code: int, printed: IO[bytes]) -> str:
     printed.seek(max(0, printed.seek(0, os.SEEK_END) - _TAIL_BYTES))
     lines = printed.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    return f"the probe exited with {code} and no answer: {last}"
+    return f"the probe exited with code {code} and no answer: {last}"
 
 
 def _probe_here(dotted: str, device_type: str, number: str) -> ProbeResult:

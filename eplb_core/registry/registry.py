@@ -1,6 +1,6 @@
-"""Which backends are installed, which of them can be used, and what to do about the others.
+"""The installed backends: which can be used, and what to do about the others.
 
-Listing imports the module of each spec and nothing else. What a backend needs is looked for, not imported.
+Listing imports the module of each spec and nothing else. A backend's requirements are located, not imported.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResolvedBackend:
-    """What a config string stands for.
+    """The backend that a config string selects.
 
     Attributes:
         entry: the installed backend; None for `auto`.
-        options: every option with its value; those that all backends have for `auto`.
+        options: every option with its value; for `auto` only the options common to all backends.
     """
 
     entry: BackendEntry | None
@@ -73,17 +73,17 @@ class ResolvedBackend:
 
     @property
     def start_timeout_s(self) -> float:
-        """The `start_timeout` option, in seconds: the same for the ranks' meeting."""
+        """The `start_timeout` option, in seconds: the longest wait for all ranks at the start."""
         seconds = getattr(self.options.values, "start_timeout", None)
         return self.timeout_s if seconds is None else float(seconds)
 
 
 class Registry:
-    """The backends of one entry-point group. Nothing is searched before the first question; answers are kept.
+    """The backends of one entry-point group. Searched on first use and then cached.
 
     Args:
         group: the entry-point group.
-        api_version: the plugin API that backends have to be written for; that of this eplb.
+        api_version: the plugin API that backends must be written for; by default that of this eplb.
     """
 
     def __init__(self, group: str = ENTRY_POINT_GROUP, *, api_version: tuple[int, int] = PLUGIN_API_VERSION) -> None:
@@ -114,14 +114,14 @@ class Registry:
         return sorted(self._registrations())
 
     def select(self, config: BackendConfig) -> BackendEntry:
-        """Return the entry that a config string names. Only the specs that bear its name are imported.
+        """Return the entry that a config string names. Only the specs of that name are imported.
 
         Raises:
-            UnknownBackendError: nothing registers the name, or the distribution that was named does not.
+            UnknownBackendError: no distribution registers the name, or the named distribution does not.
             BackendNotInstalledError: the backend, or a package that it needs, is not installed.
-            BackendConflictError: several distributions register the name and the string names none of them.
+            BackendConflictError: several distributions register the name, and the string selects none of them.
             BackendBrokenError: its spec cannot be imported, or is not one.
-            BackendVersionError: it was written for a plugin API that this eplb does not speak.
+            BackendVersionError: it was written for a plugin API that this eplb does not support.
         """
         registrations = self._registrations().get(config.name, [])
         if not registrations:
@@ -158,7 +158,7 @@ class Registry:
         """Return the backend that a config string names, with all of its options.
 
         Args:
-            config: the config string, or what was parsed of it.
+            config: the config string, or the parsed one.
             arguments: option values by name; they win over the config string.
 
         Raises:
@@ -167,7 +167,7 @@ class Registry:
         """
         parsed = parse_config(config) if isinstance(config, str) else config
         if parsed.name == AUTO:
-            # Which backend it will be is not known before all ranks have probed theirs. Other options are that one's.
+            # The backend is unknown until all ranks have probed theirs. Other options belong to that backend.
             types = option_types(CommonOptions)
             parsed = dataclasses.replace(parsed, options=tuple(each for each in parsed.options if each.key in types))
             arguments = {key: value for key, value in (arguments or {}).items() if key in types}
@@ -185,7 +185,7 @@ class Registry:
         return UnknownBackendError(
             f"there is no backend {name!r}{near}",
             name=name,
-            remedy=f"choose one that is installed: {', '.join(installed) or 'none is'}; `eplb backends` says more",
+            remedy=f"choose one that is installed: {', '.join(installed) or 'none is'}; see `eplb backends`",
         )
 
     def _registrations(self) -> dict[str, list[Registration]]:
@@ -212,7 +212,7 @@ def load_factory(entry: BackendEntry) -> BackendFactory:
     """Import the function that builds the backend's communicators.
 
     Raises:
-        BackendBrokenError: the import fails, or what it names cannot be called.
+        BackendBrokenError: the import fails, or its target is not callable.
     """
     factory: BackendFactory = _load_callable(entry, "factory", _spec(entry).factory)
     return factory
@@ -234,10 +234,10 @@ def load_options_class(entry: BackendEntry) -> type:
 
 
 def load_probe(entry: BackendEntry) -> BackendProbe | None:
-    """Import the backend's probe, or return None if it has none. Runs in the child process that probes.
+    """Import the backend's probe, or return None if it has none. Called in the child process of the probe.
 
     Raises:
-        BackendBrokenError: the import fails, or what it names cannot be called.
+        BackendBrokenError: the import fails, or its target is not callable.
     """
     dotted = _spec(entry).probe
     if dotted is None:
@@ -247,7 +247,7 @@ def load_probe(entry: BackendEntry) -> BackendProbe | None:
 
 
 def import_dotted(dotted: str) -> Any:
-    """Return what `module:attribute` names. Whatever the import raises is passed on."""
+    """Return what `module:attribute` names. Errors of the import propagate."""
     module, _, attribute = dotted.partition(":")
     return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
 
@@ -260,7 +260,7 @@ def _folded(name: str) -> str:
 
 
 def _one_each(name: str, registrations: Sequence[Registration]) -> list[Registration]:
-    """Keep one registration a distribution; two of one distribution under one name are a fault of its own."""
+    """Keep one registration per distribution; two under the same name are a fault of that distribution."""
     kept: dict[str, Registration] = {}
     for registration in registrations:
         first = kept.get(registration.distribution)
@@ -273,7 +273,7 @@ def _one_each(name: str, registrations: Sequence[Registration]) -> list[Registra
 
 
 def _without_same_value(registrations: Sequence[Registration]) -> list[Registration]:
-    """Keep the first of several distributions that register the very same object: that is no conflict."""
+    """Keep the first of several distributions that register the same object: this is not a conflict."""
     distinct: dict[str, Registration] = {}
     for registration in registrations:
         distinct.setdefault(registration.value, registration)
@@ -294,7 +294,7 @@ def _load(entry: BackendEntry, part: str, dotted: str) -> Any:
 def _load_callable(entry: BackendEntry, part: str, dotted: str) -> Any:
     loaded = _load(entry, part, dotted)
     if not callable(loaded):
-        error = TypeError(f"{type(loaded).__name__} cannot be called")
+        error = TypeError(f"{type(loaded).__name__} is not callable")
         raise _broken_part(entry, part, dotted, error) from error
     return loaded
 

@@ -151,7 +151,7 @@ def test_a_probe_decides_whether_a_ready_backend_is_available(tmp_path: Path):
 def test_a_device_without_a_probe_is_a_usage_error():
     done = run_eplb("backends", "--device", "cpu")
     assert done.returncode == 2
-    assert "give --probe too" in done.stderr
+    assert "--device needs --probe" in done.stderr
 
 
 # --- eplb config explain ---------------------------------------------------------------------------------------------

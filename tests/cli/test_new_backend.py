@@ -120,7 +120,7 @@ def test_it_says_what_it_wrote_and_what_comes_next(tmp_path: Path) -> None:
     ("name", "why"),
     [
         ("Acme", "'A' is not a lower-case letter"),
-        ("9lives", "it has to start with a lower-case letter"),
+        ("9lives", "it must start with a lower-case letter"),
         ("acme_", "it ends with '_'"),
         ("", "it is empty"),
         ("../acme", "'.' is not a lower-case letter"),

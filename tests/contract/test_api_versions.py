@@ -54,9 +54,9 @@ def test_a_backend_is_taken_if_it_was_written_for_this_minor_version_or_an_earli
 # --- what is said when they do not fit -------------------------------------------------------------------------------
 
 REFUSED = {
-    "an older major": ((2, 0), (1, 7), "the backend has to be upgraded", "rail-eplb"),
-    "a newer minor": ((1, 1), (1, 2), "eplb has to be upgraded", "eplb"),
-    "a newer major": ((1, 9), (2, 0), "eplb has to be upgraded", "eplb"),
+    "an older major": ((2, 0), (1, 7), "the backend must be upgraded", "rail-eplb"),
+    "a newer minor": ((1, 1), (1, 2), "eplb must be upgraded", "eplb"),
+    "a newer major": ((1, 9), (2, 0), "eplb must be upgraded", "eplb"),
 }
 
 
@@ -95,12 +95,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_a_backend_that_does_not_fit_is_refused_with_the_side_to_upgrade(answers: dict[str, Any], case: str) -> None:
     ours, theirs, older, package = REFUSED[case]
-    why = f"it speaks plugin API {theirs[0]}.{theirs[1]} and this eplb speaks {ours[0]}.{ours[1]}; {older}"
+    why = f"it uses plugin API {theirs[0]}.{theirs[1]}, but this eplb has {ours[0]}.{ours[1]}; {older}"
     assert answers[case] == [
         "incompatible",
         why,
         f"pip install --upgrade {package}",
-        f"backend 'rail' and this version of eplb do not fit together (rail-eplb 1.0): {why}\n"
+        f"backend 'rail' is not compatible with this version of eplb (rail-eplb 1.0): {why}\n"
         f"  hint: pip install --upgrade {package}",
     ]
 

@@ -146,7 +146,7 @@ def test_the_others_are_ended_soon_after_a_rank_has_failed(watched: Watched) -> 
     waiting, failed = watched.collect(raises_while_others_wait, grace_s=0.2)
     assert (failed.error, failed.message) == ("ValueError", "no such expert")
     assert not waiting.succeeded
-    assert waiting.message == "ended because another rank failed"
+    assert waiting.message == "terminated because another rank failed"
 
 
 @pytest.fixture(scope="module")
@@ -162,20 +162,20 @@ def test_a_rank_that_ends_well_is_told_from_those_that_do_not(ended: list[Outcom
 
 def test_a_rank_that_was_killed_tells_the_signal(ended: list[Outcome]) -> None:
     assert (ended[1].exit_code, ended[1].reported) == (-signal.SIGKILL, False)
-    assert "was ended by SIGKILL (signal 9)" in ended[1].message
+    assert "was killed by SIGKILL (signal 9)" in ended[1].message
     assert "memory" in ended[1].message
 
 
 def test_a_rank_that_exits_without_a_word_has_failed(ended: list[Outcome]) -> None:
     assert (ended[2].exit_code, ended[2].reported) == (0, False)
-    assert ended[2].message == "its process exited with 0 and reported nothing"
+    assert ended[2].message == "its process exited with code 0 and reported nothing"
 
 
 def test_a_signal_after_the_result_is_a_warning_that_names_it(caplog: pytest.LogCaptureFixture) -> None:
     assert run_local_ranks(dies_after_its_result, 3, timeout_s=TIMEOUT_S) == ["well"] * 3
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 2
-    assert "rank 1: its process was ended by SIGSEGV (signal 11) after it had handed in its result" in warned
+    assert "rank 1: its process was killed by SIGSEGV (signal 11) after handing over its result" in warned
     assert f"(signal {int(signal.SIGRTMIN)})" in " ".join(warned)
 
 
@@ -183,7 +183,7 @@ def test_an_exit_code_after_the_result_is_an_error_that_tells_it() -> None:
     well, failed = collect_local_ranks(exits_with_3_after_its_result, 2, timeout_s=TIMEOUT_S)
     assert well.succeeded
     assert not failed.succeeded
-    assert failed.message == "its process exited with 3 after it had handed in its result"
+    assert failed.message == "its process exited with code 3 after handing over its result"
 
 
 def test_a_rank_that_calls_exit_has_failed(ended: list[Outcome]) -> None:

@@ -62,9 +62,7 @@ def test_placements_of_different_shapes_are_no_pair() -> None:
 def test_a_needed_expert_without_a_copy_is_named_with_its_layer() -> None:
     old = [[0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 1, 0]]
     new = [[3, 2, 1, 0], [0, 1, 2, 3], [0, 1, 2, 0]]
-    with pytest.raises(
-        LostExpertsError, match=r"needs 3 logical experts that no slot holds: 2 in layer 1, 3 in"
-    ) as e:
+    with pytest.raises(LostExpertsError, match=r"needs 3 logical experts that no slot holds: 2 in layer 1, 3 in") as e:
         check_pair(old, new, 2)
     assert e.value.experts == ((1, 2), (1, 3), (2, 2))
 

@@ -172,7 +172,7 @@ def test_the_file_and_the_cause_of_a_failing_import_are_told(tmp_path: Path, sou
         ("mid_spec:NOPE", "", "AttributeError: module 'mid_spec' has no attribute 'NOPE'"),
         ("mid_spec:BACKEND", "BACKEND = 'mid'", "it registers str where a BackendSpec is expected"),
         ("not a reference", "", "its entry point is 'not a reference' where 'module:attribute' is expected"),
-        ("mid_spec:BACKEND", spec_source("other"), "its spec is named 'other' and its entry point 'mid'"),
+        ("mid_spec:BACKEND", spec_source("other"), "its spec is named 'other', but its entry point is named 'mid'"),
         (
             "mid_spec:BACKEND",
             spec_source("mid", api="'1.0'"),
@@ -200,7 +200,7 @@ def test_what_is_registered_has_to_be_a_spec_of_that_name(tmp_path: Path, value:
     ("name", "why"),
     [
         ("auto", "the name 'auto' is reserved"),
-        ("Rail", "its name 'Rail' is not legal: 'R' is not a lower-case letter, a digit, '_' or '-'"),
+        ("Rail", "its name 'Rail' is invalid: 'R' is not a lower-case letter, a digit, '_' or '-'"),
     ],
 )
 def test_a_name_that_no_config_string_can_mean_is_listed_as_broken(tmp_path: Path, name: str, why: str):
@@ -355,7 +355,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_and_all_that_are_installed(
     assert kind == "UnknownBackendError"
     assert message == (
         "there is no backend 'rial', did you mean 'rail'?\n"
-        f"  hint: choose one that is installed: {', '.join(names)}; `eplb backends` says more"
+        f"  hint: choose one that is installed: {', '.join(names)}; see `eplb backends`"
     )
 
 
@@ -407,7 +407,7 @@ def test_one_of_several_alternatives_is_enough(tmp_path: Path):
     [
         ("load_factory", "factory fake_impl:create", "AttributeError: module 'fake_impl' has no attribute 'create'"),
         ("load_options_class", "options class fake_impl:Options", "TypeError: Options is not a dataclass"),
-        ("load_probe", "probe fake_impl:PROBE", "TypeError: int cannot be called"),
+        ("load_probe", "probe fake_impl:PROBE", "TypeError: int is not callable"),
     ],
 )
 def test_a_part_that_cannot_be_loaded_is_told_with_its_name_and_cause(tmp_path: Path, call: str, part: str, why: str):
@@ -510,7 +510,7 @@ def test_a_probe_does_not_see_the_job_that_it_is_run_in(tmp_path: Path):
         ("raise OSError('no such device')", "OSError: no such device"),
         ("return True", "the probe rail_probe:probe returned bool instead of a ProbeResult"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "the probe was killed by SIGSEGV"),
-        ("print('half way', file=sys.stderr); os._exit(7)", "the probe exited with 7 and no answer: half way"),
+        ("print('half way', file=sys.stderr); os._exit(7)", "the probe exited with code 7 and no answer: half way"),
     ],
 )
 def test_a_probe_that_fails_or_dies_makes_the_backend_unavailable_and_says_how(tmp_path: Path, body: str, reason: str):
@@ -524,7 +524,7 @@ def test_a_crash_at_the_exit_of_a_probe_that_works_is_a_warning(tmp_path: Path):
     assert probed(tmp_path, body) == [
         True,
         "bytes are right",
-        "a process that used it was ended by SIGSEGV at its exit",
+        "a process that used it was killed by SIGSEGV at exit",
     ]
 
 

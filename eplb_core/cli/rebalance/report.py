@@ -24,6 +24,7 @@ _MOST_NAMED = 5  # wrong slots in the table; the document has as many for each r
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """The report of one layer.
+
     Attributes:
         layer: its number in the model.
         imbalance_before: largest load of a rank divided by the mean, before.
