@@ -9,6 +9,7 @@ also have
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -125,6 +126,38 @@ class PlacementDecision:
     def ran(self) -> str:
         """Return which plans ran, in words."""
         return plans_in_words(self.plans)
+
+
+class DecidingPolicy:
+    """The `rebalance` of policies that decide on requests: the placement of the decision."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def decide(self, request: PlacementRequest) -> PlacementDecision:
+        """Return the placement, and which plan each layer got."""
+
+    def rebalance(
+        self,
+        loads: npt.ArrayLike,
+        *,
+        num_slots: int,
+        num_ranks: int,
+        num_nodes: int = 1,
+        num_groups: int = 1,
+        old: IntArray | None = None,
+    ) -> IntArray:
+        """Return the placement that `decide` decides on; arguments and errors as in `BalancePolicy.rebalance`."""
+        return self.decide(
+            PlacementRequest(
+                loads=loads,
+                num_slots=num_slots,
+                num_ranks=num_ranks,
+                num_nodes=num_nodes,
+                num_groups=num_groups,
+                old=old,
+            )
+        ).placement
 
 
 def plans_in_words(plans: Sequence[str]) -> str:

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.errors import PlacementError
-from eplb_core.policies.base import PlacementDecision, PlacementRequest
+from eplb_core.policies.base import DecidingPolicy, PlacementDecision, PlacementRequest
 
 HIERARCHICAL, GLOBAL = "hierarchical", "global"
 """The two plans: groups of experts kept on nodes, or nodes and groups ignored."""
@@ -38,7 +37,7 @@ class DeepSeekOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class DeepSeekPolicy:
+class DeepSeekPolicy(DecidingPolicy):
     """The hierarchical policy where the groups can be shared evenly by the nodes, else the global one.
 
     Attributes:
@@ -54,46 +53,17 @@ class DeepSeekPolicy:
         """Return the policy with other options."""
         return dataclasses.replace(self, values=options)
 
-    def rebalance(
-        self,
-        loads: npt.ArrayLike,
-        *,
-        num_slots: int,
-        num_ranks: int,
-        num_nodes: int = 1,
-        num_groups: int = 1,
-        old: IntArray | None = None,
-    ) -> IntArray:
-        """Return the published algorithm's placement, int64 `[num_layers, num_slots]`.
+    def decide(self, request: PlacementRequest) -> PlacementDecision:
+        """Return the published algorithm's placement for the sum of a window of loads, and say which plan it is.
 
-        Global means that nodes and groups are ignored: one node and one group. The log says so. `old` is not looked at.
-
-        Args:
-            loads: `[num_layers, num_logical]`. A layer without any load is treated as evenly loaded.
-            num_slots: physical slots of all ranks together.
-            num_ranks: ranks that share the slots evenly.
-            num_nodes: nodes that share the ranks evenly, unless it is global.
-            num_groups: groups that share the experts evenly, unless it is global.
-            old: ignored.
+        Global means that nodes and groups are ignored: one node and one group. A layer without any load is treated as
+        evenly loaded. The old placement is not looked at.
 
         Raises:
-            InputError: the loads are not numbers, negative, not finite, or not two-dimensional.
+            InputError: the loads are not numbers, negative, not finite, or of another shape.
             PlacementError: the counts do not divide one another, there are fewer slots than experts, or the options
                 want a plan that cannot be made.
         """
-        return self.decide(
-            PlacementRequest(
-                loads=loads,
-                num_slots=num_slots,
-                num_ranks=num_ranks,
-                num_nodes=num_nodes,
-                num_groups=num_groups,
-                old=old,
-            )
-        ).placement
-
-    def decide(self, request: PlacementRequest) -> PlacementDecision:
-        """Do what `rebalance` does for the sum of a window of loads, and say which of the two plans it made."""
         weights = request.window().sum(axis=0)
         num_slots, num_ranks = request.num_slots, request.num_ranks
         num_nodes, num_groups = request.num_nodes, request.num_groups

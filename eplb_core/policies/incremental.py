@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.contract.option_types import ByteSize
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.planning.placement import align_slots, check_placement
-from eplb_core.policies.base import PlacementDecision, PlacementRequest
+from eplb_core.policies.base import DecidingPolicy, PlacementDecision, PlacementRequest
 from eplb_core.policies.deepseek import DeepSeekOptions, DeepSeekPolicy
 from eplb_core.policies.incremental_budget import search_within_budget
 from eplb_core.policies.incremental_layer import LayerTask, plan_layer
@@ -36,8 +35,8 @@ class IncrementalOptions:
             at the fresh plan.
         max_moves: the most slots that a rank may receive anew, over all layers; None for no limit.
         max_bytes: the most bytes that a rank may receive; None for no limit.
-        z: how many standard deviations of a rank's load count as noise. Thousands of ranks and layers are looked at,
-            and the old placement was made from a sample with noise too: 4 still moves a few slots, 6 none.
+        z: how many standard deviations of the difference between the most loaded rank and the target count as noise.
+            Thousands of ranks and layers are looked at, so that few are too few.
         counts: whether loads are counts of tokens, whose noise is known without a window.
         bursts: how many standard deviations between the steps of a window are added to each expert's load.
         groups: whether the experts of a group stay on one node: as the nodes allow, never, or else an error.
@@ -62,7 +61,7 @@ class IncrementalOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class IncrementalPolicy:
+class IncrementalPolicy(DecidingPolicy):
     """Swap and copy experts until every layer is as good as the fresh plan.
 
     Attributes:
@@ -77,28 +76,6 @@ class IncrementalPolicy:
     def with_options(self, options: IncrementalOptions) -> IncrementalPolicy:
         """Return the policy with other options."""
         return dataclasses.replace(self, values=options)
-
-    def rebalance(
-        self,
-        loads: npt.ArrayLike,
-        *,
-        num_slots: int,
-        num_ranks: int,
-        num_nodes: int = 1,
-        num_groups: int = 1,
-        old: IntArray | None = None,
-    ) -> IntArray:
-        """Return the placement that `decide` decides on; arguments and errors as there."""
-        return self.decide(
-            PlacementRequest(
-                loads=loads,
-                num_slots=num_slots,
-                num_ranks=num_ranks,
-                num_nodes=num_nodes,
-                num_groups=num_groups,
-                old=old,
-            )
-        ).placement
 
     def decide(self, request: PlacementRequest) -> PlacementDecision:
         """Plan every layer, and say for each how: kept, incremental, fresh relabelled, or fresh.
@@ -132,7 +109,8 @@ class IncrementalPolicy:
                 f"{request.num_slots} slots",
                 remedy="omit the old placement to plan anew",
             )
-        margin = margin_of(old, window, request.num_ranks, options.z, counts=options.counts)
+        target_plan = fresh.placement if options.imbalance is None else None
+        margin = margin_of(old, target_plan, window, request.num_ranks, options.z, counts=options.counts)
         tasks = self._tasks(request, old, loads, fresh, margin)
         budget = self._budget(request, len(loads))
         if budget is not None:

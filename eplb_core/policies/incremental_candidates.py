@@ -86,23 +86,21 @@ NOTHING = (-1.0, -1, -1)
 """Score, slot and slot, or slot and expert, where no candidate will do."""
 
 
+@compiled
+def _ranks_of_node(layer: Layer, hot: int) -> tuple[int, int, int]:
+    """Return the first rank that `hot` changes experts with, the one after the last, and the slots of a rank."""
+    first = hot // layer.node_ranks * layer.node_ranks
+    return first, first + layer.node_ranks, len(layer.place) // len(layer.rank_load)
+
+
 # --- swap: the experts of two slots ---------------------------------------------------------------------------------
 
 
 def _best_swap_loops(layer: Layer, aim: Aim, hot: int, enough: float) -> tuple[float, int, int]:
     """Return the best score, a slot of the rank `hot`, and the slot of another rank of its node to swap with."""
-    place, now, old, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.old,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, old, now, _, _, share, rank_load, room, _, _ = layer
     value, least = aim.value, aim.least
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     best, best_slot, best_other = -1.0, -1, -1
     for slot in range(hot * per_rank, (hot + 1) * per_rank):
@@ -131,18 +129,9 @@ def _best_swap_loops(layer: Layer, aim: Aim, hot: int, enough: float) -> tuple[f
 
 
 def _best_swap_arrays(layer: Layer, aim: Aim, hot: int, enough: float) -> tuple[float, int, int]:
-    place, now, old, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.old,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, old, now, _, _, share, rank_load, room, _, _ = layer
     value, least = aim.value, aim.least
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     out = place[hot * per_rank : (hot + 1) * per_rank]
     into = place[first * per_rank : last * per_rank]
@@ -171,17 +160,8 @@ def _spare_copies_loops(layer: Layer, hot: int) -> Spare:
         `[experts]` the load that each other copy then gets; and the highest load that a rank other than `hot` with a
         copy then has, that rank, and the second highest: -1 where there is none.
     """
-    place, now, copies, load, share, rank_load = (
-        layer.place,
-        layer.now,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-    )
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    place, _, now, copies, load, share, rank_load, _, _, _ = layer
+    first, last, per_rank = _ranks_of_node(layer, hot)
     more = np.zeros(len(load))
     highest = np.full(len(load), -1.0)
     second = np.full(len(load), -1.0)
@@ -203,17 +183,8 @@ def _spare_copies_loops(layer: Layer, hot: int) -> Spare:
 
 
 def _spare_copies_arrays(layer: Layer, hot: int) -> Spare:
-    place, now, copies, load, share, rank_load = (
-        layer.place,
-        layer.now,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-    )
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    place, _, now, copies, load, share, rank_load, _, _, _ = layer
+    first, last, per_rank = _ranks_of_node(layer, hot)
     several = copies > 1
     more = np.where(several, load / np.maximum(copies - 1, 1) - share, 0.0)
     slot = np.arange(first * per_rank, last * per_rank)
@@ -238,21 +209,10 @@ def _best_put_loops(layer: Layer, aim: Aim, hot: int, enough: float, spare: Spar
     *Relieve*: an expert of `hot` gets a further copy on another rank. *Drop*: `hot` gives up a redundant copy, and
     another expert gets a further copy there.
     """
-    place, now, old, copies, load, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.old,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, old, now, copies, load, share, rank_load, room, home, _ = layer
     more, highest, where, second = spare.more, spare.highest, spare.where, spare.second
     home, value, least = layer.home, aim.value, aim.least
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     best, best_slot, best_expert = -1.0, -1, -1
     for held in range(hot * per_rank, (hot + 1) * per_rank):
@@ -302,21 +262,10 @@ def _best_put_loops(layer: Layer, aim: Aim, hot: int, enough: float, spare: Spar
 
 
 def _best_put_arrays(layer: Layer, aim: Aim, hot: int, enough: float, spare: Spare) -> tuple[float, int, int]:
-    place, now, old, copies, load, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.old,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, old, now, copies, load, share, rank_load, room, home, _ = layer
     more, highest, where, second = spare.more, spare.highest, spare.where, spare.second
     home, value, least = layer.home, aim.value, aim.least
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     held = place[hot * per_rank : (hot + 1) * per_rank]
     slots = np.arange(first * per_rank, last * per_rank)
@@ -363,19 +312,9 @@ def _best_via_loops(layer: Layer, aim: Aim, hot: int, spare: Spare) -> tuple[flo
     The slot's expert takes the place of a redundant copy on a third rank. That costs two slots, and there are many
     candidates, so this is looked for only where nothing else will do.
     """
-    place, now, copies, load, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, _, now, copies, load, share, rank_load, room, _, _ = layer
     more, highest, where, second = spare.more, spare.highest, spare.where, spare.second
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     best, best_slot, best_expert, best_third = aim.least, -1, -1, -1
     thirds = np.empty(len(place), dtype=np.int64)
@@ -415,19 +354,9 @@ def _best_via_loops(layer: Layer, aim: Aim, hot: int, spare: Spare) -> tuple[flo
 
 
 def _best_via_arrays(layer: Layer, aim: Aim, hot: int, spare: Spare) -> tuple[float, int, int, int]:
-    place, now, copies, load, share, rank_load, room = (
-        layer.place,
-        layer.now,
-        layer.copies,
-        layer.load,
-        layer.share,
-        layer.rank_load,
-        layer.room,
-    )
+    place, _, now, copies, load, share, rank_load, room, _, _ = layer
     more, highest, where, second = spare.more, spare.highest, spare.where, spare.second
-    first = hot // layer.node_ranks * layer.node_ranks
-    last = first + layer.node_ranks
-    per_rank = len(place) // len(rank_load)
+    first, last, per_rank = _ranks_of_node(layer, hot)
     high = rank_load[hot]
     best, found = aim.least, (-1, -1, -1)
     slots = np.arange(first * per_rank, last * per_rank)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from eplb_core.arrays import FloatArray, IntArray
 from eplb_core.errors import InputError
-from eplb_core.policies.base import BalancePolicy
+from eplb_core.policies.base import BalancePolicy, DecidingPolicy, PlacementDecision, PlacementRequest
 from eplb_core.policies.deepseek import POLICY as FRESH
 from eplb_core.policies.incremental import IncrementalOptions, IncrementalPolicy
 from eplb_core.policies.incremental_layer import fill_slots
@@ -35,30 +34,21 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
-class KeepPolicy:
+class KeepPolicy(DecidingPolicy):
     """Moves nothing, ever."""
 
     name: str = "keep"
     summary: str = "leaves every expert where it is"
 
-    def rebalance(
-        self,
-        loads: npt.ArrayLike,
-        *,
-        num_slots: int,
-        num_ranks: int,
-        num_nodes: int = 1,
-        num_groups: int = 1,
-        old: IntArray | None = None,
-    ) -> IntArray:
+    def decide(self, request: PlacementRequest) -> PlacementDecision:
         """Return the old placement. Raises `InputError` if there is none."""
-        if old is None:
+        if request.old is None:
             raise InputError("there is no placement to keep")
-        return old
+        return PlacementDecision(placement=request.old, plans=("kept",) * len(request.old))
 
 
 @dataclass(frozen=True, slots=True)
-class OneMovePerPairPolicy:
+class OneMovePerPairPolicy(DecidingPolicy):
     """Swaps, at most one for each pair of ranks and layer: the limit that SwiftBalancer has, not its algorithm.
 
     The most loaded rank swaps the two experts that lower the higher load of both ranks most, with a rank that it has
@@ -68,21 +58,16 @@ class OneMovePerPairPolicy:
     name: str = "one move a pair"
     summary: str = "swaps from the old placement, at most one for each pair of ranks"
 
-    def rebalance(
-        self,
-        loads: npt.ArrayLike,
-        *,
-        num_slots: int,
-        num_ranks: int,
-        num_nodes: int = 1,
-        num_groups: int = 1,
-        old: IntArray | None = None,
-    ) -> IntArray:
+    def decide(self, request: PlacementRequest) -> PlacementDecision:
         """Return the placement after the swaps; nodes and groups are ignored."""
+        old = request.old
         if old is None:
-            return FRESH.rebalance(loads, num_slots=num_slots, num_ranks=num_ranks)
-        array = np.asarray(loads, dtype=np.float64)
-        return np.stack([_swap_pairs(row, load, num_ranks) for row, load in zip(old, array, strict=True)])
+            return FRESH.decide(replace(request, num_nodes=1, num_groups=1))
+        rows = [
+            _swap_pairs(row, load, request.num_ranks)
+            for row, load in zip(old, request.window().sum(axis=0), strict=True)
+        ]
+        return PlacementDecision(placement=np.stack(rows), plans=(self.name,) * len(old))
 
 
 def _swap_pairs(row: IntArray, load: FloatArray, num_ranks: int) -> IntArray:

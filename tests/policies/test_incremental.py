@@ -251,6 +251,20 @@ def test_sampling_noise_moves_nothing_if_loads_are_counts() -> None:
     assert not np.array_equal(old, POLICY.rebalance(sample, num_slots=288, num_ranks=32, old=old))
 
 
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_sampling_noise_moves_nothing_where_the_fresh_plan_of_one_sample_happens_to_be_better(seed: int) -> None:
+    # Two slots a rank: a fresh plan for another sample is up to 2 % better or worse, by chance.
+    random = np.random.default_rng(seed)
+    true = random.lognormal(0, 1, (58, 256))
+    true *= 64_000 * 256 / true.sum(axis=1, keepdims=True)
+    old = FRESH.rebalance(random.poisson(true), num_slots=512, num_ranks=256)
+    window = random.poisson(true / 16, (16, *true.shape))
+    sizes = {"num_slots": 512, "num_ranks": 256, "old": old}
+    assert np.array_equal(POLICY.decide(PlacementRequest(loads=window, **sizes)).placement, old)
+    counts = load_policy("incremental?counts=on").rebalance(window.sum(axis=0), **sizes)
+    assert np.array_equal(counts, old)
+
+
 def test_a_window_says_how_much_is_noise() -> None:
     random = np.random.default_rng(13)
     true = lognormal(10, 256, seed=14) * 1000
