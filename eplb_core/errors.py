@@ -37,7 +37,8 @@ class EplbError(Exception):
             message += f": {why}"
         if remedy:
             message += f"\n  hint: {remedy}"
-        super().__init__(message)
+        # Names of files and text of others may hold what cannot be written: lone surrogates.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
 
 
 class InputError(EplbError, ValueError):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import ControlPlaneError, HandshakeError
 
 LONGEST_TEXT = 16_384
@@ -49,7 +50,7 @@ def all_say(
     mine = msgspec.msgpack.encode(Answer(text[:LONGEST_TEXT], value))
     try:
         return [msgspec.msgpack.decode(said, type=Answer) for said in control.all_gather(what, mine, timeout_s)]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise HandshakeError(
             f"{what} of a rank cannot be read", table={}, why=str(error), remedy="install one eplb everywhere"
         ) from error

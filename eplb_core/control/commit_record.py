@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager
 import msgspec
 
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import (
     ControlPlaneError,
     IntegrityError,
@@ -248,5 +249,5 @@ def who_is_to_blame(error: BaseException, decision: Decision, rank: int) -> Base
 def _decode(value: bytes) -> Decision:
     try:
         return msgspec.msgpack.decode(value, type=Decision)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise ControlPlaneError("what the ranks have decided cannot be read", why=str(error)) from error

@@ -20,6 +20,7 @@ from torch.distributed import DistError, PrefixStore, Store
 from eplb_core.control.board import CAPACITY, Board, Offer, OwnPage
 from eplb_core.control.store_connection import StoreConnection, connect
 from eplb_core.control.torch_timeout import torch_timeout
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import ControlPlaneError
 from eplb_core.words import ranks_text
 
@@ -143,7 +144,7 @@ class ControlPlane:
                 self.settle(name, _YES)
             while board is not None and self.settled(name) is None and time.monotonic() < deadline:
                 time.sleep(_BOARD_NAP_S)
-        except (DistError, ControlPlaneError, OSError, msgspec.MsgspecError):
+        except (DistError, ControlPlaneError, OSError, *UNREADABLE):
             pass  # this rank cannot, or some other one: that is settled now
         try:
             agreed = self.settle(name, _NO) == _YES

@@ -11,6 +11,7 @@ import torch
 from eplb_core.control.agreement import all_answer, exchange, failed_ranks
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import (
     BackendUnavailableError,
     ControlPlaneError,
@@ -99,7 +100,7 @@ class AutomaticChoice:
         said = exchange(control, "what each rank's probes found", findings, timeout_s + _PROBE_S * len(mine))
         try:
             ranks = [msgspec.msgpack.decode(value, type=list[_Finding]) for value in said]
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except UNREADABLE as error:
             raise HandshakeError("a rank's findings cannot be read", table={}, why=str(error)) from error
         self._candidates = _candidates(ranks, device.type)
 

@@ -13,6 +13,7 @@ import torch
 
 from eplb_core.control.agreement import LONGEST_TEXT, exchange
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import EplbError, HandshakeError
 
 
@@ -70,7 +71,7 @@ def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, 
     said = exchange(control, "what each rank would build", msgspec.msgpack.encode(_cut(proposal)), timeout_s)
     try:
         proposals = [msgspec.msgpack.decode(value, type=Proposal) for value in said]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise HandshakeError(
             "a rank uses another version of the handshake",
             table={},

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_core.errors import InputError
+from eplb_core.inputs.edge import MOST_NUMBERS, MOST_WHOLE_BYTES, count_numbers, reading, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _Content = TypeVar("_Content")
 
 BLOCK_BYTES = 8 << 20  # of float64; a few of them exist at a time
+_MOST_WRITTEN = 16 * MOST_NUMBERS  # as text: steps of a recording, say
+_BINARY = "write it as .npy, which is read block by block"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,12 +99,15 @@ def check_is_file(path: Path, what: str) -> None:
 
 def guarded(reader: Callable[[Path], _Content], path: Path, what: str) -> _Content:
     """Return `reader(path)`, or raise `InputError` with the reason why it cannot be read."""
-    try:
-        return reader(path)
-    except _READ_ERRORS as error:
-        raise InputError(
-            f"the {what} file cannot be read as {path.suffix[1:]}", where=str(path), why=_reason(error)
-        ) from error
+    with reading(path, what):
+        try:
+            return reader(path)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the {what} file cannot be read as {path.suffix[1:]}", where=str(path), why=_reason(error)
+            ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -111,7 +117,7 @@ def _reason(error: Exception) -> str:
         return f"it holds {refused[1]}, and only tensors, numbers and text are read, as anything else can run code"
     if isinstance(error, pickle.UnpicklingError):
         return "it is damaged, or torch.save did not write it"
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return reason_of(error)
 
 
 def read_array(path: Path, what: str, keys: Sequence[str]) -> NDArray[Any]:
@@ -160,6 +166,9 @@ def numeric(value: object, path: Path, what: str) -> StoredArray:
     if isinstance(value, StoredArray):
         array = value
     else:
+        entries = value["value"] if is_described(value) else value  # type: ignore[index]
+        if count_numbers(entries, _MOST_WRITTEN) > _MOST_WRITTEN:
+            raise InputError(f"the {what} have more than {_MOST_WRITTEN} numbers", where=str(path), remedy=_BINARY)
         try:
             if is_described(value):
                 array = StoredArray.of(np.asarray(value["value"]).reshape(value["shape"]))  # type: ignore[index]
@@ -167,7 +176,7 @@ def numeric(value: object, path: Path, what: str) -> StoredArray:
                 if isinstance(value, list | tuple) and value and all(isinstance(row, StoredArray) for row in value):
                     value = [row.whole() for row in value]
                 array = StoredArray.of(np.asarray(value))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise InputError(f"the rows of the {what} have different lengths", where=str(path)) from error
     if not array.is_numeric and 0 not in array.shape:
         raise InputError(f"the {what} are not numbers", where=str(path), why=f"found {array.kind} values")
@@ -212,11 +221,15 @@ def _stored_npy(stream: IO[bytes], reopen: Callable[[], IO[bytes]]) -> StoredArr
     shape, fortran, dtype = read_header(stream)
     if dtype.hasobject:
         raise ValueError("it holds objects, which are not unpickled, as that can run code")
+    if any(extent < 0 for extent in shape):
+        raise ValueError(f"its shape is {list(shape)}")
     num_rows, row_bytes = (*shape, 1)[0], dtype.itemsize * math.prod((1, *shape[1:]))
     begin, nbytes = stream.tell(), num_rows * row_bytes
     if nbytes and (stream.seek(begin + nbytes - 1), stream.read(1))[1] == b"":
         raise ValueError(f"it ends before the {nbytes} bytes that its header announces")
     if fortran or not shape:
+        if nbytes > MOST_WHOLE_BYTES:
+            raise ValueError(f"it has {nbytes} bytes, column by column; at most {MOST_WHOLE_BYTES} are read so")
         with closing(reopen()) as whole:
             array: NDArray[Any] = np.lib.format.read_array(whole, allow_pickle=False)
         return StoredArray.of(array)
@@ -258,6 +271,12 @@ def _without_tensors(value: object, mapped: bool) -> object:
 def _stored_tensor(tensor: torch.Tensor, mapped: bool) -> StoredArray:
     import torch
 
+    nbytes = tensor.numel() * tensor.element_size()
+    if tensor.device.type == "meta":
+        raise ValueError("it holds a tensor of the device meta, which has no numbers")
+    spread = tensor.layout != torch.strided or tensor.is_quantized or nbytes > tensor.untyped_storage().nbytes()
+    if spread and nbytes > MOST_WHOLE_BYTES:
+        raise ValueError(f"it holds a tensor that unfolds to {nbytes} bytes; at most {MOST_WHOLE_BYTES} are read so")
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
         mapped = False
@@ -305,13 +324,3 @@ _READERS: Mapping[str, Callable[[Path], object]] = {
     ".pt": _read_torch,
     ".pth": _read_torch,
 }
-_READ_ERRORS = (
-    OSError,
-    ValueError,  # JSON and Unicode errors are ValueErrors
-    EOFError,
-    KeyError,
-    RuntimeError,
-    RecursionError,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from eplb_core.errors import InputError
+from eplb_core.inputs.edge import reading
 from eplb_core.inputs.expert_table import Found, LayerTable, TableBuilder, layouts_of
 from eplb_core.inputs.experts import TensorSpec
 from eplb_core.inputs.layouts import LAYOUTS, Stack, is_below_experts, layer_of, locate
@@ -81,6 +82,11 @@ class Checkpoint:
                 the file and the tensor.
         """
         directory = Path(directory)
+        with reading(directory, "checkpoint"):
+            return cls._open(directory, part)
+
+    @classmethod
+    def _open(cls, directory: Path, part: str | None) -> Self:
         shards = Shards.open(directory)
         stacks = _find_stacks(shards)
         config = ModelConfig.read(directory)

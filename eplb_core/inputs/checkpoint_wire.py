@@ -8,7 +8,7 @@ from typing import Any, cast
 import msgspec
 import numpy as np
 
-from eplb_core.errors import InputError
+from eplb_core.errors import HandshakeError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 
 _DTYPES = ("int32", "int64")
@@ -24,9 +24,17 @@ def decode_checkpoint(payload: bytes) -> Checkpoint:
 
     Raises:
         InputError: a file is not here, or has another size than where it was opened.
-        msgspec.DecodeError: these are not the bytes of a table.
+        HandshakeError: these are not the bytes of a table.
     """
-    checkpoint = msgspec.msgpack.decode(payload, type=Checkpoint, dec_hook=_from_plain)
+    try:
+        checkpoint = msgspec.msgpack.decode(payload, type=Checkpoint, dec_hook=_from_plain)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise HandshakeError(
+            "what rank 0 tells of the checkpoint cannot be read",
+            table={},
+            why=str(error),
+            remedy="install one eplb everywhere",
+        ) from error
     for path, size in checkpoint.files:
         try:
             found = path.stat().st_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_core.errors import InputError
+from eplb_core.inputs.edge import reading
 from eplb_core.inputs.load_window import LoadWindow
 from eplb_core.inputs.recording import ModelHints, Recording
 from eplb_core.inputs.recordings import open_recording
 
 Counts = Literal["logical", "physical"]
+
+MOST_WINDOW_BYTES = 8 << 30
+"""The most that `read_load_window` returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,11 @@ def read_recording(path: str | Path, options: LoadOptions | None = None) -> Reco
             not numbers, count physical slots although logical experts are asked for, or are a placement.
     """
     path, options = Path(path), options or LoadOptions()
+    with reading(path, "loads"):
+        return _read_recording(path, options)
+
+
+def _read_recording(path: Path, options: LoadOptions) -> RecordedLoads:
     recording = open_recording(path, options.model)
     placement = _placement_of(recording, options, path)
     first = _first_step(recording, options, path)
@@ -108,12 +118,22 @@ def read_load_window(path: str | Path, options: LoadOptions | None = None) -> ND
         InputError: as `read_recording`.
     """
     path, options = Path(path), options or LoadOptions()
-    recording = open_recording(path, options.model)
-    placement = _placement_of(recording, options, path)
-    steps = np.concatenate(list(_checked_blocks(recording, _first_step(recording, options, path), path)))
-    if placement is None:
-        return steps
-    return np.stack([_to_logical(step, placement, options.model.num_experts) for step in steps])
+    with reading(path, "loads"):
+        recording = open_recording(path, options.model)
+        placement = _placement_of(recording, options, path)
+        first = _first_step(recording, options, path)
+        nbytes = 8 * max(1, recording.num_steps - first) * math.prod(recording.shape)
+        if nbytes > MOST_WINDOW_BYTES:
+            raise InputError(
+                f"the steps take {nbytes} bytes",
+                where=str(path),
+                why=f"at most {MOST_WINDOW_BYTES} are read step by step",
+                remedy="give fewer steps: window_steps",
+            )
+        steps = np.concatenate(list(_checked_blocks(recording, first, path)))
+        if placement is None:
+            return steps
+        return np.stack([_to_logical(step, placement, options.model.num_experts) for step in steps])
 
 
 def _checked_blocks(recording: Recording, first: int, path: Path) -> Iterator[NDArray[np.float64]]:

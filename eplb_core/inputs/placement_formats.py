@@ -14,6 +14,7 @@ Engines have no empty slots, and every layer of theirs holds every expert.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.arrays import StoredArray, guarded, numeric, pick, read_content
+from eplb_core.inputs.edge import MOST_NUMBERS, reading
 
 Format = Literal["eplb", "sglang", "tensorrt-llm", "vllm", "vllm-ascend"]
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -61,6 +63,11 @@ def read_placement_file(path: str | Path, num_layers: int | None = None) -> Plac
         InputError: the file is missing or cannot be read, or holds no table of whole numbers.
     """
     path = Path(path)
+    with reading(path, "placement"):
+        return _read_placement_file(path, num_layers)
+
+
+def _read_placement_file(path: Path, num_layers: int | None) -> PlacementFile:
     content = _read_yaml(path) if path.suffix.lower() in _YAML else read_content(path, "placement")
     if isinstance(content, Mapping) and "layer_list" in content:
         return _from_vllm_ascend(content, path)
@@ -68,7 +75,7 @@ def read_placement_file(path: str | Path, num_layers: int | None = None) -> Plac
         return _from_tensorrt_llm(content, path)
     if isinstance(content, Mapping):
         ranks = content.get("num_ranks")
-        if isinstance(ranks, StoredArray):
+        if isinstance(ranks, StoredArray) and not ranks.shape:
             ranks = int(ranks.whole())
         kind: Format = "sglang" if "physical_to_logical_map" in content and "placement" not in content else "eplb"
         rows = pick({key: value for key, value in content.items() if key != "num_ranks"}, path, "placement", _KEYS)
@@ -79,7 +86,14 @@ def read_placement_file(path: str | Path, num_layers: int | None = None) -> Plac
 
 
 def _table(value: object, path: Path) -> NDArray[np.int64]:
-    array = numeric(value, path, "placement").whole()
+    stored = numeric(value, path, "placement")
+    if math.prod(stored.shape) > MOST_NUMBERS:
+        raise InputError(
+            f"the placement has more than {MOST_NUMBERS} numbers",
+            where=str(path),
+            why=f"its shape is {list(stored.shape)}",
+        )
+    array = stored.whole()
     if array.ndim != 2 or array.size == 0:
         raise InputError(
             "the placement is not a table [layers, slots]", where=str(path), why=f"its shape is {list(array.shape)}"

@@ -90,7 +90,9 @@ def layer_expert_csv(paths: Sequence[Path]) -> Recording:
     if not counts:
         raise InputError("the loads are empty", where=str(paths[0]), why="it has no lines")
     layers = sorted({layer for layer, _ in counts})
-    loads = np.zeros((len(layers), max(expert for _, expert in counts) + 1))
+    shape = (len(layers), max(expert for _, expert in counts) + 1)
+    check_shape(shape, paths[0])
+    loads = np.zeros(shape)
     for (layer, expert), count in counts.items():
         loads[layers.index(layer), expert] = count
     return Recording(loads.shape, 0, lambda start: iter([loads[None]]), is_physical=False)

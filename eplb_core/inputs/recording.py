@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from eplb_core.errors import InputError
 from eplb_core.inputs.arrays import numeric
+from eplb_core.inputs.edge import MOST_NUMBERS
 
 Counted = NDArray[Any]
 
@@ -63,6 +64,12 @@ def check_shape(shape: tuple[int, ...], path: Path) -> None:
             f"the loads have {len(shape)} {'dimension' if len(shape) == 1 else 'dimensions'} instead of 2 or 3",
             where=str(path),
             why=f"their shape is {text}, not [layers, experts] or [steps, layers, experts]",
+        )
+    if math.prod(shape[-2:]) > MOST_NUMBERS:
+        raise InputError(
+            f"the loads have more than {MOST_NUMBERS} layers times columns",
+            where=str(path),
+            why=f"their shape is {text}",
         )
     if not math.prod(shape):
         raise InputError("the loads are empty", where=str(path), why=f"their shape is {text}")

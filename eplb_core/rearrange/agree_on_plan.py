@@ -14,6 +14,7 @@ import msgspec
 
 from eplb_core.control.agreement import exchange, not_all_answered
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import ControlPlaneError, EplbError, HandshakeError
 from eplb_core.rearrange.known_plan import KnownPlan
 
@@ -97,7 +98,7 @@ def _compare(
     said = exchange(control, "what each rank was asked for", msgspec.msgpack.encode(mine), timeout_s)
     try:
         ranks = [msgspec.msgpack.decode(value, type=dict[str, str]) for value in said]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise HandshakeError("what a rank was asked for cannot be read", table={}, why=str(error)) from error
     table = {item: [rank.get(item, "?") for rank in ranks] for item in mine}
     table = {item: values for item, values in table.items() if len(set(values)) > 1}

@@ -8,6 +8,7 @@ import msgspec
 
 from eplb_core.control.agreement import all_answer, failed_ranks
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import EplbError, HandshakeError
 from eplb_core.scheduling.layer import LayerMoves
 
@@ -43,7 +44,7 @@ def share_cuts(
         raise EplbError(f"rank {rank} could not schedule its layers", why=answers[rank].problem)
     try:
         shares = [msgspec.msgpack.decode(answer.value, type=_Cuts) for answer in answers]
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except UNREADABLE as error:
         raise HandshakeError("a rank's part of the schedule cannot be read", table={}, why=str(error)) from error
     cuts = {group: cut_up for share in shares for group, cut_up in share.items()}
     if sorted(cuts) != list(range(groups)):

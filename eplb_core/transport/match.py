@@ -10,6 +10,7 @@ import msgspec
 from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.control.agreement import all_say, failed_ranks
 from eplb_core.control.plane import ControlPlane
+from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import ControlPlaneError, TransferError, TransferMismatchError
 from eplb_core.transport.failure import as_transfer_error
 
@@ -79,7 +80,15 @@ def check_match(
             phase="agree",
             usable=True,
         )
-    queued = [msgspec.msgpack.decode(value, type=_Queued) for value in details]
+    try:
+        queued = [msgspec.msgpack.decode(value, type=_Queued) for value in details]
+    except UNREADABLE as error:
+        raise TransferMismatchError(
+            "the ranks queued transfers that do not match",
+            phase="agree",
+            why=f"what a rank queued cannot be read: {error}",
+            remedy="install one eplb everywhere",
+        ) from error
     raise _first_difference(queued)
 
 

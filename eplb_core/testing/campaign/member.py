@@ -20,7 +20,7 @@ import torch.distributed as dist
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.groups import StatelessGroup, TorchGroups
-from eplb_core.errors import EplbError, TransferError
+from eplb_core.errors import EplbError, HandshakeError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.planning.placement import EMPTY
@@ -41,6 +41,7 @@ PATIENCE_S = 2.0
 
 _CALM_S = 30.0  # the timeout of what no fault is near: a busy machine must not look like one
 _MEET_S = 60.0
+_ATTEMPTS = 3
 _NAP_S = 0.01
 _LEAST_USUAL_S = 0.005
 
@@ -274,8 +275,18 @@ class Member:
         self, name: str, members: tuple[int, ...], store: dist.Store, timeout_s: float, *, stateless: bool
     ) -> EplbCommunicator:
         """Return a communicator of `members` that meets at `store`."""
+        for attempt in range(_ATTEMPTS - 1):
+            try:
+                return self._meet_once(f"group {name}/{attempt}", members, store, timeout_s, stateless)
+            except HandshakeError:  # on every rank; with a short timeout, a busy machine does that
+                continue
+        return self._meet_once(f"group {name}/last", members, store, timeout_s, stateless)
+
+    def _meet_once(
+        self, name: str, members: tuple[int, ...], store: dist.Store, timeout_s: float, stateless: bool
+    ) -> EplbCommunicator:
         rank, size = members.index(self._process), len(members)
-        own = dist.PrefixStore(f"group {name}", store)
+        own = dist.PrefixStore(name, store)
         group: Any
         if stateless:
             group = StatelessGroup(rank, size, own)

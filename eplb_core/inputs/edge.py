@@ -1,0 +1,70 @@
+"""The edge to files that somebody else made: whatever a parser makes of them, the caller gets an error of eplb."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from eplb_core.errors import EplbError, InputError
+
+MOST_NUMBERS: Final = 1 << 22
+"""The most numbers of one table of layers and experts or slots: 1,024 layers of 4,096. A file that claims more is not
+what it is taken for, and nothing is allocated for it."""
+
+MOST_WHOLE_BYTES: Final = 1 << 30
+"""The most that is read at once of an array which cannot be read block by block."""
+
+_LONGEST_REASON = 300
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Raise an `InputError` that names the file for whatever else is raised inside the block.
+
+    Args:
+        path: what is read.
+        what: what it is meant to be, for messages: "loads", "placement", "checkpoint".
+    """
+    try:
+        yield
+    except EplbError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"there is not enough memory for the {what} file", where=str(path), why=str(error)) from error
+    except OSError as error:
+        raise InputError(f"the {what} cannot be read", where=str(path), why=error.strerror or str(error)) from error
+    except Exception as error:
+        raise InputError(f"the {what} file cannot be read", where=str(path), why=reason_of(error)) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of a foreign error, or its name if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0][:_LONGEST_REASON]
+
+
+def count_numbers(value: object, most: int) -> int:
+    """Return how many entries nested lists hold, or a number above `most`; takes time for each list once.
+
+    Lists may be shared, as aliases in YAML are: nine lines of it can hold 10^9 entries.
+    """
+    counted: dict[int, int] = {}
+
+    def count(value: object) -> int:
+        if not isinstance(value, list | tuple):
+            return 1
+        if id(value) not in counted:
+            counted[id(value)] = most + 1  # of one that holds itself
+            total = 0
+            for entry in value:
+                total += count(entry)
+                if total > most:
+                    break
+            counted[id(value)] = total
+        return counted[id(value)]
+
+    try:
+        return count(value)
+    except RecursionError:
+        return most + 1
