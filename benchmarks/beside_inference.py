@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from eplb_core.bench.pattern import Pattern, fill, find_wrong
+from eplb_core.bench.pattern import fill, find_wrong
 from eplb_core.bench.workload import Workload
 from eplb_core.control.groups import TorchGroups
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.launch.rank_devices import rank_device
 from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.transport.pattern import Pattern
 
 MATRICES = {"cpu": (256, 4, torch.float32), "cuda": (4096, 10, torch.bfloat16)}
 """The size of the matrices, how many products make a batch, and their dtype."""

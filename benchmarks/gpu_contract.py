@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bounded import Ended, run_bounded
 from findings import Row
@@ -29,6 +28,7 @@ from eplb_core.errors import BackendUnavailableError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
 from eplb_core.launch.rank_devices import VISIBLE_GPUS_VARIABLE, device_group, rank_device
+from eplb_core.transport.pattern import pattern
 
 SEES = {"all": "every rank sees all GPUs", "own": "each sees its own", "own_first": "each sees its own first"}
 """What ranks see of the GPUs, as `EPLB_VISIBLE_GPUS` names it, and as a row says it."""
@@ -145,23 +145,18 @@ def connect_and_exchange(environment: RankEnvironment, backend: str, kind: str) 
         landed = {}
         for nbytes in _SIZES:
             for other in others:
-                sent = _content(rank, other, nbytes).to(device)
+                sent = pattern(nbytes, device, rank, other)
                 landed[other, nbytes] = torch.full((nbytes,), _POISON, dtype=torch.uint8, device=device)
                 communicator.register([sent, landed[other, nbytes]])
                 communicator.add_send(sent, other)
                 communicator.add_recv(landed[other, nbytes], other)
         communicator.execute()
         for (other, nbytes), tensor in landed.items():
-            if not torch.equal(tensor.cpu(), _content(other, rank, nbytes)):
+            if not torch.equal(tensor, pattern(nbytes, device, other, rank)):
                 raise AssertionError(f"{nbytes} bytes from rank {other} arrived wrong")
         stats = communicator.last_stats
         paths = {} if stats is None else {str(peer): path for peer, path in stats.paths.items()}
         return {"config": communicator.binding.config, "paths": paths}
-
-
-def _content(source: int, destination: int, nbytes: int) -> torch.Tensor:
-    drawn = np.random.default_rng([source, destination, nbytes])
-    return torch.from_numpy(drawn.integers(0, 256, nbytes, dtype=np.uint8))
 
 
 def main() -> int:

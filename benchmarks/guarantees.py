@@ -29,13 +29,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from eplb_core.bench.pattern import Pattern, fill, find_wrong
+from eplb_core.bench.pattern import fill, find_wrong
 from eplb_core.bench.workload import Workload
 from eplb_core.control.groups import TorchGroups
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
 from eplb_core.rearrange.pace import parse_pace
 from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.transport.pattern import Pattern
 
 WINDOWS_MIB = (None, 8)  # what the backend allows, and one that makes many steps
 LIMIT_S = 300.0

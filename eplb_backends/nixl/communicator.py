@@ -28,7 +28,7 @@ from eplb_backends.nixl.outbox import Outgoing
 from eplb_backends.nixl.peers import Peers
 from eplb_backends.nixl.prepared import LandingPieces, block_of
 from eplb_backends.nixl.round import Round, Shared
-from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, pattern, read_from_every_peer
+from eplb_backends.nixl.selftest import LARGEST_WORLD, PAGE_BYTES, read_from_every_peer
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
 from eplb_core.contract.context import BackendContext
 from eplb_core.contract.payload import Payloads
@@ -46,6 +46,7 @@ from eplb_core.transport.checksums import checksums
 from eplb_core.transport.coalesce import as_bytes
 from eplb_core.transport.failure import as_transfer_error
 from eplb_core.transport.match import check_match
+from eplb_core.transport.pattern import pattern
 from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import mark, on_stream
 from eplb_core.words import ranks_text
@@ -369,7 +370,7 @@ class NixlCommunicator(EplbCommunicator):
         try:
             self._agent = Agent(f"eplb-rank{rank}", self._device, progress_thread=self._options.progress == "on")
             window = int(self._options.window)
-            page = pattern(rank, PAGE_BYTES, self._device)
+            page = pattern(PAGE_BYTES, self._device, rank)
             if self._device.type != "cpu":
                 torch.cuda.current_stream(self._device).synchronize()
             self._agent.register([(page.data_ptr(), PAGE_BYTES)], [page])

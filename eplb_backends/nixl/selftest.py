@@ -10,6 +10,7 @@ import torch
 
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.errors import IntegrityError
+from eplb_core.transport.pattern import pattern
 
 LARGEST_WORLD = 16
 """In larger groups links are opened when they are first used: nobody waits for peers that it never talks to."""
@@ -40,13 +41,13 @@ def read_from_every_peer(
         TransferError: a transfer failed.
     """
     block = min(_BLOCK, len(source))
-    source[:block].copy_(pattern(rank, block, source.device))
+    source[:block].copy_(pattern(block, source.device, rank))
     peers = [((rank + distance) % world_size, (rank - distance) % world_size) for distance in range(1, world_size)]
     for nbytes in (min(_PAGE, block), block):
         for to, peer in peers:
             landing[:nbytes].fill_(_POISON)
             _read(communicator, source[:nbytes], to, landing[:nbytes], peer)
-            if not torch.equal(landing[:nbytes], pattern(peer, nbytes, landing.device)):
+            if not torch.equal(landing[:nbytes], pattern(nbytes, landing.device, peer)):
                 raise wrong_bytes(peer, "self-test")
     for _ in range(_TIMES):
         for to, peer in peers:
@@ -61,7 +62,7 @@ def _read(communicator: EplbCommunicator, source: torch.Tensor, to: int, landing
 
 def check_page(page: torch.Tensor, peer: int) -> None:
     """Raise `IntegrityError` unless `page`, uint8 `[PAGE_BYTES]`, is what a rank offers to be read."""
-    if not torch.equal(page, pattern(peer, PAGE_BYTES, page.device)):
+    if not torch.equal(page, pattern(PAGE_BYTES, page.device, peer)):
         raise wrong_bytes(peer, "probe")
 
 
@@ -73,9 +74,3 @@ def wrong_bytes(peer: int, phase: str) -> IntegrityError:
         phase=phase,
         remedy="memory that was allocated with expandable_segments is known to do this",
     )
-
-
-def pattern(rank: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Return a rank's block; every rank computes all of them, so that nothing is compared with itself."""
-    words = torch.arange(nbytes // 4, dtype=torch.int32, device=device)
-    return words.mul_(2 * rank + 0x9E3779B1 - (1 << 32)).add_(rank).view(torch.uint8)

@@ -6,43 +6,16 @@ copy, and bytes that were never written are all seen.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.planning.placement import EMPTY
-
-_WORD = 8  # bytes of an int64
-_STRIDE = 0x1E3779B97F4A7C15  # odd, so that all words of a tensor differ
-_FACTOR = 0x2545F4914F6CDD1D
+from eplb_core.transport.pattern import Pattern
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those that there are."""
-
-
-class Pattern:
-    """Makes the bytes of any expert's tensors on one device.
-
-    Args:
-        most_bytes: of the largest tensor.
-        device: where the bytes are made.
-    """
-
-    def __init__(self, most_bytes: int, device: torch.device) -> None:
-        self._counter = torch.arange(-(-most_bytes // _WORD), dtype=torch.int64, device=device).mul_(_STRIDE)
-
-    def row(self, expert: int, layer: int, tensor: int, nbytes: int) -> torch.Tensor:
-        """Return the bytes of one tensor of one expert, uint8 `[nbytes]`."""
-        name = f"{expert}/{layer}/{tensor}".encode()
-        key = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
-        # A mixing function of the counter; it is int64 arithmetic that wraps around, so any device can do it.
-        words = self._counter[: -(-nbytes // _WORD)] + key
-        words ^= words >> 31
-        words *= _FACTOR
-        words ^= words >> 29
-        return words.view(torch.uint8)[:nbytes]
 
 
 def fill(weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pattern, progress: Progress) -> None:
@@ -60,7 +33,7 @@ def fill(weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pat
                 if expert == EMPTY:
                     tensor[slot].zero_()
                 else:
-                    tensor[slot].copy_(pattern.row(expert, layer, number, tensor.shape[1]))
+                    tensor[slot].copy_(pattern.row(tensor.shape[1], expert, layer, number))
         progress(layer + 1, len(weights))
 
 
@@ -76,7 +49,7 @@ def find_wrong(
         for number, tensor in enumerate(tensors):
             for slot, expert in enumerate(held[layer].tolist()):
                 if expert != EMPTY and not torch.equal(
-                    tensor[slot], pattern.row(expert, layer, number, tensor.shape[1])
+                    tensor[slot], pattern.row(tensor.shape[1], expert, layer, number)
                 ):
                     wrong.append((layer, slot, number))
         progress(layer + 1, len(weights))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eplb_core.bench.pattern import Pattern, Progress, fill, find_wrong
+from eplb_core.bench.pattern import Progress, fill, find_wrong
 from eplb_core.bench.workload import Workload
 from eplb_core.control.groups import TorchGroups
 from eplb_core.control.plane import ControlPlane
@@ -17,6 +17,7 @@ from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.launch.rank_devices import device_group, rank_device
 from eplb_core.rearrange.rearranger import InPlace, Rearranger
+from eplb_core.transport.pattern import Pattern
 
 _MOST_NAMED = 5  # of wrong tensors, in messages
 

@@ -31,6 +31,7 @@ from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import RankEnvironment
 from eplb_core.launch.rank_devices import device_group, rank_device
 from eplb_core.transport import HostIdentity
+from eplb_core.transport.pattern import pattern
 from eplb_core.words import ranks_text
 
 _Value = TypeVar("_Value")
@@ -141,7 +142,7 @@ def _measure(
 ) -> None:
     nbytes = min(job.nbytes, communicator.transfer_limit_bytes or job.nbytes) // 8 * 8
     source, landing = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    source.copy_(_pattern(control.rank, nbytes, device))
+    source.copy_(pattern(nbytes, device, control.rank))
     communicator.register([source])
     communicator.register([landing], landing=True)
     communicator.trust_matching(True)
@@ -161,14 +162,9 @@ def _measure(
             if communicator.last_stats is not None:
                 report.paths |= communicator.last_stats.paths
         report.gbps[peer] = nbytes / fastest / 1e9
-        if not torch.equal(landing, _pattern(peer, nbytes, device)):
+        if not torch.equal(landing, pattern(nbytes, device, peer)):
             report.wrong.append(peer)
     control.barrier("that every rank has measured", job.timeout_s)
-
-
-def _pattern(rank: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Return a rank's bytes; every rank computes all of them, so that nothing is compared with itself."""
-    return torch.arange(nbytes // 8, dtype=torch.int64, device=device).mul_(2 * rank + 1).add_(rank).view(torch.uint8)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -16,13 +16,14 @@ import torch
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 
-from eplb_core.bench.pattern import Pattern, fill, find_wrong
+from eplb_core.bench.pattern import fill, find_wrong
 from eplb_core.bench.rank import BenchRun, RankMeasurement
 from eplb_core.bench.run import make_document
 from eplb_core.bench.summary import summarize
 from eplb_core.bench.workload import Workload, make_workload, read_workload
 from eplb_core.cli import main
 from eplb_core.errors import EplbError, InputError
+from eplb_core.transport.pattern import Pattern
 from tests.support.fake_distributions import install, run_child, spec_source
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -168,13 +169,13 @@ def test_a_file_that_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> Non
 @pytest.mark.parametrize("other", [(6, 2, 1), (5, 3, 1), (5, 2, 0)])
 def test_the_bytes_of_two_tensors_agree_only_by_chance(other: tuple[int, int, int]) -> None:
     pattern = Pattern(4096, CPU)
-    same = (pattern.row(5, 2, 1, 4096) == pattern.row(*other, 4096)).sum()
+    same = (pattern.row(4096, 5, 2, 1) == pattern.row(4096, *other)).sum()
     assert same < 64  # 16 on average for random bytes
 
 
 @pytest.mark.parametrize("shift", [1, 4, 8, 16, 64, 256, 1024])
 def test_shifted_bytes_agree_only_by_chance(shift: int) -> None:
-    row = Pattern(4096, CPU).row(5, 2, 1, 4096)
+    row = Pattern(4096, CPU).row(4096, 5, 2, 1)
     assert (row[shift:] == row[:-shift]).sum() < 64
 
 

@@ -20,10 +20,13 @@ from eplb_core.control.groups import StatelessGroup, TorchGroups
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 from eplb_core.testing import in_process
+from eplb_core.testing.traffic import POISON, content
+from eplb_core.testing.traffic import Message as Sent
+from eplb_core.testing.traffic import all_pairs as all_pairs
+from eplb_core.testing.traffic import ring as ring
 
 LAUNCH_S = 110.0  # for one set of processes; below pytest's own limit, so that the processes are ended first
 MEET_S = 60.0
-POISON = 0xEE
 
 
 @dataclass(frozen=True)
@@ -184,21 +187,6 @@ def error_of(call: Callable[[], object]) -> dict[str, Any]:
 # --- traffic that every rank can compute by itself -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Sent:
-    """One message. Its place among those of the same pair, in the list that it is in, is its index."""
-
-    source: int
-    destination: int
-    nbytes: int
-    dtype: torch.dtype = torch.uint8
-
-
-def content(source: int, destination: int, index: int, epoch: int, nbytes: int) -> np.ndarray:
-    """Return the bytes of a message, uint8 `[nbytes]`: random, and a function of nothing but the arguments."""
-    return np.random.default_rng([source, destination, index, epoch]).integers(0, 256, nbytes, dtype=np.uint8)
-
-
 def tensor_of(raw: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return a tensor of `dtype` with these bytes."""
     if dtype == torch.bool:
@@ -243,11 +231,3 @@ def exchange(member: Member, communicator: EplbCommunicator, messages: Sequence[
         assert bytes_of(tensor) == expected, f"{tensor.nbytes} bytes of {tensor.dtype} from rank {source} are wrong"
     for tensor, destination, expected in sends:
         assert bytes_of(tensor) == expected, f"a tensor sent to rank {destination} was changed"
-
-
-def all_pairs(world_size: int) -> list[tuple[int, int]]:
-    return [(s, d) for s in range(world_size) for d in range(world_size) if s != d]
-
-
-def ring(world_size: int, nbytes: int, dtype: torch.dtype = torch.uint8) -> list[Sent]:
-    return [Sent(rank, (rank + 1) % world_size, nbytes, dtype) for rank in range(world_size)]

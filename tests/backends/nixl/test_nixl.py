@@ -392,7 +392,7 @@ def links_are_proven_when_they_are_first_used(member: Member, damaged: bool) -> 
     largest, honest = nixl_communicator.LARGEST_WORLD, nixl_communicator.pattern
     nixl_communicator.LARGEST_WORLD = 0
     if damaged and member.rank == 1:
-        nixl_communicator.pattern = lambda rank, nbytes, device: honest(rank + 7, nbytes, device)
+        nixl_communicator.pattern = lambda nbytes, device, rank: honest(nbytes, device, rank + 7)
     try:
         with member.communicator("nixl?window=1MiB&timeout=5s") as communicator:
             return error_of(lambda: [exchange(member, communicator, ring(RANKS, 100_000), epoch) for epoch in (0, 1)])

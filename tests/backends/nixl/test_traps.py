@@ -50,9 +50,10 @@ from eplb_backends.nixl.memory import Regions, expandable_segments
 from eplb_backends.nixl.messages import Kind, Writer, parse
 from eplb_backends.nixl.prepared import LandingPieces
 from eplb_backends.nixl.round import Round
-from eplb_backends.nixl.selftest import PAGE_BYTES, pattern, read_from_every_peer
+from eplb_backends.nixl.selftest import PAGE_BYTES, read_from_every_peer
 from eplb_core.contract.payload import Payload
 from eplb_core.errors import IntegrityError, TransferError
+from eplb_core.transport.pattern import pattern
 from eplb_core.transport.queue import TransferQueue
 from tests.backends.nixl.test_units import CPU, DESTINATION, SOURCE, TOKEN, MemoryAgent, MemoryPeers, round_of, tensors
 
@@ -215,7 +216,7 @@ class FirstContact:
 
 @pytest.mark.parametrize("nbytes", [0, 100_000])
 def test_the_page_of_a_peer_is_read_once_before_a_round_from_it_ends(nbytes: int) -> None:
-    first = FirstContact(pattern(SOURCE, PAGE_BYTES, CPU), nbytes)
+    first = FirstContact(pattern(PAGE_BYTES, CPU, SOURCE), nbytes)
     first.advance_to_the_end()
     assert first.peers.proven == {SOURCE}
     assert first.peers.page_to_read(SOURCE) is None
@@ -223,7 +224,7 @@ def test_the_page_of_a_peer_is_read_once_before_a_round_from_it_ends(nbytes: int
 
 
 def test_a_page_that_comes_wrong_is_an_error_that_names_the_peer() -> None:
-    first = FirstContact(pattern(DESTINATION, PAGE_BYTES, CPU), 100_000)
+    first = FirstContact(pattern(PAGE_BYTES, CPU, DESTINATION), 100_000)
     with pytest.raises(IntegrityError, match="from rank 1 are wrong") as caught:
         first.advance_to_the_end()
     assert (caught.value.peers, caught.value.phase) == ((SOURCE,), "probe")
@@ -244,7 +245,7 @@ class Damaged:
         self.landing, self.peer = tensor, peer
 
     def execute(self) -> None:
-        self.landing.copy_(pattern(self.peer, len(self.landing), CPU))
+        self.landing.copy_(pattern(len(self.landing), CPU, self.peer))
         if self.peer == 2:
             self.landing[-1] ^= 1
 
