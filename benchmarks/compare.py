@@ -28,10 +28,11 @@ from typing import Any
 import make_workload
 import numpy as np
 import psutil
-from bounded import run_bounded
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from eplb_core.launch.bounded import run_bounded
 
 VLLM = "0.33.0"
 HERE = Path(__file__).resolve().parent

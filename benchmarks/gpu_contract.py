@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bounded import Ended, run_bounded
 from findings import Row
 
 from eplb_core.control.groups import TorchGroups
 from eplb_core.errors import BackendUnavailableError
 from eplb_core.factory.create import create_eplb_communicator
+from eplb_core.launch.bounded import Ended, run_bounded
 from eplb_core.launch.local_ranks import RankEnvironment, run_local_ranks
 from eplb_core.launch.rank_devices import VISIBLE_GPUS_VARIABLE, device_group, rank_device
 from eplb_core.transport.pattern import pattern

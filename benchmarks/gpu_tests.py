@@ -9,8 +9,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from bounded import Ended, run_bounded
 from findings import Row
+
+from eplb_core.launch.bounded import Ended, run_bounded
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "multigpu"
 

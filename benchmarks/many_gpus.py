@@ -24,9 +24,11 @@ Exit code 0 if nothing failed and every byte that we moved was right, 1 if not, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -44,7 +46,6 @@ import numpy as np
 import psutil
 import torch
 from beside_inference import Plan, measure, summarize
-from bounded import descendants, run_bounded
 from compare import VLLM, Contestant, run
 from findings import Findings, Row, State
 from gpu_contract import SEES, Kit, run_auto, run_kit, run_rebalance
@@ -58,6 +59,7 @@ from eplb_core.bench.run import check_job, run_bench
 from eplb_core.bench.workload import Workload
 from eplb_core.cli.output import one_line
 from eplb_core.errors import BackendNotInstalledError, EplbError, UnknownBackendError
+from eplb_core.launch.bounded import descendants, run_bounded
 from eplb_core.launch.local_ranks import LocalRankError, run_local_ranks
 from eplb_core.registry.config import parse_config
 from eplb_core.registry.registry import default_registry
@@ -385,10 +387,8 @@ def end_by_force(findings: Findings, limit_s: float) -> None:
     findings.write(finished=False)
     print(row.reason, file=sys.stderr, flush=True)
     for process in descendants(os.getpid()):
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
     os._exit(1)
 
 

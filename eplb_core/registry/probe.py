@@ -6,19 +6,14 @@ standard error. The child leads a new process group, and the whole group ends wi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
-import tempfile
-import time
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from eplb_core.contract.backend import ProbeResult
+from eplb_core.launch.bounded import run_bounded
 from eplb_core.registry.registry import BackendEntry, import_dotted
 from eplb_core.words import signal_name
 
@@ -26,10 +21,6 @@ if TYPE_CHECKING:
     import torch
 
 _MODULE = "eplb_core.registry.probe"
-_TAIL_BYTES = 4000  # of what a failed child printed; its last line is quoted
-_NAP_S = 0.01
-_LONGEST_POLL_MS = 2**31 - 1  # 24 days
-_REAP_S = 10.0  # a killed process is gone at once, unless the kernel holds it
 _JOB_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -53,25 +44,17 @@ def run_probe(entry: BackendEntry, device: str | torch.device, *, timeout_s: flo
         return ProbeResult(False, f"it does not move {device_type} tensors")
     if entry.spec.probe is None:
         return ProbeResult(True, "it has no probe; its requirements are installed")
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as printed:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", _MODULE, entry.spec.probe, device_type, number],
-            stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=printed,
-            env=_child_environment(),
-            start_new_session=True,
-        )
-        ended = _wait_and_kill_group(child, timeout_s)
-        if not ended:
-            return ProbeResult(False, f"the probe did not end within {timeout_s:g} s")
-        result = _read_answer(answer)
-        if result is None:
-            return ProbeResult(False, _how_it_died(child.returncode, printed))
-        if child.returncode < 0 and not result.warning:
-            crash = f"a process that used it was killed by {signal_name(-child.returncode)} at exit"
-            result = dataclasses.replace(result, warning=crash)
-        return result
+    command = [sys.executable, "-P", "-m", _MODULE, entry.spec.probe, device_type, number]
+    ended = run_bounded(command, timeout_s, _child_environment(), grace_s=0.0)
+    if ended.exit_code is None:
+        return ProbeResult(False, f"the probe did not end within {timeout_s:g} s")
+    result = _read_answer(ended.stdout)
+    if result is None:
+        return ProbeResult(False, _how_it_died(ended.exit_code, ended.last_line))
+    if ended.exit_code < 0 and not result.warning:
+        crash = f"a process that used it was killed by {signal_name(-ended.exit_code)} at exit"
+        result = dataclasses.replace(result, warning=crash)
+    return result
 
 
 def _child_environment() -> dict[str, str]:
@@ -84,55 +67,18 @@ def _child_environment() -> dict[str, str]:
     return environment
 
 
-def _wait_and_kill_group(child: subprocess.Popen[bytes], timeout_s: float) -> bool:
-    """Wait for the child, then kill the rest of its group; return whether the child ended by itself.
-
-    The child is not reaped before its group is killed: until then no other process can get its id.
-    """
+def _read_answer(answer: str) -> ProbeResult | None:
     try:
-        ended = _ends(child.pid, timeout_s)
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait(_REAP_S)
-    return ended
-
-
-def _ends(pid: int, timeout_s: float) -> bool:
-    """Wait until a child has ended, without reaping it; return False if it has not in time."""
-    try:
-        handle = os.pidfd_open(pid)
-    except (OSError, AttributeError):  # an older container runtime forbids it
-        deadline = time.monotonic() + timeout_s
-        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_NAP_S)
-        return True
-    try:
-        poller = select.poll()
-        poller.register(handle, select.POLLIN)
-        return bool(poller.poll(min(timeout_s * 1000, _LONGEST_POLL_MS)))
-    finally:
-        os.close(handle)
-
-
-def _read_answer(answer: IO[bytes]) -> ProbeResult | None:
-    answer.seek(0)
-    try:
-        document = json.loads(answer.read(_TAIL_BYTES))
+        document = json.loads(answer)
         return ProbeResult(bool(document["available"]), str(document["reason"]), str(document["warning"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _how_it_died(code: int, printed: IO[bytes]) -> str:
+def _how_it_died(code: int, last_line: str) -> str:
     if code < 0:
         return f"the probe was killed by {signal_name(-code)}"
-    printed.seek(max(0, printed.seek(0, os.SEEK_END) - _TAIL_BYTES))
-    lines = printed.read().decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    return f"the probe exited with code {code} and no answer: {last}"
+    return f"the probe exited with {code} and no answer: {last_line or 'it printed nothing'}"
 
 
 def _probe_here(dotted: str, device_type: str, number: str) -> ProbeResult:

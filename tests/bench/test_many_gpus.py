@@ -17,6 +17,8 @@ import psutil
 import pytest
 from rich.console import Console
 
+from eplb_core.launch.bounded import Ended, run_bounded
+
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 REHEARSAL_S = 100.0
 
@@ -171,7 +173,7 @@ def test_wrong_bytes_count_against_us_only_where_we_moved_them(campaign: Any, ou
 
 
 def test_a_failure_on_any_rank_fails_the_file_of_tests(scripts: ModuleType) -> None:
-    ended = importlib.import_module("bounded").Ended(1, "", "torchrun: one failed", 9.0)
+    ended = Ended(1, "", "torchrun: one failed", 9.0)
     told = ["31 passed in 8.99s\n", "FAILED test_x.py::test_y - assert 1 == 2\n1 failed, 30 passed in 9.01s\n"]
     row = importlib.import_module("gpu_tests").judge("test_x.py", ended, told)
     assert (row.state, row.reason) == ("failed", "test_x.py::test_y - assert 1 == 2")
@@ -204,7 +206,7 @@ def test_a_command_that_does_not_end_is_ended_with_all_that_it_started(scripts: 
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True); "
         "print(child.pid, flush=True); time.sleep(60)"
     )
-    ended = importlib.import_module("bounded").run_bounded([sys.executable, "-c", program], 1.0)
+    ended = run_bounded([sys.executable, "-c", program], 1.0)
     assert ended.exit_code is None
     assert "did not end within" in ended.reason
     with contextlib.suppress(psutil.NoSuchProcess):
