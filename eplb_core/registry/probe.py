@@ -78,7 +78,7 @@ def _read_answer(answer: str) -> ProbeResult | None:
 def _how_it_died(code: int, last_line: str) -> str:
     if code < 0:
         return f"the probe was killed by {signal_name(-code)}"
-    return f"the probe exited with {code} and no answer: {last_line or 'it printed nothing'}"
+    return f"the probe exited with code {code} and no answer: {last_line or 'it printed nothing'}"
 
 
 def _probe_here(dotted: str, device_type: str, number: str) -> ProbeResult:
