@@ -103,6 +103,7 @@ class ControlPlane:
                 with self._connection.patient():
                     self._store.set(keys[self.rank], payload)  # type: ignore[arg-type]  # its stub says str
             board.write(this, payload if fits else None)
+            board.keep()  # who is late still finds it
             found, missing = board.wait(this, deadline)
             if missing:
                 raise _unanswered(what, timeout_s, missing)
@@ -121,11 +122,23 @@ class ControlPlane:
             return bytes(self._store.get(key))
 
     def _meet_at_board(self, this: int, deadline: float) -> Board | None:
-        """Return a board if all ranks can have one, and None on all of them otherwise.
+        board, left = self.meet_at_board(f"board/{this}", deadline)
+        if board is not None:
+            self._read = [f"{this}/{self.rank}", *left]
+        return board
+
+    def meet_at_board(self, name: str, deadline: float) -> tuple[Board | None, list[str]]:
+        """Return a board if all ranks can have one, and None on all of them otherwise. All of them call it.
 
         One record at the store says which, so that no rank waits at a board that others have given up.
+
+        Args:
+            name: a name that has not been used before, the same on every rank.
+            deadline: when to give up, as `time.monotonic()` tells.
+
+        Returns:
+            The board, and what to `forget` once all ranks have come by again.
         """
-        name = f"board/{this}"
         board: Board | None = None
         own: OwnPage | None = None
         try:
@@ -154,11 +167,8 @@ class ControlPlane:
             if own is not None:
                 own.close_file()
         if not agreed:
-            return None
-        self._read = [f"{this}/{self.rank}", f"{name}/offer/{self.rank}"]
-        if self.rank == 0:
-            self._read += [name, f"{name}/yes"]
-        return board
+            return None, []
+        return board, [f"{name}/offer/{self.rank}", *([name, f"{name}/yes"] if self.rank == 0 else [])]
 
     def ask_store(self) -> None:
         """Return if the store answers: ranks that gather on a board need not notice that it is gone.
@@ -197,6 +207,23 @@ class ControlPlane:
                 return bytes(self._store.get(key))
         except DistError as error:
             raise _lost(f"{name} of rank {rank}", timeout_s, self._without_answer({rank: key}), error) from error
+
+    def collected(self, name: str) -> list[bytes] | None:
+        """Return what every rank has published under `name`, in rank order, or None if some have not. Never waits.
+
+        Raises:
+            ControlPlaneError: the store is gone.
+        """
+        keys = [f"{name}@{rank}" for rank in range(self.world_size)]
+        try:
+            with self._connection.patient():
+                return [bytes(value) for value in self._store.multi_get(keys)] if self._store.check(keys) else None
+        except DistError as error:
+            raise _lost(name, 0.0, [], error) from error
+
+    def unpublished(self, name: str) -> list[int]:
+        """Return the ranks that have not published `name`, as far as the store tells in a second."""
+        return self._without_answer({rank: f"{name}@{rank}" for rank in range(self.world_size)})
 
     def settle(self, name: str, value: bytes) -> bytes:
         """Settle what `name` is: `value`, unless some rank has settled it before. Return what it is now, for everyone.
