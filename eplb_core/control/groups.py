@@ -18,6 +18,8 @@ from eplb_core.control.rendezvous import meet
 from eplb_core.control.store_connection import connect
 from eplb_core.errors import InputError
 
+_MEET_S = 1.0  # that ranks have to meet at a store that took nearly all of the timeout to connect to
+
 
 @runtime_checkable
 class GroupCoordinator(Protocol):
@@ -87,12 +89,31 @@ class StatelessGroup:
         world_size: the number of ranks.
         store: a store that no other group, and no other incarnation of this one, writes to: give each a prefix.
         device_communicator: the engine's own device communicator, or None.
+
+    Raises:
+        InputError: the rank is not one of the group, or the store is none.
     """
 
     rank_in_group: int
     world_size: int
     store: dist.Store
     device_communicator: object | None = None
+
+    def __post_init__(self) -> None:
+        """Check what would else be found out by the other ranks, in vain.
+
+        Raises:
+            InputError: the rank is not one of the group, or the store is none.
+        """
+        for name, number in (("rank_in_group", self.rank_in_group), ("world_size", self.world_size)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise InputError(f"{name} is {number!r}, which is not a whole number")
+        if not 0 <= self.rank_in_group < self.world_size:
+            raise InputError(
+                f"there is no rank {self.rank_in_group} in a group of {self.world_size}", why="ranks are counted from 0"
+            )
+        if not isinstance(self.store, dist.Store):
+            raise InputError(f"the store is a {type(self.store).__name__}", remedy="give a torch.distributed.Store")
 
     @property
     def cpu_group(self) -> None:
@@ -152,7 +173,8 @@ def open_control_plane(
     rank, world_size = group.rank_in_group, group.world_size
     began = time.monotonic()
     connection = connect(store, timeout_s)
-    name = meet(connection, place, rank, world_size, max(timeout_s - (time.monotonic() - began), 0.001))
+    left_s = max(timeout_s - (time.monotonic() - began), min(timeout_s, _MEET_S))
+    name = meet(connection, place, rank, world_size, left_s)
     if answer_s is not None:
         connection.answer_within(answer_s)
     store = dist.PrefixStore(f"eplb/{name}", connection.store)

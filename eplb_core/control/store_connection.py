@@ -24,6 +24,7 @@ from eplb_core.errors import ControlPlaneError
 
 _DESCRIPTORS = Path("/proc/self/fd")
 _GRACE_S = 1.0  # for the store to say that a wait has timed out
+_LOOK_UP_S = 1.0  # more for a connection: torch looks the address's name up, and a name server may be slow
 _REMEDY = "start again; a store outside the workers, such as torchrun's, outlives them"
 _one_at_a_time = threading.Lock()  # so that each finds its own socket
 
@@ -130,7 +131,7 @@ def connect(store: Store, timeout_s: float) -> StoreConnection:
     alone = _one_at_a_time.acquire(timeout=timeout_s / 4)
     try:
         thread.start()
-        thread.join(timeout_s)
+        thread.join(timeout_s + _LOOK_UP_S)
     finally:
         if alone:
             _one_at_a_time.release()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, TorchGroups
+from eplb_core.errors import InputError
 from eplb_core.factory.create import create_eplb_communicator
 from tests.support.ranks import Member, Report, Scenario, error_of, run_scenarios
 
@@ -246,3 +247,17 @@ def test_a_group_without_anything_to_meet_at_is_refused(stateless_report: Report
 def test_every_rank_exits_in_order(report: Report, stateless_report: Report) -> None:
     assert report.exit_codes == [0] * RANKS
     assert stateless_report.exit_codes == [0] * 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "said"),
+    [(7, 3, "no rank 7 in a group of 3"), (1, 1, "no rank 1"), (-1, 2, "no rank -1"), ("0", 2, "rank_in_group is '0'")],
+)
+def test_a_rank_that_is_not_in_the_group_is_refused(rank: Any, size: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        StatelessGroup(rank, size, dist.HashStore())
+
+
+def test_what_is_no_store_is_refused() -> None:
+    with pytest.raises(InputError, match="the store is a str"):
+        StatelessGroup(0, 2, "127.0.0.1:29500")  # type: ignore[arg-type]
