@@ -42,7 +42,8 @@ class ExpertWeights:
 
     Args:
         weights: `weights[layer][tensor]`, first dimension = local slots; any further shape, any dtype, layers may
-            differ. A row, one slot of one tensor, has to be contiguous; the tensor need not be.
+            differ. A row, one slot of one tensor, must be without gaps in memory, in any order of its dimensions; the
+            tensor need not be.
 
     Raises:
         InputError: no layers, no tensors, different slot counts or devices, rows that are not contiguous, or rows that
@@ -53,6 +54,7 @@ class ExpertWeights:
         if not weights or not all(len(layer) for layer in weights):
             raise InputError("weights have to hold at least one layer, and every layer at least one tensor")
         first = weights[0][0]
+        _check_kind(first, "layer 0, tensor 0")
         self._by_layer = [list(layer) for layer in weights]
         self.tensors = [tensor for layer in weights for tensor in layer]
         self.device = first.device
@@ -60,6 +62,7 @@ class ExpertWeights:
         self._forms: dict[tuple[tuple[int, torch.dtype], ...], int] = {}
         self.layers = [self._layout(number, layer) for number, layer in enumerate(weights)]
         self._refuse_shared_memory()
+        self._places = [tensor.data_ptr() for tensor in self.tensors]
         self.expert_bytes: IntArray = np.array(
             [sum(_aligned(row.shape[1]) for row in layer.rows) for layer in self.layers], np.int64
         )
@@ -109,14 +112,34 @@ class ExpertWeights:
 
     @functools.cached_property
     def description(self) -> str:
-        """What has to be the same on every rank: bytes and dtypes of each layer's tensors."""
+        """What must be the same on every rank: bytes, dtypes and order in memory of each layer's tensors."""
         tensors = iter(self.tensors)
         layers = [
             # The rows come first: zip then takes no tensor too many.
-            " + ".join(f"{row.shape[1]} B {tensor.dtype}" for row, tensor in zip(layer.rows, tensors, strict=False))
+            " + ".join(
+                f"{row.shape[1]} B {tensor.dtype}{_order_of(tensor)}"
+                for row, tensor in zip(layer.rows, tensors, strict=False)
+            )
             for layer in self.layers
         ]
         return f"{self.num_slots} slots, " + "; ".join(layers)
+
+    def check_places(self) -> None:
+        """Raise if a tensor has other memory than at first, as after `parameter.data = ...`.
+
+        Raises:
+            InputError: it names the layer and the tensor.
+        """
+        for number, (tensor, place) in enumerate(zip(self.tensors, self._places, strict=True)):
+            if tensor.data_ptr() != place:
+                layers = [(n, i) for n, layer in enumerate(self._by_layer) for i in range(len(layer))]
+                layer, index = layers[number]
+                raise InputError(
+                    "a tensor has other memory than when the rearranger was made",
+                    where=f"layer {layer}, tensor {index}",
+                    why="experts would be moved in memory that the engine does not read any more",
+                    remedy="make a new Rearranger, on all ranks",
+                )
 
     def _refuse_shared_memory(self) -> None:
         """Raise if any two rows have a byte in common: what is received for one would end up in the other."""
@@ -144,19 +167,21 @@ class ExpertWeights:
     def _layout(self, number: int, layer: Sequence[torch.Tensor]) -> LayerLayout:
         rows = []
         for index, tensor in enumerate(layer):
-            where = f"layer {number}, tensor {index}, shape {tuple(tensor.shape)}"
+            where = f"layer {number}, tensor {index}"
+            _check_kind(tensor, where)
+            where += f", shape {tuple(tensor.shape)}"
             if tensor.dim() == 0 or tensor.shape[0] != self.num_slots:
                 raise InputError(
                     "the first dimension has to be the local slots", where=where, why=f"the first has {self.num_slots}"
                 )
             if tensor.device != self.device:
                 raise InputError("all weights have to lie on one device", where=where, why=f"{tensor.device}")
-            if self.num_slots and not tensor[0].is_contiguous():
+            if self.num_slots and not _is_dense(tensor[0]):
                 raise InputError(
-                    "a slot's row is not contiguous",
+                    "a slot's row has gaps",
                     where=where,
                     why=f"strides {tuple(tensor.stride())}",
-                    remedy="give weights whose rows are contiguous, such as .contiguous() or a view per slot",
+                    remedy="give a view of the same memory whose rows have none; a copy would be moved in its place",
                 )
             rows.append(_rows_as_bytes(tensor))
         starts = np.cumsum([0] + [_aligned(row.shape[1]) for row in rows])
@@ -166,6 +191,42 @@ class ExpertWeights:
         form = tuple((row.shape[1], word.dtype) for row, word in zip(rows, words[0] if words else rows, strict=True))
         number = self._forms.setdefault(form, len(self._forms))
         return LayerLayout(tuple(rows), tuple(int(start) for start in starts[:-1]), payloads, words, number)
+
+
+def _check_kind(tensor: object, where: str) -> None:
+    """Raise if something is no plain tensor with memory of its own."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InputError(f"a {type(tensor).__name__} instead of a torch tensor", where=where)
+    kind = type(tensor).__name__
+    remedy = "give the tensors that hold its bytes"
+    if callable(getattr(tensor, "to_local", None)):
+        raise InputError(f"a {kind} is spread over ranks", where=where, remedy="give this rank's part, .to_local()")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        what = "a quantised tensor" if tensor.is_quantized else f"a tensor of layout {tensor.layout}"
+        raise InputError(f"{what} has no rows of bytes", where=where, remedy=remedy)
+    if tensor.device.type == "meta":
+        raise InputError("a tensor on the meta device has no bytes", where=where)
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:  # a wrapper, which has no memory itself
+        raise InputError(f"a {kind} wraps other tensors", where=where, remedy=remedy)
+
+
+def _is_dense(row: torch.Tensor) -> bool:
+    """Whether a row has no gaps in memory, in whatever order its dimensions lie."""
+    expected = 1
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(row.stride(), row.shape, strict=True) if size != 1
+    ):
+        if stride != expected:
+            return not row.numel()
+        expected *= size
+    return True
+
+
+def _order_of(tensor: torch.Tensor) -> str:
+    """Return how rows lie in memory, unless their last dimension is the innermost."""
+    if not tensor.shape[0] or tensor[0].is_contiguous():
+        return ""
+    return f" with strides {tuple(tensor.stride()[1:])}"
 
 
 def _rows_as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -117,3 +117,92 @@ def no_slots() -> Weights:
 def test_views_of_one_storage_that_share_no_byte_are_taken(make: Callable[[], Weights]) -> None:
     weights = make()
     assert ExpertWeights(weights).num_slots == weights[0][0].shape[0]
+
+
+def transposed() -> Weights:
+    return [[torch.zeros(3, 4, 8).transpose(1, 2), torch.zeros(3, 2, 4, 8).permute(0, 3, 1, 2)]]
+
+
+def column_major_scales() -> Weights:
+    return [[torch.zeros(3, 8, 4).mT, torch.zeros(3, 1, 5).mT]]
+
+
+@pytest.mark.parametrize("make", [transposed, column_major_scales], ids=lambda make: make.__name__)
+def test_rows_may_have_their_dimensions_in_any_order(make: Callable[[], Weights]) -> None:
+    weights = make()
+    for tensor in weights[0]:
+        tensor.copy_(torch.arange(tensor.numel(), dtype=tensor.dtype).view(tensor.shape))
+    seen = ExpertWeights(weights)
+    for number, tensor in enumerate(weights[0]):
+        for slot in range(3):
+            values = seen.slot(0, slot)[number].view(torch.float32)
+            assert sorted(values.tolist()) == sorted(tensor[slot].flatten().tolist())
+
+
+def test_how_rows_lie_is_part_of_what_the_ranks_compare() -> None:
+    plain, other = torch.zeros(3, 4, 8), torch.zeros(3, 8, 4).transpose(1, 2)
+    assert plain.shape == other.shape
+    assert ExpertWeights([[plain]]).description != ExpertWeights([[other]]).description
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(3, 4, 8)[:, :, ::2], torch.zeros(3, 4, 8)[:, :, :5]], ids=["every other", "a part"]
+)
+def test_rows_with_gaps_are_refused_and_no_copy_is_advised(tensor: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="a slot's row has gaps") as error:
+        ExpertWeights([[tensor]])
+    assert error.value.remedy is not None
+    assert ".contiguous()" not in error.value.remedy
+    assert "a copy would be moved in its place" in error.value.remedy
+
+
+class Wrapper(torch.Tensor):
+    """As a quantised weight: two tensors that look like one."""
+
+    @staticmethod
+    def __new__(cls, size: tuple[int, ...]) -> Wrapper:
+        made: Wrapper = torch.Tensor._make_wrapper_subclass(cls, size)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        raise NotImplementedError
+
+
+class Local(torch.Tensor):
+    """As torch.distributed's DTensor."""
+
+    def to_local(self) -> torch.Tensor:
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(3, 4).to_sparse(), "layout torch.sparse_coo has no rows"),
+        (torch.quantize_per_tensor(torch.zeros(3, 4), 1.0, 0, torch.qint8), "a quantised tensor"),
+        (torch.zeros(3, 4, device="meta"), "on the meta device has no bytes"),
+        (Wrapper((3, 4)), "a Wrapper wraps other tensors"),
+        (torch.zeros(3, 4).as_subclass(Local), "give this rank's part, .to_local()"),
+        (torch.zeros(3, 4).numpy(), "a ndarray instead of a torch tensor"),
+        (None, "a NoneType instead"),
+    ],
+    ids=["sparse", "quantised", "meta", "wrapper", "DTensor", "numpy", "None"],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_is_no_plain_tensor_is_refused_by_name(tensor: torch.Tensor, said: str, place: int) -> None:
+    layer = [torch.zeros(3, 2), torch.zeros(3, 2)]
+    layer[place] = tensor
+    with pytest.raises(InputError, match=re.escape(said)) as error:
+        ExpertWeights([layer])
+    assert f"layer 0, tensor {place}" in str(error.value)
+
+
+def test_a_tensor_that_got_other_memory_is_noticed() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3, 4))
+    weights = ExpertWeights([[torch.zeros(3, 2), parameter]])
+    weights.check_places()
+    parameter.data = torch.ones(3, 4)
+    with pytest.raises(InputError, match="other memory than when the rearranger was made") as error:
+        weights.check_places()
+    assert "layer 0, tensor 1" in str(error.value)
