@@ -5,10 +5,11 @@ Every promise is stated in these docstrings and checked by the same tests for ev
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from eplb_core.contract.context import Binding
 from eplb_core.contract.stats import TransferStats
@@ -63,6 +64,12 @@ class EplbCommunicator(ABC):
 
     _stream: torch.cuda.Stream | None = None
     _binding: Binding | None = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Have what runs on a communicator, such as a background job, end before it is closed."""
+        super().__init_subclass__(**keywords)
+        if "close" in cls.__dict__:
+            cls.close = _ending_users(cls.close)  # type: ignore[method-assign, assignment]
 
     @abstractmethod
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:
@@ -193,7 +200,8 @@ class EplbCommunicator(ABC):
 
         An error while closing means that the peers could not be informed, never that resources are still held.
         """
-        return
+        if self._binding is not None:
+            self._binding.closes()
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
@@ -257,3 +265,16 @@ class EplbCommunicator(ABC):
     ) -> None:
         """Close, even if the block raised."""
         self.close()
+
+
+_Communicator = TypeVar("_Communicator", bound=EplbCommunicator)
+
+
+def _ending_users(close: Callable[[_Communicator], None]) -> Callable[[_Communicator], None]:
+    @functools.wraps(close)
+    def end_users_and_close(self: _Communicator) -> None:
+        if self._binding is not None:
+            self._binding.closes()
+        close(self)
+
+    return end_users_and_close

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -57,6 +58,7 @@ class Binding:
         plugins: the plugins that receive its events; None for the installed plugins.
         timeout_s: the `timeout` option: the longest that any wait for a peer may take, in seconds.
         background: whether the backend may run beside inference, on a thread of its own.
+        shared: what all users of the communicator on this rank have in common, by a name of theirs.
     """
 
     config: str
@@ -64,9 +66,33 @@ class Binding:
     plugins: EventSink | None = field(default=None, repr=False)
     timeout_s: float = 60.0
     background: bool = False
+    shared: dict[str, Any] = field(default_factory=dict, repr=False)
+    _attempts: int = field(default=0, repr=False)
     _scopes: int = field(default=0, repr=False)
+    _closing: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def next_scope(self, name: str) -> str:
         """Return a new name for `ControlPlane.scoped`, the same on every rank that asks in the same order."""
         self._scopes += 1
         return f"{name}/{self._scopes}"
+
+    def next_attempt(self) -> int:
+        """Return how often this rank has asked, this time included."""
+        self._attempts += 1
+        return self._attempts
+
+    def before_closing(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have `call` called before the communicator is closed, while it can be used still; return what undoes that."""
+        self._closing.append(call)
+
+        def undo() -> None:
+            if call in self._closing:
+                self._closing.remove(call)
+
+        return undo
+
+    def closes(self) -> None:
+        """Call what is to be called before the communicator is closed, once."""
+        calls, self._closing = self._closing, []
+        for call in calls:
+            call()

@@ -35,6 +35,8 @@ _RANKS_PER_WORD = 60  # a count of the store is a signed number of 64 bits
 _NAP_S = 50e-6
 _LONGEST_NAP_S = 20e-3  # so that many ranks that wait for one do not keep the store busy
 _WATCH_S = 0.2
+_AFTER_TRANSFERS_S = 1.5
+"""How much longer a decision waits than a transfer: who waits in a transfer knows better which rank is late."""
 _TEXT_LIMIT = 2000  # characters of an error that the other ranks are told
 
 
@@ -98,6 +100,7 @@ class CommitRecord:
         outcome: Callable[[], str] | str = COMMIT,
         *,
         watch: Callable[[], TransferError | None] | None = None,
+        interrupted: Callable[[], TransferError | None] = lambda: None,
     ) -> Decision:
         """Say yes to `key`, wait until every rank has or one has settled it otherwise, and return the decision.
 
@@ -106,6 +109,7 @@ class CommitRecord:
             outcome: what the last rank settles; called on that rank alone.
             watch: asked a few times a second while others are missing, in place of the record's timeout; what it
                 returns aborts.
+            interrupted: asked all the time; what it returns is why this rank does not go on, and aborts likewise.
 
         Raises:
             ControlPlaneError: the store is gone.
@@ -117,6 +121,8 @@ class CommitRecord:
         began = watched = time.monotonic()
         while (decision := self._peek(key)) is None:
             now = time.monotonic()
+            if (reason := interrupted()) is not None:
+                return self.abort(key, reason)
             if now - watched > _WATCH_S:
                 watched = now
                 if not self.missing(key):
@@ -125,7 +131,7 @@ class CommitRecord:
                 error = None if watch is None else watch()
                 if error is not None:
                     return self.abort(key, error)
-            if watch is None and now - began > self._timeout_s:
+            if watch is None and now - began > self._timeout_s + _AFTER_TRANSFERS_S:
                 return self.abort(key, self._late(key))
             time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, (now - began) / 10)))
         return decision
@@ -184,6 +190,10 @@ class CommitRecord:
         """Remove a key whose decision every rank has read."""
         names = [_decision(key), *(f"{key}/{word}" for word in range(self._words))]
         self._control.forget(names if self._words == 1 else [*names, f"{key}/words"])
+
+    def forget_flags(self, *names: str) -> None:
+        """Remove flags, and the signs of life of all ranks."""
+        self._control.forget([*names, *map(_beat, range(self._control.world_size))])
 
     def _say_yes(self, key: str) -> bool:
         """Return whether this rank was the last one."""

@@ -13,7 +13,11 @@ So at every moment the placement is that of the steps whose outcome is a commit,
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +25,7 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
-from eplb_core.control.commit_record import COMMIT, CommitRecord, Decision
+from eplb_core.control.commit_record import COMMIT, CommitRecord, Decision, error_of
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, InputError, TransferError
 from eplb_core.planning.plan import RearrangementPlan
 from eplb_core.rearrange.job_receiver import Receiver
@@ -32,6 +36,10 @@ from eplb_core.rearrange.step_runner import PhaseTimes, StepRunner
 from eplb_core.transport.streams import mark
 
 DROP = "drop"
+_JOIN_S = 2.0  # more than any wait of the thread takes
+
+logger = logging.getLogger(__name__)
+_under_way: weakref.WeakSet[RearrangeJob] = weakref.WeakSet()
 
 
 class RearrangeJob:
@@ -81,6 +89,7 @@ class RearrangeJob:
         self._total_bytes = sum(map(runner.incoming_bytes, state.steps))
         self._result: RearrangeResult | None = None
         self._settled = False
+        self._forget_closing: Callable[[], None] = lambda: None
 
     # --- for the engine ---------------------------------------------------------------------------------------------
 
@@ -162,6 +171,7 @@ class RearrangeJob:
         ready = self._await_ready(layer)
         decision = self._settle(ready.number, COMMIT)
         if decision.outcome != COMMIT:
+            self._note_given_up(decision)
             raise TransferError(
                 f"layer {layer} was given up before it could be committed",
                 peers=[] if decision.rank == self._rank else [decision.rank],
@@ -195,19 +205,59 @@ class RearrangeJob:
             return self._result
         deadline = None if timeout is None else time.monotonic() + timeout
         while (ready := self._next_or_end(deadline)) is not None:
-            if self._settle(ready.number, COMMIT).outcome == COMMIT:
+            decision = self._settle(ready.number, COMMIT)
+            if decision.outcome == COMMIT:
                 self._copy(ready)
             else:
+                self._note_given_up(decision)
                 self._drop(ready)
         self._receiver.join()
         return self._end()
+
+    def forget(self) -> None:
+        """Have the store forget what the ranks have decided in this job, which has ended on all of them."""
+        for question in (*self._receiver.records(), *map(_outcome, range(len(self._state.steps)))):
+            self._record.forget(question)
+        self._record.forget_flags(CANCEL)
 
     # --- engine's thread --------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Start receiving."""
         self._reporter.started()
+        _under_way.add(self)
+        itself = weakref.ref(self)
+
+        def abandon() -> None:
+            if (job := itself()) is not None:
+                job.abandon("closed its communicator")
+
+        self._forget_closing = self._communicator.binding.before_closing(abandon)
         self._receiver.begin(self._engine_stream)
+
+    def abandon(self, why: str) -> None:
+        """Stop serving the job, if it has not ended, and tell the other ranks; `wait` tells how far it came.
+
+        Args:
+            why: what this rank did, for the error that all ranks raise.
+        """
+        if self._settled:
+            return
+        reason = TransferError(
+            f"rank {self._rank} {why} while a background job was under way",
+            phase="commit",
+            remedy="call wait(), or cancel() and then wait(), first",
+        )
+        self._state.abandon(reason)
+        self._receiver.join(self._timeout_s + _JOIN_S)
+        with self._state.changed:
+            left = list(self._state.ready)
+            if self._state.error is None and len(self._state.committed) < len(self._state.steps):
+                self._state.error = reason
+        given_up = Decision(DROP, self._rank, type(reason).__name__, reason.what, phase=reason.phase)
+        with contextlib.suppress(ControlPlaneError):  # the store is gone, as all ranks see
+            for ready in left:
+                self._record.settle(_outcome(ready.number), given_up)
 
     def _await_ready(self, layer: int) -> Ready:
         """Return the first step of `layer` that is ready. Another rank may have seen a moment earlier that it is."""
@@ -281,6 +331,13 @@ class RearrangeJob:
         self._reporter.committed(ready.number, self._state.steps[ready.number], time.perf_counter() - ready.began)
         return placement
 
+    def _note_given_up(self, decision: Decision) -> None:
+        """Fail if another rank dropped a step because it does not serve the job any more; a cancelled job does not."""
+        if decision.error and decision.rank != self._rank:
+            with self._state.changed:
+                self._state.error = self._state.error or error_of(decision, self._rank, usable=False)
+                self._state.changed.notify_all()
+
     def _drop(self, ready: Ready) -> None:
         with self._state.changed:
             self._state.ready.remove(ready)
@@ -290,6 +347,8 @@ class RearrangeJob:
     def _end(self) -> RearrangeResult:
         """Settle what was received and not committed, then return or raise."""
         self._settled = True
+        _under_way.discard(self)
+        self._forget_closing()
         self._communicator.set_stream(self._engine_stream)
         try:
             self._settle_rest()
@@ -342,3 +401,12 @@ class RearrangeJob:
 
 def _outcome(number: int) -> str:
     return f"outcome of step {number}"
+
+
+@atexit.register
+def _end_all() -> None:
+    """End the threads of jobs that nobody waits for: Python would end them in the middle, and the process with them."""
+    for job in list(_under_way):
+        if not job.ended:
+            logger.warning("a background job was not waited for; it is given up on all ranks")
+            job.abandon("came to its end")

@@ -63,6 +63,7 @@ class Receiver:
         self._arriving: Ready | None = None
         self._key = _go(0)  # the one that the thread is at
         self._began = time.monotonic()  # the transfer that it is at
+        self._furthest = 0  # the step that it is at
         self._bursts_between_questions = (
             1 << 30 if self._pace is None else max(1, round(_CANCEL_WITHIN_S / self._pace.burst_s))
         )
@@ -80,9 +81,10 @@ class Receiver:
         self._communicator.set_stream(self._stream)
         self._thread.start()
 
-    def join(self) -> None:
-        """Wait for the end of the thread."""
-        self._thread.join()
+    def join(self, timeout_s: float | None = None) -> None:
+        """Wait for the end of the thread, if it was started."""
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
 
     def _work(self) -> None:
         number = 0
@@ -92,7 +94,7 @@ class Receiver:
             self._communicator.trust_matching(True)
             try:
                 for number, step in enumerate(self._state.steps):
-                    self._key = _go(number)
+                    self._key, self._furthest = _go(number), number
                     if not self._may_go(number) or not self._receive(number, step):
                         break
                     self._forget(number)
@@ -138,6 +140,8 @@ class Receiver:
         with self._state.changed:
             while not (self._state.cancelling or self._state.stopped) and not self._has_room(number):
                 now = time.monotonic()
+                if self._state.abandoned is not None:
+                    raise self._state.abandoned
                 if now > deadline:
                     raise TransferError(
                         f"rank {self._rank} has not committed what was ready within {self._commit_timeout_s:g} s",
@@ -155,7 +159,12 @@ class Receiver:
     def _goes_on(self, key: str, watch: Callable[[], TransferError | None] | None = None) -> bool:
         """Ask all ranks whether to go on; return False if one of them has cancelled the job."""
         began = time.perf_counter()
-        decision = self._record.decide(key, lambda: STOP if self._record.flag(CANCEL) else COMMIT, watch=watch)
+        decision = self._record.decide(
+            key,
+            lambda: STOP if self._record.flag(CANCEL) else COMMIT,
+            watch=watch,
+            interrupted=self._abandoned,
+        )
         with self._state.changed:
             self._state.times.add("decide", time.perf_counter() - began)
             if decision.outcome == STOP:
@@ -164,6 +173,9 @@ class Receiver:
         if decision.aborted:
             raise error_of(decision, self._rank, usable=decision.usable)
         return decision.outcome == COMMIT
+
+    def _abandoned(self) -> TransferError | None:
+        return self._state.abandoned
 
     def _has_room(self, number: int) -> bool:
         """Whether the step's part of the window is free, and what it sends from is committed here."""
@@ -190,7 +202,9 @@ class Receiver:
                     return False
             nbytes = self._runner.incoming_slices(step, burst)
             if self._pace is not None:
-                self._pace.wait(nbytes)
+                self._pace.wait(nbytes, self._abandoned)
+            if (abandoned := self._abandoned()) is not None:
+                raise abandoned
             self._began = time.monotonic()
             stats = self._runner.transfer_slices(step, burst, part).wait()
             with self._state.changed:
@@ -201,7 +215,7 @@ class Receiver:
                         self._state.times.add(phase, seconds)
         self._key = _have(number)
         self._arriving = Ready(number, part, mark(self._device, self._stream), began)
-        decision = self._record.decide(self._key)
+        decision = self._record.decide(self._key, interrupted=self._abandoned)
         if decision.aborted:
             raise error_of(decision, self._rank, usable=decision.usable)
         self._arrived()
@@ -226,6 +240,16 @@ class Receiver:
             for key in (_go(number - 1), _have(number - 1), *(_going_on(number - 1, i) for i in bursts if i)):
                 self._record.forget(key)
 
+    def records(self) -> list[str]:
+        """Return the keys that may be left at the store when the job has ended on all ranks."""
+        last = max(0, len(self._state.steps) - 1)
+        questions = [_go(last), _have(last), _go(last + 1)]
+        for number in range(len(self._state.steps)):
+            if number >= self._furthest - 1:
+                bursts = range(0, len(self._bursts(self._state.steps[number])), self._bursts_between_questions)
+                questions += [_go(number), _have(number), *(_going_on(number, i) for i in bursts if i)]
+        return questions
+
     def _fail(self, number: int, error: BaseException) -> None:
         """Tell the other ranks, at the first key that is not decided, and keep the error."""
         raised = error
@@ -246,6 +270,7 @@ class Receiver:
 
     def _settle_failure(self, number: int, error: BaseException) -> BaseException:
         """Return what to raise: `error`, or one that names who is really to blame."""
+        # As far as `_receive` asks, and not further: an answer to a question that nobody asks is never read.
         between = range(self._bursts_between_questions, len(self._bursts(self._state.steps[number])))
         later = [_going_on(number, i) for i in between if i % self._bursts_between_questions == 0]
         keys = [_go(number), *later, _have(number), _go(number + 1)]

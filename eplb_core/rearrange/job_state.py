@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from eplb_core.arrays import IntArray
+from eplb_core.errors import TransferError
 from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.step_runner import PhaseTimes
 from eplb_core.scheduling.schedule import Step
@@ -55,6 +56,7 @@ class JobState:
         self.times = PhaseTimes()
         self.cancelling = False  # said on this rank
         self.stopped = False  # on all ranks
+        self.abandoned: TransferError | None = None  # why this rank does not serve the job any more
         self.error: BaseException | None = None
         self.unknown: set[int] = set()  # steps that other ranks may have committed: the store died before it told
 
@@ -76,6 +78,12 @@ class JobState:
         for number in self.unknown:
             changes = self.steps[number].changes
             self.placement[changes[:, 0], changes[:, 1]] = EMPTY
+
+    def abandon(self, reason: TransferError) -> None:
+        """Have the thread give up, and tell the other ranks, as soon as it can."""
+        with self.changed:
+            self.abandoned = self.abandoned or reason
+            self.changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Keep an error for the engine's thread."""

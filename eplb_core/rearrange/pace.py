@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 import time
+from collections.abc import Callable
 
 from eplb_core.contract.quantities import ValueTextError, parse_bytes
 from eplb_core.errors import InputError
 
+_LOOK_S = 0.1  # how often a long wait asks whether it is still wanted
 _BURST_S = 0.02
 _SMALLEST_BURST = 64 << 10
 _SPACE_BEFORE_UNIT = re.compile(r"(?<=[0-9])\s+(?=[A-Za-z])")
@@ -32,9 +35,10 @@ def parse_pace(pace: str | float) -> float:
             raise InputError(
                 f"{pace!r} is not a pace", why=str(error), remedy="write a size a second, such as 20GB/s"
             ) from None
-    if not 0 < pace < float("inf"):
-        raise InputError(f"a pace must be above 0 bytes a second, not {pace:g}")
-    return float(pace)
+    given: object = pace
+    if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 < float(given) < float("inf"):
+        raise InputError(f"a pace must be above 0 bytes a second, not {given!r}")
+    return float(given)
 
 
 class Pace:
@@ -58,10 +62,12 @@ class Pace:
         """How long such a burst takes at this rate, in seconds."""
         return self.burst_bytes / self.bytes_per_s
 
-    def wait(self, nbytes: int) -> None:
-        """Wait until the next `nbytes` may go. What was not used while nothing moved is lost, all but one burst."""
+    def wait(self, nbytes: int, ended: Callable[[], object] = lambda: None) -> None:
+        """Wait until the next `nbytes` may go, or `ended` returns something.
+
+        What was not used while nothing moved is lost, all but one burst.
+        """
         self._free_at = max(self._free_at, time.monotonic() - _BURST_S)
-        pause = self._free_at - time.monotonic()
-        if pause > 0:
-            time.sleep(pause)
+        while (pause := self._free_at - time.monotonic()) > 0 and not ended():
+            time.sleep(min(pause, _LOOK_S))
         self._free_at += nbytes / self.bytes_per_s
