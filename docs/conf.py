@@ -40,6 +40,7 @@ python_maximum_signature_line_length = 100
 # and building these pages needs none.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|socket|types)\..*"),
+    ("py:class", r"eplb_core\.control\.store_connection\.StoreConnection"),  # the core's own
     # Type variables.
     ("py:class", r"eplb_core\.(transport\.deadline\.Result|testing\.(context\._T|in_process\.Result))"),
 ]

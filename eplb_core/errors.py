@@ -198,7 +198,10 @@ class ControlPlaneError(EplbError, RuntimeError):
 
     Attributes:
         missing: group ranks that did not answer, sorted; empty if unknown.
+        placement: what the slots hold, int64 `[layers, slots]`, if it was in a rearrangement.
     """
+
+    placement: npt.NDArray[np.int64] | None = None
 
     def __init__(
         self,

@@ -68,13 +68,7 @@ class Binding:
     background: bool = False
     shared: dict[str, Any] = field(default_factory=dict, repr=False)
     _attempts: int = field(default=0, repr=False)
-    _scopes: int = field(default=0, repr=False)
     _closing: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    def next_scope(self, name: str) -> str:
-        """Return a new name for `ControlPlane.scoped`, the same on every rank that asks in the same order."""
-        self._scopes += 1
-        return f"{name}/{self._scopes}"
 
     def next_attempt(self) -> int:
         """Return how often this rank has asked, this time included."""

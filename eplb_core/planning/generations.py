@@ -55,9 +55,26 @@ def reverse_mapping(new_rank_of: Mapping[int, int]) -> dict[int, int]:
     Raises:
         PlacementError: two ranks have the same new rank.
     """
-    stays = {rank: new for rank, new in new_rank_of.items() if new != GONE}
+    stays = {rank: new for rank, new in as_mapping(new_rank_of).items() if new != GONE}
     _check_distinct(stays)
     return {new: rank for rank, new in stays.items()}
+
+
+def as_mapping(new_rank_of: object) -> dict[int, int]:
+    """Return a mapping from rank to rank as a dict of plain numbers.
+
+    Raises:
+        PlacementError: it is no mapping, or a rank in it is not a whole number.
+    """
+    if not isinstance(new_rank_of, Mapping):
+        raise PlacementError(
+            f"a mapping from rank to rank is a {type(new_rank_of).__name__}",
+            remedy="give a dict, old rank -> new rank; rank_mapping makes one of the members of both generations",
+        )
+    for rank in (*new_rank_of.keys(), *new_rank_of.values()):
+        if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+            raise PlacementError(f"the mapping names rank {rank!r}, which is not a whole number")
+    return {int(rank): int(new) for rank, new in new_rank_of.items()}
 
 
 def remap_placement(
@@ -80,6 +97,7 @@ def remap_placement(
         PlacementError: the placement is not valid, or the mapping names a rank that does not exist, or names one twice.
     """
     array = check_placement(placement, num_ranks)
+    new_rank_of = as_mapping(new_rank_of)
     stays = {rank: new for rank, new in new_rank_of.items() if new != GONE}
     _check_mapping(stays, num_ranks, new_num_ranks)
     for rank in new_rank_of.keys() - stays.keys():

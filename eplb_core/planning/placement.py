@@ -19,6 +19,23 @@ _LARGEST_EXPERT = 2**31 - 1
 _LARGEST_TABLE = 2**22  # entries; a larger one takes longer than a search
 
 
+def as_array(placement: object) -> npt.ArrayLike:
+    """Return a placement so that numpy can read it: a torch tensor may lie on any device.
+
+    Raises:
+        PlacementError: it is None, or a tensor that cannot be read.
+    """
+    if placement is None:
+        raise PlacementError("the new placement is None")
+    if callable(getattr(placement, "detach", None)) and callable(getattr(placement, "cpu", None)):
+        try:
+            read: npt.ArrayLike = placement.detach().cpu().numpy()  # type: ignore[attr-defined]
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise PlacementError("a placement cannot be read", why=f"{type(error).__name__}: {error}") from error
+        return read
+    return placement  # type: ignore[return-value]  # `check_placement` says what it is not
+
+
 def check_placement(
     placement: npt.ArrayLike, num_ranks: int, *, num_logical: int | None = None, name: str = "placement"
 ) -> IntArray:

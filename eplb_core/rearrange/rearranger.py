@@ -8,10 +8,10 @@ surviving rank holds what `error.placement` says, and that is the same on all of
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.contract.cuda_stream import as_cuda_stream
 from eplb_core.control.agreement import not_all_answered
+from eplb_core.control.call import Call, Calls
 from eplb_core.control.commit_record import CommitRecord
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
@@ -32,16 +33,17 @@ from eplb_core.errors import (
     IntegrityError,
     TransferError,
 )
-from eplb_core.planning.generations import remap_placement, reverse_mapping
+from eplb_core.planning.generations import as_mapping, remap_placement, reverse_mapping
+from eplb_core.planning.placement import EMPTY, as_array
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
-from eplb_core.rearrange.agree_on_plan import Agreed, agree_on_plan
+from eplb_core.rearrange.agree_on_plan import Agreed, agree_on_plan, as_problem, refuse, stands
 from eplb_core.rearrange.job import RearrangeJob
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import JobState
 from eplb_core.rearrange.known_plan import KnownPlan, KnownPlans
 from eplb_core.rearrange.live import LiveCheck, compare_live
 from eplb_core.rearrange.lost_experts import Loader, load_lost
-from eplb_core.rearrange.pace import parse_pace
+from eplb_core.rearrange.pace import Pace, parse_pace
 from eplb_core.rearrange.reporter import Reporter
 from eplb_core.rearrange.result import RearrangeResult
 from eplb_core.rearrange.run import Run, step_key
@@ -114,34 +116,47 @@ class Rearranger:
         binding = communicator.binding
         context = binding.context
         self._communicator = communicator
-        self._weights = ExpertWeights(weights)
-        if self._weights.device != context.device:
-            raise InputError(
-                f"the weights lie on {self._weights.device}, the communicator moves tensors on {context.device}"
-            )
+        # All rearrangers of a communicator have their calls in common: ranks may have made another number of them.
+        self._control: ControlPlane = context.control.scoped("rearrangements")
+        self._calls: Calls = binding.shared.setdefault("rearrangements", Calls(self._control, stands))
+        self._attempt = binding.next_attempt()
+        try:
+            self._weights = self._checked_weights(weights, context.device)
+            if window_bytes is not None:
+                _check_whole(window_bytes, "window_bytes", least=1)
+            if atomic not in (True, False):
+                raise InputError(f"atomic must be True or False, not {atomic!r}")
+            self._in_place_from = self._weigh_in_place(in_place, atomic=atomic)
+            self._node_of_rank = None if node_of_rank is None else [int(node) for node in node_of_rank]
+            if self._node_of_rank is not None:
+                self._check_nodes(self._node_of_rank, context.world_size)
+        except Exception as error:
+            problem = as_problem(error, "an argument of the rearranger cannot be used")
+            refuse(self._calls, problem, self._attempt)
+            if problem is error:
+                raise
+            raise problem from error
         self._atomic = atomic
-        self._in_place_from = self._weigh_in_place(in_place)
         self._rank = context.rank
         self._world_size = context.world_size
-        self._node_of_rank = None if node_of_rank is None else list(node_of_rank)
         self._relay = relay
         self._timeout_s = binding.timeout_s
-        self._control: ControlPlane = context.control.scoped(binding.next_scope("rearranger"))
         self._runner = StepRunner(communicator, self._weights, self._rank)
         self._beside: ControlPlane | None = None
-        self._runs = 0
-        self._looks = 0
-        self._known = KnownPlans()
+        self._plans = KnownPlans()
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
         self._placement: IntArray | None = None
-        self._finished: CommitRecord | None = None
-        self._finished_steps = 0
+        self._known = False  # whether the slots are what `_placement` says, or that is what the caller has said
+        self._leftovers: list[Callable[[], None]] = []
+        self._ended_job: RearrangeJob | None = None  # whose records are at the store until all ranks call again
         self._remembered: tuple[Literal["sample", "full"], dict[tuple[int, int], int]] | None = None
         self._forgotten: deque[Callable[[], None]] = deque()
         self._window = self._allocate(communicator.staging_limit_bytes if window_bytes is None else window_bytes)
         communicator.register(self._weights.tensors, landing=self._in_place_from is not None)
         communicator.register([self._window], landing=True)
+        with contextlib.suppress(ControlPlaneError):  # the next call raises it
+            self._calls.unsay()
 
     @property
     def window_bytes(self) -> int:
@@ -163,12 +178,13 @@ class Rearranger:
 
     def run(
         self,
-        old: npt.ArrayLike,
+        old: npt.ArrayLike | None,
         new: npt.ArrayLike,
         *,
         ranks_before: Mapping[int, int] | None = None,
         ranks_after: Mapping[int, int] | None = None,
         keep_slots: bool = False,
+        weights_changed: bool = False,
         loader: Loader | None = None,
         verify: Thoroughness = "off",
         progress: Callable[[int, int], None] | None = None,
@@ -178,7 +194,8 @@ class Rearranger:
         On a GPU the last copies may still be under way on the stream when it returns.
 
         Args:
-            old: int64 `[layers, slots]`, what every slot holds now; -1 for empty ones.
+            old: int64 `[layers, slots]`, what every slot holds now, -1 for empty ones; on any device. None for
+                `self.placement`.
             new: int64 `[layers, slots]`, what every slot shall hold.
             ranks_before: rank of the group that `old` speaks of -> its rank in this group, for each rank that is in
                 both. None if that is this group. Slots of ranks that joined are empty, those of ranks that left gone.
@@ -186,6 +203,9 @@ class Rearranger:
                 slots of ranks that leave end up empty; `result.placement` speaks of this group.
             keep_slots: let an expert that stays on a rank keep its slot, wherever `new` has it on that rank. Then
                 `result.placement` is where the experts are.
+            weights_changed: the caller has written to the slots since this rearranger did, so that `old` may differ
+                from `self.placement`. Without it, such an `old` is an error: it is most likely an older one, and
+                experts would be taken from slots that hold others.
             loader: brings the experts that no slot of `old` holds: called with `(layer, expert)` on each rank that
                 needs one, returns its tensors. Without it they are an error.
             verify: compare checksums of all experts before and after: not at all, of samples, of all bytes.
@@ -194,30 +214,36 @@ class Rearranger:
         Raises:
             PlacementError: a placement is not valid on any rank, or the window is too small for one expert.
             LostExpertsError: `new` needs experts that no slot of `old` holds, and there is no loader, or it failed.
-            InputError: the placements do not fit the weights, on any rank.
-            HandshakeError: the ranks were given different placements or weights, or one did not call. Nothing was
-                moved.
+            InputError: the placements do not fit the weights, or `old` is not what the slots hold.
+            HandshakeError: the ranks were given different placements or weights, one of them cannot use what it was
+                given, or one did not call. Nothing was moved, and all of them can call again.
             TransferError: a step failed. `error.placement` is what the slots hold, the same on every rank that
                 survives; `DecisionUnknownError` if the store died with its host.
             IntegrityError: with `verify`, experts differ from what they were; `error.placement` has -1 there.
         """
         began = time.perf_counter()
-        self._refuse_beside_a_job()
-        if verify not in THOROUGHNESS:
-            raise InputError(f"verify has to be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
+
+        def check() -> dict[str, str]:
+            if verify not in THOROUGHNESS:
+                raise InputError(f"verify must be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
+            if loader is not None and not callable(loader):
+                raise InputError(f"the loader is a {type(loader).__name__}, which cannot be called")
+            return {"call": "run", "verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)}
+
         scheduling = _Scheduling(self.window_bytes, self._communicator.transfer_limit_bytes, None, self._in_place_from)
-        agreed = self._agreed_plan(
+        call, agreed = self._agreed_plan(
             old,
             new,
+            check,
             ranks_before=ranks_before,
             ranks_after=ranks_after,
             keep_slots=keep_slots,
+            weights_changed=weights_changed,
             loads=loader is not None,
-            settings={"verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)},
-            scheduling=scheduling,
+            scheduling=lambda: scheduling,
         )
-        plan, steps = agreed.known.plan, self._schedule(agreed, scheduling)
-        record = CommitRecord(self._control.scoped(f"run {self._runs}"), self._timeout_s, self._forgotten)
+        plan, steps = agreed.known.plan, self._schedule(agreed, call, scheduling)
+        record = CommitRecord(call, self._timeout_s, self._forgotten)
         run = Run(
             steps,
             self._window,
@@ -232,32 +258,34 @@ class Rearranger:
         self._job = None
         run.reporter.started()
         try:
-            expected = self._checksums_before(plan, verify, run)
+            expected = self._checksums_before(plan, call, verify, run)
             run.perform(progress)
             if len(plan.lost) and loader is not None:
                 self._load(plan, run, loader, record)
             if expected is not None:
-                self._check_after(run, expected, verify)
+                self._check_after(run, call, expected, verify)
         except BaseException as error:
-            self._placement = run.placement
-            if isinstance(error, TransferError) and error.placement is None:
+            self._hold(run.placement)
+            if isinstance(error, TransferError | HandshakeError | ControlPlaneError) and error.placement is None:
                 error.placement = run.placement.copy()
             run.reporter.failed(error, run.decided)
             raise
-        self._placement = run.placement
-        self._finished, self._finished_steps = record, len(steps)
+        self._hold(run.placement)
+        if steps:
+            self._leftovers.append(lambda: record.forget(step_key(len(steps) - 1)))
         result = self._summary(agreed.known, steps, run.times, time.perf_counter() - began).at(run.placement)
         run.reporter.finished(result)
         return result
 
     def start(
         self,
-        old: npt.ArrayLike,
+        old: npt.ArrayLike | None,
         new: npt.ArrayLike,
         *,
         ranks_before: Mapping[int, int] | None = None,
         ranks_after: Mapping[int, int] | None = None,
         keep_slots: bool = False,
+        weights_changed: bool = False,
         pace: str | float | None = None,
         max_inflight_layers: int = LAYERS_IN_FLIGHT,
         commit_timeout_s: float = 600.0,
@@ -274,6 +302,7 @@ class Rearranger:
             ranks_before: as in `run`.
             ranks_after: as in `run`.
             keep_slots: as in `run`.
+            weights_changed: as in `run`.
             pace: the most bytes that a rank receives a second: a number, or text such as `20GB/s`. None for no limit.
             max_inflight_layers: how many layers (or parts of layers that are larger than the window) may be received
                 and not yet committed; the window is shared among them.
@@ -285,7 +314,71 @@ class Rearranger:
             InputError: the pace, or the number of layers, cannot be used; or as `run`.
             PlacementError, LostExpertsError, HandshakeError: as `run`.
         """
-        self._refuse_beside_a_job()
+        beside = self._control_beside_a_thread()
+
+        def check() -> dict[str, str]:
+            self._check_background()
+            _check_whole(max_inflight_layers, "max_inflight_layers", least=1)
+            _check_seconds(commit_timeout_s, "commit_timeout_s")
+            bytes_per_s = None if pace is None else parse_pace(pace)
+            if bytes_per_s is not None and Pace(bytes_per_s).burst_s > self._timeout_s / 2:
+                raise InputError(
+                    f"at a pace of {bytes_per_s:g} bytes a second a rank would seem to be dead",
+                    why=f"{Pace(bytes_per_s).burst_bytes} bytes would take longer than half the timeout, "
+                    f"{self._timeout_s:g} s",
+                    remedy="give a faster pace, or a longer timeout",
+                )
+            return {"call": "start", "pace": str(bytes_per_s), "max_inflight_layers": str(max_inflight_layers)}
+
+        def parts_of_window() -> list[torch.Tensor]:
+            return cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
+
+        def scheduling() -> _Scheduling:
+            return _Scheduling(len(parts_of_window()[0]), self._communicator.transfer_limit_bytes, 1, None)
+
+        call, agreed = self._agreed_plan(
+            old,
+            new,
+            check,
+            ranks_before=ranks_before,
+            ranks_after=ranks_after,
+            keep_slots=keep_slots,
+            weights_changed=weights_changed,
+            loads=False,
+            scheduling=scheduling,
+        )
+        parts = parts_of_window()
+        plan, steps = agreed.known.plan, self._schedule(agreed, call, scheduling())
+        state = JobState(steps, parts, plan.old.copy())
+        receiver = Receiver(
+            state,
+            self._runner,
+            self._communicator,
+            call,
+            timeout_s=self._timeout_s,
+            commit_timeout_s=commit_timeout_s,
+            bytes_per_s=None if pace is None else parse_pace(pace),
+            device=self._weights.device,
+        )
+        self._job = RearrangeJob(
+            plan,
+            state,
+            receiver,
+            self._runner,
+            self._communicator,
+            CommitRecord(beside.scoped(call.name), self._timeout_s),
+            timeout_s=self._timeout_s,
+            epoch=call.number,
+            device=self._weights.device,
+            engine_stream=self._stream,
+            summarize=lambda account, seconds: self._summary(agreed.known, steps, account, seconds),
+        )
+        self._known = True
+        self._ended_job = self._job
+        self._job.begin()
+        return self._job
+
+    def _check_background(self) -> None:
         binding = self._communicator.binding
         if not binding.background:
             name = binding.config.partition("?")[0]
@@ -296,50 +389,6 @@ class Rearranger:
                 "engine's own collectives on the same GPU, and two such groups on different streams can deadlock",
                 remedy="use run() between batches, or a backend that can: 'eplb backends' lists what each can do",
             )
-        if max_inflight_layers < 1:
-            raise InputError(f"max_inflight_layers has to be at least 1, not {max_inflight_layers}")
-        bytes_per_s = None if pace is None else parse_pace(pace)
-        beside = self._control_beside_a_thread()
-        parts = cut_window(self._window, int(self._weights.expert_bytes.max()), max_inflight_layers)
-        scheduling = _Scheduling(len(parts[0]), self._communicator.transfer_limit_bytes, 1, None)
-        agreed = self._agreed_plan(
-            old,
-            new,
-            ranks_before=ranks_before,
-            ranks_after=ranks_after,
-            keep_slots=keep_slots,
-            loads=False,
-            settings={"pace": str(bytes_per_s), "max_inflight_layers": str(max_inflight_layers), "background": "yes"},
-            scheduling=scheduling,
-        )
-        plan, steps = agreed.known.plan, self._schedule(agreed, scheduling)
-        control = self._control.scoped(f"run {self._runs}")
-        state = JobState(steps, parts, plan.old.copy())
-        receiver = Receiver(
-            state,
-            self._runner,
-            self._communicator,
-            control,
-            timeout_s=self._timeout_s,
-            commit_timeout_s=commit_timeout_s,
-            bytes_per_s=bytes_per_s,
-            device=self._weights.device,
-        )
-        self._job = RearrangeJob(
-            plan,
-            state,
-            receiver,
-            self._runner,
-            self._communicator,
-            CommitRecord(beside.scoped(f"run {self._runs}"), self._timeout_s),
-            timeout_s=self._timeout_s,
-            epoch=self._runs,
-            device=self._weights.device,
-            engine_stream=self._stream,
-            summarize=lambda times, seconds: self._summary(agreed.known, steps, times, seconds),
-        )
-        self._job.begin()
-        return self._job
 
     # --- between rearrangements -------------------------------------------------------------------------------------
 
@@ -359,7 +408,7 @@ class Rearranger:
             EplbError: as `run`.
         """
         self._remembered = None  # these are other weights
-        return self.run(loaded, current, verify=verify)
+        return self.run(loaded, current, verify=verify, weights_changed=True)
 
     @contextlib.contextmanager
     def refreshing(self, loaded: npt.ArrayLike, current: npt.ArrayLike) -> Iterator[None]:
@@ -436,8 +485,11 @@ class Rearranger:
 
     def _control_for_a_look(self) -> ControlPlane:
         """Return a control plane of its own for one look at the slots, which a job's thread does not wait on."""
-        self._looks += 1
-        return self._control_beside_a_thread().scoped(f"look {self._looks}")
+        looks = self._control_beside_a_thread().scoped("looks")
+        shared = self._communicator.binding.shared
+        calls: Calls = shared.setdefault("looks", Calls(looks))  # numbered at the store, as rearrangements are
+        call, _ = calls.meet("which slots are looked at", b"", 2 * self._timeout_s)
+        return call
 
     def _placed(self, placement: npt.ArrayLike) -> IntArray:
         placed = np.ascontiguousarray(placement, dtype=np.int64)
@@ -457,7 +509,7 @@ class Rearranger:
 
     # --- the steps --------------------------------------------------------------------------------------------------
 
-    def _schedule(self, agreed: Agreed, how: _Scheduling) -> list[Step]:
+    def _schedule(self, agreed: Agreed, control: ControlPlane, how: _Scheduling) -> list[Step]:
         """Return the steps. Ranks that lack them work them out together, so one uses what it knows only if all can."""
         known = agreed.known
         if agreed.scheduled:
@@ -471,7 +523,7 @@ class Rearranger:
                 recv_limit_bytes=how.limit_bytes,
                 max_layers_per_step=how.max_layers,
                 in_place_from=how.in_place_from,
-                share=lambda cut, groups: share_cuts(self._control, cut, groups, self._timeout_s),
+                share=lambda cut, groups: share_cuts(control, cut, groups, self._timeout_s),
             )
         except HandshakeError as error:
             error.placement = known.plan.old.copy()
@@ -481,25 +533,27 @@ class Rearranger:
     # --- before and after -------------------------------------------------------------------------------------------
 
     def _checksums_before(
-        self, plan: RearrangementPlan, verify: Thoroughness, run: Run
+        self, plan: RearrangementPlan, control: ControlPlane, verify: Thoroughness, run: Run
     ) -> dict[tuple[int, int], int] | None:
         if verify == "off":
             return None
-        return expected_checksums(plan.old, self._checksums(run, verify))
+        return expected_checksums(plan.old, self._checksums(run, control, verify))
 
-    def _check_after(self, run: Run, expected: dict[tuple[int, int], int], verify: Thoroughness) -> None:
+    def _check_after(
+        self, run: Run, control: ControlPlane, expected: dict[tuple[int, int], int], verify: Thoroughness
+    ) -> None:
         try:
-            check_end(run.placement, self._checksums(run, verify), expected, self._weights.num_slots)
+            check_end(run.placement, self._checksums(run, control, verify), expected, self._weights.num_slots)
         except IntegrityError as error:
             if error.placement is not None:
                 run.placement = error.placement.copy()
             raise
 
-    def _checksums(self, run: Run, verify: Thoroughness) -> IntArray:
+    def _checksums(self, run: Run, control: ControlPlane, verify: Thoroughness) -> IntArray:
         began = time.perf_counter()
         sums = slot_checksums(
             self._weights,
-            self._control,
+            control,
             sample=verify == "sample",
             stream=self._stream,
             timeout_s=2 * self._timeout_s,
@@ -533,20 +587,32 @@ class Rearranger:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _weigh_in_place(self, in_place: InPlace) -> int | None:
+    def _weigh_in_place(self, in_place: InPlace, *, atomic: bool) -> int | None:
         """Return the bytes of staging that an additional step is worth; None to stage everything."""
         if in_place not in ("never", "auto", "always"):
             raise InputError(f"in_place has to be never, auto or always, not {in_place!r}")
-        possible = self._atomic and not self._communicator.may_land_late
+        possible = atomic and not self._communicator.may_land_late
         if in_place == "always" and not possible:
             raise InputError(
                 "experts cannot be received in place",
-                why="the communicator makes no promise that nothing lands late" if self._atomic else "atomic is off",
+                why="the communicator makes no promise that nothing lands late" if atomic else "atomic is off",
                 remedy="use in_place='auto'",
             )
         if in_place == "never" or not possible:
             return None
         return 1 if in_place == "always" else _STEP_COSTS.get(self._weights.device.type, _STEP_COSTS["cuda"])
+
+    @staticmethod
+    def _checked_weights(weights: Sequence[Sequence[torch.Tensor]], device: torch.device) -> ExpertWeights:
+        checked = ExpertWeights(weights)
+        if checked.device != device:
+            raise InputError(f"the weights lie on {checked.device}, the communicator moves tensors on {device}")
+        return checked
+
+    @staticmethod
+    def _check_nodes(node_of_rank: Sequence[int], world_size: int) -> None:
+        if len(node_of_rank) != world_size:
+            raise InputError(f"node_of_rank has {len(node_of_rank)} numbers, and there are {world_size} ranks")
 
     def _allocate(self, allowed: int) -> torch.Tensor:
         one_each = -(-self._weights.expert_bytes // ALIGNMENT) * ALIGNMENT
@@ -562,23 +628,33 @@ class Rearranger:
 
     def _agreed_plan(
         self,
-        old: npt.ArrayLike,
+        old: npt.ArrayLike | None,
         new: npt.ArrayLike,
+        check: Callable[[], dict[str, str]],
         *,
         ranks_before: Mapping[int, int] | None,
         ranks_after: Mapping[int, int] | None,
         keep_slots: bool,
+        weights_changed: bool,
         loads: bool,
-        settings: Mapping[str, str],
-        scheduling: _Scheduling,
-    ) -> Agreed:
-        """Return the plan, once all ranks have the same one."""
-        self._runs += 1
+        scheduling: Callable[[], _Scheduling],
+    ) -> tuple[Call, Agreed]:
+        """Return the call and the plan, once all ranks have the same one.
+
+        All that may be wrong with a call is found in here, so that all ranks hear of it at once.
+        """
+        asked = {
+            "weights": self._weights.description,
+            "window": f"{self.window_bytes} bytes",
+            "nodes": str(self._node_of_rank),
+            "relay": str(self._relay),
+            "loader": "yes" if loads else "no",
+        }
 
         def make_plan() -> RearrangementPlan:
             plan = plan_rearrangement(
-                self._carried(old, ranks_before),
-                self._carried(new, None if ranks_after is None else reverse_mapping(ranks_after)),
+                self._before(old, ranks_before),
+                self._carried(as_array(new), None if ranks_after is None else reverse_mapping(as_mapping(ranks_after))),
                 self._world_size,
                 self._node_of_rank,
                 relay=self._relay,
@@ -589,28 +665,68 @@ class Rearranger:
             return plan
 
         def known_plan() -> KnownPlan:
-            if ranks_before is not None or ranks_after is not None:
-                return KnownPlan.of(make_plan())
-            return self._known.find(old, new, (keep_slots, loads), make_plan)
+            self._refuse_beside_a_job()
+            asked.update(check())
+            self._weights.check_places()
+            if old is None or ranks_before is not None or ranks_after is not None:
+                known = KnownPlan.of(make_plan())
+            else:
+                known = self._plans.find(as_array(old), as_array(new), (keep_slots, loads), make_plan)
+            if not weights_changed:
+                self._refuse_stale(known.plan.old)
+            return known
 
-        asked = {
-            "weights": self._weights.description,
-            "window": f"{self.window_bytes} bytes",
-            "nodes": str(self._node_of_rank),
-            "relay": str(self._relay),
-            "loader": "yes" if loads else "no",
-            **settings,
-        }
-        agreed = agree_on_plan(
-            self._control, known_plan, asked, self._timeout_s, lambda known: scheduling in known.steps
-        )
-        if self._finished is not None and self._finished_steps and self._rank == 0:
-            # Every rank has come here since.
-            self._forgotten.append(partial(self._finished.forget, step_key(self._finished_steps - 1)))
-            if len(self._forgotten) > _MOST_FORGOTTEN:
+        try:
+            call, agreed = agree_on_plan(
+                self._calls,
+                self._control,
+                known_plan,
+                asked,
+                self._timeout_s,
+                self._attempt,
+                lambda known: scheduling() in known.steps,
+            )
+        except HandshakeError as error:
+            if not self._known and error.placement is not None and "old placement" not in error.table:
+                self._placement = error.placement.copy()
+            raise
+        if self._rank == 0:  # every rank has come here since
+            if self._ended_job is not None:
+                self._ended_job.forget()
+            self._forgotten.extend(self._leftovers)
+            while len(self._forgotten) > _MOST_FORGOTTEN:
                 self._forgotten.popleft()()
-        self._finished = None
-        return agreed
+        self._leftovers, self._ended_job = [], None
+        return call, agreed
+
+    def _hold(self, placement: IntArray) -> None:
+        """Remember what the slots hold."""
+        self._placement, self._known = placement, True
+
+    def _before(self, old: npt.ArrayLike | None, ranks_before: Mapping[int, int] | None) -> npt.ArrayLike:
+        if old is not None:
+            return self._carried(as_array(old), None if ranks_before is None else as_mapping(ranks_before))
+        if not self._known or self.placement is None:
+            raise InputError(
+                "what the slots hold is not known yet", remedy="give the placement that they were filled by as `old`"
+            )
+        return self.placement
+
+    def _refuse_stale(self, old: IntArray) -> None:
+        """Raise if a slot holds another expert than `old` says: it would be taken for that one, silently."""
+        holds = self._placement if self._job is None else self._job.placement
+        if not self._known or holds is None or holds.shape != old.shape or np.array_equal(holds, old):
+            return
+        wrong = np.argwhere((old != holds) & (old != EMPTY))
+        if len(wrong):
+            layer, slot = wrong[0].tolist()
+            more = f", and {len(wrong) - 1} other slots differ" if len(wrong) > 1 else ""
+            held = "nothing" if holds[layer, slot] == EMPTY else f"expert {holds[layer, slot]}"
+            raise InputError(
+                f"`old` says that slot {slot} of layer {layer} holds expert {old[layer, slot]}; it holds {held}{more}",
+                why="after the last rearrangement the slots hold what rearranger.placement says",
+                remedy="give None for it; or weights_changed=True, if you have written to the slots since",
+            )
 
     def _carried(self, placement: npt.ArrayLike, here: Mapping[int, int] | None) -> npt.ArrayLike:
         """Return a placement in the ranks of this group."""
@@ -627,3 +743,13 @@ class Rearranger:
                 f"the placements have {there[0]} layers of {there[1]} slots a rank, "
                 f"the weights {here[0]} layers of {here[1]} slots"
             )
+
+
+def _check_whole(value: object, name: str, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _check_seconds(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < float(value) < math.inf:
+        raise InputError(f"{name} must be a number of seconds above 0, not {value!r}")

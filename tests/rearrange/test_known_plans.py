@@ -148,7 +148,7 @@ def there_and_back(member: Member) -> dict[str, Any]:
             rearranger = Rearranger(communicator, weights, window_bytes=2 * 768)
             for number, (old, new) in enumerate(itertools.pairwise([here, there] * 4)):
                 if number == 4 and member.rank == 1:
-                    rearranger._known = KnownPlans()  # as after an error that only this rank has seen
+                    rearranger._plans = KnownPlans()  # as after an error that only this rank has seen
                 result = rearranger.run(old, new)
                 right.append(np.array_equal(result.placement, new) and is_right(weights, member.rank, new))
     finally:

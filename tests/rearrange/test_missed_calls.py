@@ -1,0 +1,300 @@
+"""A call that one rank misses, or makes with arguments that cannot be used, ruins none of the later ones."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.rearrange.rearranger import Rearranger
+from tests.support.ranks import Member, Report, Scenario, error_of, run_scenarios
+
+BACKENDS = ("torch_gloo?timeout=2s", "nixl?window=1MiB&timeout=2s")
+PLACES = ("at the store", "on a board")
+"""Where the ranks meet: in memory that they share once they have met a few times."""
+
+UNTIL_A_BOARD = 4
+LAYERS, SLOTS, ROW = 3, 2, 1000
+WHO = 1
+
+
+class Experts:
+    """The experts of one rank, each filled with its number; and a rearranger over them."""
+
+    def __init__(self, member: Member, config: str, place: str = PLACES[0]) -> None:
+        self.rank, self.world_size = member.rank, member.world_size
+        self.first = np.tile(np.arange(SLOTS * member.world_size), (LAYERS, 1))
+        self.second = np.roll(self.first, SLOTS, axis=1)
+        self.weights = [[torch.zeros(SLOTS, ROW, dtype=torch.int32)] for _ in range(LAYERS)]
+        self.fill(self.first)
+        self.communicator: EplbCommunicator = member.communicator(config, self.weights[0])
+        self.rearranger = Rearranger(self.communicator, self.weights)
+        calls = self.rearranger._calls
+        if place == PLACES[0]:
+            calls._control.meet_at_board = lambda name, deadline: (None, [])  # type: ignore[method-assign]
+        for _ in range(UNTIL_A_BOARD if place == PLACES[1] else 0):
+            self.rearranger.run(self.first, self.first)
+        assert (calls._board is not None) == (place == PLACES[1])
+
+    def fill(self, placement: Any) -> None:
+        for layer, (tensor,) in enumerate(self.weights):
+            for slot in range(SLOTS):
+                tensor[slot] = int(placement[layer, self.rank * SLOTS + slot])
+
+    def wrong(self, placement: Any) -> list[tuple[int, int]]:
+        """Return layer and slot wherever a slot of this rank does not hold what the placement says, in every word."""
+        return [
+            (layer, slot)
+            for layer, (tensor,) in enumerate(self.weights)
+            for slot in range(SLOTS)
+            if not torch.equal(tensor[slot], torch.full_like(tensor[slot], placement[layer, self.rank * SLOTS + slot]))
+        ]
+
+    def goes_on(self) -> dict[str, Any]:
+        """Rearrange there and back, at once and beside inference, and compare all slots each time."""
+        wrong = []
+        there = self.rearranger.run(self.first, self.second)
+        wrong += self.wrong(self.second)
+        self.rearranger.start(self.second, self.first).wait(30)
+        wrong += self.wrong(self.first)
+        self.communicator.close()
+        return {"wrong": wrong, "moved": there.moved}
+
+
+def everybody_is_here(member: Member, place: str) -> None:
+    store = member.environment.store
+    if store.add(f"here {place}", 1) == member.world_size:
+        store.set(f"all {place}", "yes")
+    store.wait([f"all {place}"])
+
+
+def skips(member: Member, config: str, place: str, calls: int) -> dict[str, Any]:
+    """One rank misses some calls; the others time out in them, and then all make the same ones."""
+    experts = Experts(member, config, place)
+    missed = []
+    if member.rank != WHO:
+        missed = [error_of(lambda: experts.rearranger.run(experts.first, experts.second)) for _ in range(calls)]
+    everybody_is_here(member, f"missed {config} {place} {calls}")
+    return {"missed": missed, "untouched": experts.wrong(experts.first) == [], **experts.goes_on()}
+
+
+Call = Callable[[Experts], object]
+LOCAL: dict[str, tuple[Call, str]] = {
+    "a verify that does not exist": (
+        lambda ex: ex.rearranger.run(ex.first, ex.second, verify="well"),  # type: ignore[arg-type]
+        "InputError: verify must be one of",
+    ),
+    "a ragged placement": (lambda ex: ex.rearranger.run([[1, 2], [3]], ex.second), "PlacementError: "),
+    "no new placement": (
+        lambda ex: ex.rearranger.run(ex.first, None),  # type: ignore[arg-type]
+        "PlacementError: the new placement is None",
+    ),
+    "a mapping that is a list": (
+        lambda ex: ex.rearranger.run(ex.first, ex.second, ranks_before=[0, 1]),  # type: ignore[arg-type]
+        "PlacementError: a mapping from rank to rank is a list",
+    ),
+    "a mapping of text": (
+        lambda ex: ex.rearranger.run(ex.first, ex.second, ranks_after={"0": 0}),  # type: ignore[dict-item]
+        "PlacementError: the mapping names rank '0'",
+    ),
+    "an argument that raises": (
+        lambda ex: ex.rearranger.run(Raises(), ex.second),  # type: ignore[arg-type]
+        "InputError: an argument cannot be used: ZeroDivisionError",
+    ),
+    "an old placement that is known to be stale": (
+        lambda ex: _stale(ex),
+        "InputError: `old` says that slot",
+    ),
+    "a pace that is no rate": (
+        lambda ex: ex.rearranger.start(ex.first, ex.second, pace=True),
+        "InputError: a pace must be above 0 bytes a second, not True",
+    ),
+    "a pace that looks like death": (
+        lambda ex: ex.rearranger.start(ex.first, ex.second, pace="1kB/s"),
+        "would seem to be dead",
+    ),
+    "no layer in flight": (
+        lambda ex: ex.rearranger.start(ex.first, ex.second, max_inflight_layers=0),
+        "InputError: max_inflight_layers must be a whole number of at least 1",
+    ),
+    "an endless wait for commits": (
+        lambda ex: ex.rearranger.start(ex.first, ex.second, commit_timeout_s=float("inf")),
+        "InputError: commit_timeout_s must be",
+    ),
+    "start instead of run": (lambda ex: ex.rearranger.start(ex.first, ex.second), "call"),
+}
+
+
+class Raises:
+    """As an array whose device is gone."""
+
+    def __array__(self, *arguments: object, **keywords: object) -> object:
+        raise ZeroDivisionError
+
+
+def _stale(experts: Experts) -> object:
+    experts.rearranger._hold(experts.second)
+    try:
+        return experts.rearranger.run(experts.first, experts.second)
+    finally:
+        experts.rearranger._known = False
+
+
+def gives_something_else(member: Member, place: str, kind: str) -> dict[str, Any]:
+    """One rank's argument cannot be used; the others are given what is right."""
+    experts = Experts(member, BACKENDS[0], place)
+    call = LOCAL[kind][0] if member.rank == WHO else lambda ex: ex.rearranger.run(ex.first, ex.second)
+    error = error_of(lambda: call(experts))
+    return {"error": error, "untouched": experts.wrong(experts.first) == [], **experts.goes_on()}
+
+
+CONSTRUCTOR: dict[str, tuple[dict[str, Any], str]] = {
+    "memory that is shared": ({}, "two tensors share memory"),
+    "a window below nothing": ({"window_bytes": -5}, "window_bytes must be a whole number of at least 1, not -5"),
+    "a window in words": ({"window_bytes": "64MiB"}, "window_bytes must be a whole number"),
+    "nodes of other ranks": ({"node_of_rank": [0]}, "node_of_rank has 1 numbers"),
+    "nodes that are no numbers": ({"node_of_rank": ["a", "b", "c"]}, "cannot be used"),
+}
+
+
+def makes_none(member: Member, kind: str, place: str, all_again: bool) -> dict[str, Any]:
+    """One rank's rearranger cannot be made; those of the others hear of it when they are called."""
+    experts = Experts(member, BACKENDS[0], place)
+    more, _ = CONSTRUCTOR[kind]
+
+    def make_and_run() -> None:
+        if member.rank == WHO:
+            weights = [experts.weights[0], experts.weights[0]] if not more else experts.weights
+            Rearranger(experts.communicator, weights, **more)
+        else:
+            experts.rearranger = Rearranger(experts.communicator, experts.weights)
+            experts.rearranger.run(experts.first, experts.second)
+
+    error = error_of(make_and_run)
+    everybody_is_here(member, f"{kind} {place} {all_again}")
+    if all_again or member.rank == WHO:
+        experts.rearranger = Rearranger(experts.communicator, experts.weights)
+    return {"error": error, "untouched": experts.wrong(experts.first) == [], **experts.goes_on()}
+
+
+def none_is_made_anywhere_at_first(member: Member, place: str) -> dict[str, Any]:
+    """As a loop that tries window after window, on all ranks."""
+    experts = Experts(member, BACKENDS[0], place)
+    errors = [error_of(lambda: Rearranger(experts.communicator, experts.weights, window_bytes=-1)) for _ in range(5)]
+    experts.rearranger = Rearranger(experts.communicator, experts.weights)
+    return {"errors": [error["type"] for error in errors], **experts.goes_on()}
+
+
+def says_what_the_slots_hold(member: Member) -> dict[str, Any]:
+    experts = Experts(member, BACKENDS[0])
+    unknown = error_of(lambda: experts.rearranger.run(None, experts.second))
+    on_a_device = experts.rearranger.run(torch.from_numpy(experts.first), torch.from_numpy(experts.second).int())
+    stale = error_of(lambda: experts.rearranger.run(experts.first, experts.second))
+    still = experts.wrong(experts.second)
+    back = experts.rearranger.run(None, experts.first)
+    wrong = experts.wrong(experts.first)
+    experts.fill(experts.second)
+    changed = experts.rearranger.run(experts.second, experts.first, weights_changed=True)
+    wrong += experts.wrong(experts.first)
+    forgotten = experts.first.copy()
+    forgotten[0, 0] = -1  # an engine may give a slot up
+    experts.rearranger.run(forgotten, np.where(forgotten < 0, -1, experts.first))
+    experts.communicator.close()
+    return {
+        "unknown": unknown["text"],
+        "stale": (stale["type"], stale["text"]),
+        "still": still,
+        "wrong": wrong,
+        "moved": [result.moved > 0 for result in (on_a_device, back, changed)],
+    }
+
+
+@functools.cache
+def report_of(num_ranks: int) -> Report:
+    scenarios = [Scenario("holds", says_what_the_slots_hold)]
+    for place in PLACES:
+        scenarios += [
+            Scenario(f"skips {calls} {config} {place}", skips, (config, place, calls))
+            for config in BACKENDS
+            for calls in (1, 2)
+        ]
+        scenarios += [Scenario(f"gives {kind} {place}", gives_something_else, (place, kind)) for kind in LOCAL]
+        scenarios += [
+            Scenario(f"makes {kind} {place} {again}", makes_none, (kind, place, again))
+            for kind in CONSTRUCTOR
+            for again in (True, False)
+        ]
+        scenarios.append(Scenario(f"none {place}", none_is_made_anywhere_at_first, (place,)))
+    return run_scenarios(num_ranks, scenarios)
+
+
+@pytest.fixture(scope="module", params=(2, 3), ids=("2 ranks", "3 ranks"))
+def report(request: pytest.FixtureRequest) -> Report:
+    return report_of(request.param)
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+@pytest.mark.parametrize("config", BACKENDS)
+def test_after_calls_that_one_rank_missed_the_next_ones_move_every_byte_right(
+    report: Report, config: str, place: str, calls: int
+) -> None:
+    for rank, one in enumerate(report.returned(f"skips {calls} {config} {place}")):
+        assert [error["type"] for error in one["missed"]] == ["HandshakeError"] * (0 if rank == WHO else calls)
+        assert all(f"rank {WHO} did not answer" in error["text"] for error in one["missed"])
+        assert one["untouched"]
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_an_argument_that_is_wrong_on_one_rank_is_the_same_error_on_all_and_nothing_moves(
+    report: Report, place: str, kind: str
+) -> None:
+    told = report.returned(f"gives {kind} {place}")
+    for one in told:
+        assert one["error"]["type"] == "HandshakeError", one["error"]
+        assert LOCAL[kind][1] in one["error"]["text"]
+        assert one["error"]["text"] == told[0]["error"]["text"]
+        assert one["untouched"]
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+@pytest.mark.parametrize("all_again", [True, False], ids=["all make another", "that rank makes another"])
+@pytest.mark.parametrize("kind", CONSTRUCTOR)
+def test_a_rearranger_that_one_rank_cannot_make_is_an_error_on_all_at_the_next_call(
+    report: Report, place: str, kind: str, all_again: bool
+) -> None:
+    for rank, one in enumerate(report.returned(f"makes {kind} {place} {all_again}")):
+        assert one["error"]["type"] == ("InputError" if rank == WHO else "HandshakeError"), one["error"]
+        assert CONSTRUCTOR[kind][1] in one["error"]["text"]
+        assert one["untouched"]
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+def test_rearrangers_that_no_rank_could_make_are_forgotten(report: Report, place: str) -> None:
+    for one in report.returned(f"none {place}"):
+        assert one["errors"] == ["InputError"] * 5
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+def test_an_old_placement_may_be_left_out_and_a_stale_one_is_refused(report: Report) -> None:
+    for one in report.returned("holds"):
+        assert "what the slots hold is not known yet" in one["unknown"]
+        assert one["stale"][0] == "InputError"
+        assert "`old` says that slot 0 of layer 0 holds expert 0; it holds expert" in one["stale"][1]
+        assert "weights_changed=True" in one["stale"][1]
+        assert (one["still"], one["wrong"]) == ([], [])
+        assert one["moved"] == [True] * 3
+
+
+def test_every_rank_exits_in_order(report: Report) -> None:
+    assert report.exit_codes == [0] * len(report.outcomes)
