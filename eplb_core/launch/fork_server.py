@@ -45,7 +45,7 @@ def serve(control_fd: int, launcher: int) -> None:
     gc.collect()
     gc.freeze()  # the ranks' garbage collectors must not walk shared objects: that would copy the pages
     pipe, stdout, stderr = requests.fork_until_retired()
-    _end_with(server)
+    end_with(server)
     signal.signal(signal.SIGINT, interrupt)
     for fd, standard in ((stdout, 1), (stderr, 2)):
         os.dup2(fd, standard)
@@ -136,8 +136,8 @@ def _tell(rank: _Rank, number: int) -> None:
         rank.launcher.send(NUMBER.pack(number))
 
 
-def _end_with(server: int) -> None:
-    """Make the kernel kill this process when the server ends."""
+def end_with(server: int) -> None:
+    """Make the kernel kill this process when its parent, `server`, ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:  # it has already ended
         os.kill(os.getpid(), signal.SIGKILL)

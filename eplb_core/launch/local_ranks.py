@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import faulthandler
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from eplb_core.errors import EplbError, InputError
+from eplb_core.launch.fork_server import end_with
 from eplb_core.launch.rank_devices import limit_visible_gpus
 from eplb_core.launch.rank_process import RankProcess, start_rank
 from eplb_core.words import signal_name
@@ -317,6 +319,9 @@ def _dump_stacks(pid: int | None) -> None:
 def _child(
     target: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int, pipe: Connection
 ) -> None:
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and launcher.pid == os.getppid():  # else the fork server is the parent, and has seen to it
+        end_with(launcher.pid)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
     try:

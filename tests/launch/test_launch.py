@@ -123,6 +123,20 @@ def watched() -> Any:
     assert not [pid for pid in ranks.pids if psutil.pid_exists(pid)]
 
 
+def test_local_ranks_meet_where_only_this_machine_can_connect(watched: Watched) -> None:
+    own = psutil.Process()
+    before = {each.laddr for each in own.net_connections("inet") if each.status == psutil.CONN_LISTEN}
+    seen: list[tuple[str, int]] = []
+
+    def look(rank: int, event: object) -> None:
+        seen.extend(each.laddr for each in own.net_connections("inet") if each.status == psutil.CONN_LISTEN)
+
+    watched.collect(reports, on_event=look)
+    opened = {address for address in seen if address not in before}
+    assert opened
+    assert {ip for ip, _ in opened} == {"127.0.0.1"}
+
+
 def test_results_come_in_rank_order() -> None:
     assert run_local_ranks(returns, 3, (10,), timeout_s=TIMEOUT_S) == [(0, 3, 0, 3), (10, 3, 1, 3), (20, 3, 2, 3)]
 

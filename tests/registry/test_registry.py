@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from eplb_core.contract.backend import Capabilities
+from eplb_core.registry import probe
 from eplb_core.registry.discovery import discover
 from tests.support.fake_distributions import install, install_backend, run_child, run_python, spec_source
 
@@ -542,6 +545,34 @@ def test_a_probe_that_hangs_is_ended_with_all_its_children(tmp_path: Path):
     assert probed(tmp_path, body, timeout_s=1.0) == [False, "the probe did not end within 1 s"]
     state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+NO_PIDFD = """
+import os
+def forbidden(*arguments):
+    raise PermissionError(1, "Operation not permitted")
+os.pidfd_open = forbidden
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "timeout_s", "answer"),
+    [
+        ("return ProbeResult(True, 'bytes are right')", 30.0, [True, "bytes are right"]),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 30.0, [False, "the probe was killed by SIGSEGV"]),
+        ("time.sleep(600)", 1.0, [False, "the probe did not end within 1 s"]),
+    ],
+)
+def test_probes_run_where_an_old_container_runtime_forbids_pidfd_open(
+    tmp_path: Path, body: str, timeout_s: float, answer: list[Any]
+):
+    (tmp_path / "sitecustomize.py").write_text(NO_PIDFD)
+    assert probed(tmp_path, body, timeout_s=timeout_s) == answer
+
+
+def test_a_path_in_sys_path_that_is_no_text_is_taken_for_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path / "lib", 3])
+    assert str(tmp_path / "lib") in probe._child_environment()["PYTHONPATH"].split(os.pathsep)
 
 
 def test_a_device_that_the_backend_does_not_declare_is_not_probed(tmp_path: Path):
