@@ -21,7 +21,7 @@ LAYERS = (1, 2, 5)
 """The layers with experts, of a model of six."""
 MODEL_LAYERS = 6
 POISON = 0xA5
-WIDE = 40_000
+WIDE = 20_000
 """Elements of the largest row, so that a small window takes several steps."""
 
 
@@ -129,11 +129,12 @@ def outlives_a_rank(environment: RankEnvironment, backend: str) -> dict[str, Any
     return {"missing": missing, "wrong": wrong(rank, slots, reachable, tensors)}
 
 
-def fails_half_way(environment: RankEnvironment) -> dict[str, Any]:
+def fails_half_way(environment: RankEnvironment, backend: str) -> dict[str, Any]:
     """Move over a transport that fails in its second step, then on over a sound one from where it stopped."""
     rank, slots, experts = environment.rank, 4, 6
     with tempfile.TemporaryDirectory() as site:
-        engine_env.add_distribution(Path(site), "eplb-harmful", "[eplb.backends]\nfailing = sabotaged:FAILING\n")
+        entry_points = f"[eplb.backends]\n{backend} = sabotaged:{backend.upper()}\n"
+        engine_env.add_distribution(Path(site), "eplb-harmful", entry_points)
         sys.path.insert(0, site)
         environment.init_process_group()
         from eplb_core import TorchGroups
@@ -141,7 +142,7 @@ def fails_half_way(environment: RankEnvironment) -> dict[str, Any]:
         old, new = (placement(environment.world_size, slots, experts, seed) for seed in (4, 5))
         tensors = weights(rank, slots, old)
         between = Group(TorchGroups(), everyone(environment))
-        mover = ExpertMover("failing", tensors, between)
+        mover = ExpertMover(backend, tensors, between)
         try:
             mover.move(old, new, LAYERS)
         except RearrangementFailedError as failure:
@@ -158,4 +159,5 @@ def fails_half_way(environment: RankEnvironment) -> dict[str, Any]:
         "wrong": found + wrong(rank, slots, new, tensors),
         "held": held[rows].tolist(),
         "halfway": bool((held[rows] != old[rows]).any() and (held[rows] != new[rows]).any()),
+        "empty": bool((held[rows] == -1).any()),
     }

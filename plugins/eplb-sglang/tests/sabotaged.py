@@ -19,7 +19,7 @@ from eplb_core import (
 from eplb_core.errors import TransferTimeoutError
 from eplb_core.transport import Payloads
 
-WINDOW_BYTES = 192 << 10
+WINDOW_BYTES = 100 << 10
 """Staging of the one that fails, so that a rearrangement takes several steps."""
 
 
@@ -65,6 +65,7 @@ class FailingCommunicator(_Passing):
     """Moves one step, and none after it."""
 
     executed = 0
+    may_land_late = True  # so everything goes through the window
 
     @property
     def staging_limit_bytes(self) -> int:
@@ -81,6 +82,12 @@ class FailingCommunicator(_Passing):
             self._received = []
             raise TransferTimeoutError("this transport fails in its second step", usable=True)
         self._received = []
+
+
+class FailingInPlaceCommunicator(FailingCommunicator):
+    """The same, received in place where slots can be given up for it: a failure leaves some empty."""
+
+    may_land_late = False
 
 
 def _inner(context: BackendContext, expert_weights: Sequence[torch.Tensor]) -> EplbCommunicator:
@@ -101,6 +108,13 @@ def create_failing(
     return FailingCommunicator(_inner(context, expert_weights))
 
 
+def create_failing_in_place(
+    context: BackendContext, options: CommonOptions, expert_weights: Sequence[torch.Tensor]
+) -> FailingInPlaceCommunicator:
+    """Return a communicator over torch_gloo; a `BackendFactory`."""
+    return FailingInPlaceCommunicator(_inner(context, expert_weights))
+
+
 BACKEND = BackendSpec(
     name="sabotaged",
     summary="damages what it receives",
@@ -113,5 +127,12 @@ FAILING = BackendSpec(
     summary="fails in its second step",
     api_version=PLUGIN_API_VERSION,
     factory="sabotaged:create_failing",
+    capabilities=Capabilities(device_types=("cpu",)),
+)
+FAILING_IN_PLACE = BackendSpec(
+    name="failing_in_place",
+    summary="fails in its second step, in place",
+    api_version=PLUGIN_API_VERSION,
+    factory="sabotaged:create_failing_in_place",
     capabilities=Capabilities(device_types=("cpu",)),
 )

@@ -28,7 +28,7 @@ def test_what_can_be_used_is_accepted(backend: str) -> None:
         ("BACKEND", "torch_gloo?timeot=5s", ConfigError, "did you mean 'timeout'"),
         ("BACKEND", "torch_gloo?timeout=5", ConfigError, "unit"),
         ("POLICY", "incrementl", PolicyError, "did you mean incremental"),
-        ("POLICY", "incremental?whitin=1", ConfigError, "did you mean 'within'"),
+        ("POLICY", "incremental?group=keep", ConfigError, "did you mean 'groups'"),
         ("SGLANG_ON_FAILURE", "serv", ConfigError, "did you mean 'serve'"),
         ("SGLANG_ON_UNKNOWN", "ignore", ConfigError, "leave or refuse"),
     ],

@@ -25,11 +25,14 @@ def test_an_expert_that_a_dead_rank_held_comes_from_a_copy_that_is_alive() -> No
     assert last["missing"] == {5: [3]}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_after_a_failure_all_ranks_know_what_their_slots_hold_and_can_go_on_from_there(ranks: int) -> None:
-    answers = run_local_ranks(mover_ranks.fails_half_way, ranks, timeout_s=LIMIT_S)
+@pytest.mark.parametrize(("ranks", "backend"), [(2, "failing"), (3, "failing"), (3, "failing_in_place")])
+def test_after_a_failure_all_ranks_know_what_their_slots_hold_and_can_go_on_from_there(
+    ranks: int, backend: str
+) -> None:
+    answers = run_local_ranks(mover_ranks.fails_half_way, ranks, (backend,), timeout_s=LIMIT_S)
     assert [answer["wrong"] for answer in answers] == [[]] * ranks
     assert all(answer["halfway"] for answer in answers)
+    assert all(answer["empty"] == (backend == "failing_in_place") for answer in answers)
     assert all(answer["held"] == answers[0]["held"] for answer in answers)
 
 

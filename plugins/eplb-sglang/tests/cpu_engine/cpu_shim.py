@@ -29,15 +29,18 @@ def register() -> None:
 
 
 def local_experts(layer: Any, x: torch.Tensor, topk_output: Any, _config: Any) -> torch.Tensor:
-    """Return what this rank's slots add to each token; slots of other ranks are numbered -1."""
+    """Return what this rank's slots add to each token; slots of other ranks are numbered -1.
+
+    Each token is multiplied by itself: in a product of several the roundings depend on how many there are, and that
+    depends on which of an expert's slots each of them is sent to.
+    """
     weights, slots, _ = topk_output
     added = torch.zeros_like(x)
-    for slot in range(layer.w13_weight.shape[0]):
-        tokens, column = (slots == slot).nonzero(as_tuple=True)
-        if len(tokens):
-            gate, up = (x[tokens] @ layer.w13_weight[slot].T).chunk(2, -1)
-            out = (torch.nn.functional.silu(gate) * up) @ layer.w2_weight[slot].T
-            added.index_add_(0, tokens, out * weights[tokens, column, None].to(out.dtype))
+    for token, column in (slots >= 0).nonzero().tolist():
+        slot = int(slots[token, column])
+        gate, up = torch.mv(layer.w13_weight[slot], x[token]).chunk(2)
+        out = torch.mv(layer.w2_weight[slot], torch.nn.functional.silu(gate) * up)
+        added[token] += out * weights[token, column]
     return added
 
 

@@ -107,7 +107,8 @@ class Engine:
         """Do one step: `["tokens"]`, `["reload", folder]`, or one of the shim's, with an answer of each rank."""
         name, *arguments = step
         if name == "tokens":
-            outputs = self.engine.generate(input_ids=self.prompts, sampling_params=self.sampling)
+            # One after the other: which prompts share a batch is a matter of timing, and changes roundings.
+            outputs = [self.engine.generate(input_ids=ids, sampling_params=self.sampling) for ids in self.prompts]
             return [output["output_ids"] for output in outputs]
         if name == "reload":
             return bool(self.engine.update_weights_from_disk(*arguments)[0])
