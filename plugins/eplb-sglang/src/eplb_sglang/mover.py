@@ -15,7 +15,6 @@ import torch
 from eplb_core import Rearranger, RearrangeResult, StatelessGroup, TorchGroups, create_eplb_communicator
 from eplb_core.errors import DecisionUnknownError, EplbError, IntegrityError, TransferError
 from eplb_sglang import choice
-from eplb_sglang.rows import in_memory_order
 from eplb_sglang.survivors import EMPTY, Placement, columns, every_expert_remains, without_lost
 
 START_TIMEOUT_S = 600.0
@@ -85,7 +84,8 @@ class ExpertMover:
         self.alive = group.alive
         self.group = group
         self._marks = _marks(weights)
-        tensors = [[in_memory_order(tensor) for tensor in weights[layer]] for layer in self.layers]
+        self._filled_by_sglang = False
+        tensors = [[tensor.detach() for tensor in weights[layer]] for layer in self.layers]
         self.slots_per_rank = tensors[0][0].shape[0]
         self.nbytes = sum(tensor.nbytes for layer in tensors for tensor in layer)
         self._communicator = create_eplb_communicator(
@@ -134,7 +134,9 @@ class ExpertMover:
         wanted[chosen] = new[np.array(layers, np.int64)[:, None], here]
         after, lost = without_lost(before, wanted)
         try:
-            result = self._rearranger.run(before, after, verify="full" if verify else "off")
+            result = self._rearranger.run(
+                before, after, weights_changed=self._filled_by_sglang, verify="full" if verify else "off"
+            )
         except TransferError as error:
             held = error.placement
             agreed = not isinstance(error, (DecisionUnknownError, IntegrityError))
@@ -143,6 +145,7 @@ class ExpertMover:
             whole = np.full_like(old, EMPTY)
             whole[rows[:, None], here] = held
             raise RearrangementFailedError(whole) from error
+        self._filled_by_sglang = len(lost) > 0  # SGLang reads them next, which the rearranger does not know of
         rank = self.group.coordinator.rank_in_group
         missing: dict[int, set[int]] = {}
         for layer, slot, expert in lost.tolist():
