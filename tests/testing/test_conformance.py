@@ -52,6 +52,53 @@ def test_contract(report: Report, config: str, check: str) -> None:
     assert result.status is Status.PASSED, result.detail
 
 
+# --- other numbers of ranks, smaller windows --------------------------------------------------------------------------
+
+SMALL = [
+    Subject(config="torch_gloo"),
+    Subject(config="torch_nccl"),
+    Subject(config="nixl?window=4MiB", stateless=True),
+    Subject(config="nixl?mode=packed&window=1MiB", stateless=True),
+    Subject(config="nixl?mode=direct&window=1MiB", stateless=True, must_register=True),
+]
+QUICK = checks_named(
+    "messages_of_a_pair_keep_their_order",
+    "nothing_queued_is_a_round_like_any_other",
+    "every_dtype_arrives_bit_for_bit",
+    "odd_sizes_arrive",
+    "tensors_without_elements_are_sent",
+    "tensors_of_any_shape_arrive",
+    "every_rank_sends_to_every_other",
+    "one_rank_feeds_all_and_is_fed_by_all",
+    "uneven_traffic_arrives",
+    "registered_tensors_serve_a_hundred_epochs",
+    "what_is_sent_is_what_the_tensor_holds_at_execute",
+    "no_reference_to_a_moved_tensor_is_kept",
+    "closing_with_something_queued_is_fine",
+)
+
+
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly), 4], ids=lambda ranks: f"{ranks} ranks"
+)
+def quick_report(request: pytest.FixtureRequest) -> Report:
+    return run_steps([Step(subject, check) for subject in SMALL for check in QUICK], request.param)
+
+
+@pytest.mark.parametrize("subject", SMALL, ids=lambda subject: subject.config)
+@pytest.mark.parametrize("check", [check.name for check in QUICK])
+def test_two_and_four_ranks_with_small_windows_keep_the_contract_too(
+    quick_report: Report, subject: Subject, check: str
+) -> None:
+    result = quick_report.of(check, subject.config)
+    if result.status is Status.SKIPPED:
+        pytest.skip(result.detail)
+    assert result.status is Status.PASSED, result.detail
+
+
+# --- deaths, and by night ---------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("config", [config for config in SUBJECTS if config not in MODES])
 def test_a_killed_rank_is_named_by_every_survivor(config: str) -> None:
     report = run_conformance([SUBJECTS[config]], 3, LETHAL)
