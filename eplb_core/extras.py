@@ -10,6 +10,7 @@ from eplb_core.errors import InputError
 EXTRAS: Final[dict[str, tuple[str, ...]]] = {
     "cli": ("click", "rich", "psutil", "safetensors"),
     "plot": ("matplotlib",),
+    "watch": ("prometheus_client",),
 }
 """Extra -> the top-level modules that it installs, as in `pyproject.toml`."""
 

@@ -18,6 +18,11 @@ def word_list(words: Sequence[str], last: str) -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
+def count(number: int, noun: str) -> str:
+    """Return `1 layer` or `58 layers`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def ranks_text(ranks: Iterable[int]) -> str:
     """Return `rank 3` or `ranks 1, 3`."""
     numbers = sorted(ranks)

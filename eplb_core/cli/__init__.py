@@ -42,13 +42,14 @@ _COMMANDS = {
         "Write a small MoE checkpoint for experiments.",
     ),
     "new-backend": ("eplb_core.cli.new_backend:new_backend", "Write a project for a new backend."),
-    "placement": ("eplb_core.cli.placement:placement", "Convert placements between the formats of engines."),
+    "placement": ("eplb_core.cli.placement.command:placement", "Draw, compare and convert placements."),
     "plugins": ("eplb_core.cli.plugins:plugins", "List the installed hook plugins and the hooks they implement."),
     "rebalance": (
         "eplb_core.cli.rebalance.command:rebalance",
         "Move experts to a better placement and verify every byte.",
     ),
     "simulate": ("eplb_core.cli.simulate:simulate", "Simulate many rebalances at any scale, without weights."),
+    "watch": ("eplb_core.cli.watch.command:watch", "Show live what rearrangements of other processes are doing."),
 }
 """Sub-command -> (location of its click command, one-line help)."""
 

@@ -33,7 +33,7 @@ _MOST_RANKS = 12  # one for each expert
     help="Config string of the backend.  [default: EPLB_BACKEND, or auto]",
 )
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep the loads and the checkpoint in this directory.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png, .svg).")
 @click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
 @click.pass_context
 def demo(

@@ -77,7 +77,7 @@ _MOST_ROWS = 20  # rebalances in the table; the document has all
     help="Only the cost of a bench workload's placements, without a policy.",
 )
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw imbalance and bytes over time here (.png).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw imbalance and bytes over time here (.png, .svg).")
 def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **options: Any) -> None:
     """Simulate many rebalances, without weights and without ranks.
 

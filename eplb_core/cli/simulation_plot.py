@@ -19,7 +19,7 @@ _COLORS = ("#1769aa", "#c4561b", "#3d8b4f", "#8e5ea2", "#b9912b", "#5b6470", "#d
 
 
 def save_plot(runs: Mapping[str, Sequence[Rebalance]], title: str, path: Path) -> None:
-    """Write the plot as a PNG file.
+    """Write the plot, as PNG or SVG by the name of the file.
 
     Args:
         runs: name of a policy -> its rebalances.

@@ -76,7 +76,7 @@ class RearrangeJob:
         self._receiver = receiver
         self._runner = runner
         self._communicator = communicator
-        self._rank = communicator.binding.context.rank
+        self._rank, self._world_size = communicator.binding.context.rank, communicator.binding.context.world_size
         self._record = record
         self._timeout_s = timeout_s
         self._epoch = epoch
@@ -121,7 +121,8 @@ class RearrangeJob:
         `epoch` counts the rearrangements of the rearranger, the same on every rank. `phase` is `receiving`, `received`
         (all bytes are here, not all is committed), `cancelling`, `finished`, `cancelled` or `failed`; the last three
         are final. `requested` is the placement that was asked for, `effective` the one that routing may use now, both
-        `[layers][slots]`. `error` is None, or the `type` and `message` of what ended the job.
+        `[layers][slots]`. `ready_layers` can be committed now. `error` is None, or the `type` and `message` of what
+        ended the job.
         """
         with self._state.changed:
             error = self._state.error
@@ -135,12 +136,15 @@ class RearrangeJob:
             else:
                 phase = "receiving" if self._receiver.working else "received"
             return {
+                "rank": self._rank,
+                "ranks": self._world_size,
                 "epoch": self._epoch,
                 "phase": phase,
                 "requested": self._requested.tolist(),
                 "effective": self._state.placement.tolist(),
                 "steps": len(self._state.steps),
                 "steps_committed": len(self._state.committed),
+                "ready_layers": sorted({self._state.layer(ready.number) for ready in self._state.ready}),
                 "bytes_received": self._state.received_bytes,
                 "bytes_to_receive": self._total_bytes,
                 "error": None if error is None else {"type": type(error).__name__, "message": str(error)},

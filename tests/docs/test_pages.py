@@ -64,6 +64,7 @@ def test_such_a_program_runs_under_torchrun(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", marked("exact"), ids=str)
 def test_a_command_in_the_docs_prints_what_they_show(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
     for session in re.split(r"^\$ ", block.code, flags=re.MULTILINE)[1:]:
         line, _, shown = session.partition("\n")
         words = shlex.split(line)

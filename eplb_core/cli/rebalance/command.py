@@ -85,7 +85,7 @@ _DEFAULT_RANKS = 4
 @click.option("--verify-against", type=click.Path(path_type=Path), help="Compare with this copy of the checkpoint.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the new placement here (.json, .npz).")
 @click.option("--json", "json_path", help="Write all numbers here; - is standard output.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png).")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw loads and traffic here (.png, .svg).")
 @seconds_option(1800.0, "Time limit for the whole job, in seconds.")
 @click.pass_context
 def rebalance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -21,19 +21,26 @@ _BEFORE, _AFTER, _INK, _FAINT = "#b9bec7", "#1769aa", "#22262b", "#d9dde3"
 _MOST_LABELS = 16  # ticks and numbers beyond this only make noise
 
 
+PLOT_SUFFIXES: Final = (".png", ".svg")
+
+
 def check_plot_target(path: Path) -> None:
     """Check that `save_plot` can work, before any work is done.
 
     Raises:
-        InputError: the name does not end in `.png`, or matplotlib is not installed.
+        InputError: the name ends neither in `.png` nor in `.svg`, or matplotlib is not installed.
     """
-    if path.suffix.lower() != ".png":
-        raise InputError(f"a plot cannot be written as {path.suffix or 'a file without extension'}", where=str(path))
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise InputError(
+            f"a plot cannot be written as {path.suffix or 'a file without extension'}",
+            where=str(path),
+            remedy=f"give a name that ends in {' or '.join(PLOT_SUFFIXES)}",
+        )
     require("plot", "--plot")
 
 
 def save_plot(report: RebalanceReport, path: Path) -> None:
-    """Write the plot as a PNG file.
+    """Write the plot, as PNG or SVG by the name of the file.
 
     Raises:
         InputError: the file cannot be written.

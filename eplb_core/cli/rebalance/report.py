@@ -14,6 +14,7 @@ from eplb_core.cli.rebalance.request import RebalanceTask
 from eplb_core.planning.placement import EMPTY, imbalance, load_per_rank
 from eplb_core.policies.base import plans_in_words
 from eplb_core.policies.worth import WorthDecision
+from eplb_core.words import count
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,8 +242,8 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     from rich.table import Table
 
     console.print(
-        f"{report.source}: {_count(len(report.layers), 'layer')} of {_count(report.experts, 'expert')} "
-        f"in {_count(report.slots, 'slot')}, {_count(report.ranks, 'rank')} on {_count(report.nodes, 'node')}, "
+        f"{report.source}: {count(len(report.layers), 'layer')} of {count(report.experts, 'expert')} "
+        f"in {count(report.slots, 'slot')}, {count(report.ranks, 'rank')} on {count(report.nodes, 'node')}, "
         f"policy {report.policy}, backend {report.backend}",
         markup=False,
     )
@@ -271,7 +272,7 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts.add_column()
     facts.add_row("plan", report.plan)
     if report.second_copies:
-        facts.add_row("wasted", f"{_count(report.second_copies, 'slot')}: a second copy on the same rank")
+        facts.add_row("wasted", f"{count(report.second_copies, 'slot')}: a second copy on the same rank")
     facts.add_row("time", f"{report.seconds:.3f} s")
     facts.add_row("rate", f"{report.gb_per_s:.2f} GB/s between ranks, all together" if remote else "nothing crossed")
     if report.pace_bytes_per_s is not None:
@@ -279,10 +280,10 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts.add_row("peak staging", f"{format_bytes(report.staging_bytes_max)} on a rank")
     if report.verified:
         found = (
-            f"[bold green]yes[/]: {_count(report.checked_slots, 'slot')}, every one of {report.checked_bytes:,} bytes"
+            f"[bold green]yes[/]: {count(report.checked_slots, 'slot')}, every one of {report.checked_bytes:,} bytes"
         )
     else:
-        found = f"[bold red]NO[/]: {report.wrong_slots} of {_count(report.checked_slots, 'slot')} hold wrong bytes"
+        found = f"[bold red]NO[/]: {report.wrong_slots} of {count(report.checked_slots, 'slot')} hold wrong bytes"
     if report.verify != "off":
         facts.add_row("checksums", f"equal before and after ({report.verify})")
     facts.add_row("verified", found)
@@ -305,10 +306,6 @@ def _second_copies(placement: NDArray[np.int64], num_ranks: int) -> int:
     """Return how many slots hold an expert that an earlier slot of their rank already holds."""
     by_rank = np.sort(placement.reshape(len(placement) * num_ranks, -1), axis=1)
     return int(np.count_nonzero((by_rank[:, 1:] == by_rank[:, :-1]) & (by_rank[:, 1:] != EMPTY)))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _slowest(results: Sequence[RankResult]) -> dict[str, float]:

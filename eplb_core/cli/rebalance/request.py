@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,7 +33,6 @@ from eplb_core.registry.registry import default_registry
 from eplb_core.scheduling.schedule import schedule_steps
 
 _GAINS_NOTHING = 1e-9
-_LAYERS = re.compile(r"(?:(?P<start>\d+):)?(?P<stop>\d+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +199,7 @@ def prepare(
     recorded = read_recording(request.loads, _load_options(request, checkpoint, placement))
     source, recorded = _match_weights(request, checkpoint, recorded, placement)
     num_layers, num_experts = recorded.loads.shape
-    layers = _parse_layers(request.layers, num_layers)
+    layers = parse_layers(request.layers, num_layers)
     loads, window = recorded.loads[list(layers)], recorded.window[:, list(layers)]
     if not loads.any():
         raise InputError(
@@ -433,20 +431,6 @@ def _without_dense_layers(recorded: RecordedLoads, checkpoint: Checkpoint) -> Re
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun.removesuffix('s') if number == 1 else noun}"
-
-
-def _parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    if text is None:
-        return tuple(range(num_layers))
-    match = _LAYERS.fullmatch(text.strip())
-    if match is None:
-        raise InputError(
-            f"--layers {text!r} is neither a number nor a range", remedy="give 4, or 2:6 for 2, 3, 4 and 5"
-        )
-    start, stop = int(match["start"] or 0), int(match["stop"])
-    if start >= stop or stop > num_layers:
-        raise InputError(f"--layers {text} selects no layers that exist", why=f"there are {num_layers}, from 0")
-    return tuple(range(start, stop))
 
 
 def _start_placement(

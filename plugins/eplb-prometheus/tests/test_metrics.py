@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from eplb_prometheus import Metrics, PrometheusPlugin
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, start_http_server
 
 from eplb_core import TransferStats
+from eplb_core.cli.watch.endpoint import Endpoint
 from eplb_core.errors import PeerLostError, TransferTimeoutError
 from eplb_core.hooks import (
     PluginHost,
@@ -131,6 +132,8 @@ def test_while_a_rearrangement_runs_its_bytes_ahead_shrink(told: Told) -> None:
     told.tell(started(), step(0, 60))
     assert told.value("rearrangement_in_progress") == 1
     assert told.value("rearrangement_bytes_ahead") == 40
+    assert told.value("rearrangement_bytes_planned") == 100
+    assert (told.value("rearrangement_steps_ahead"), told.value("rearrangement_steps_planned")) == (1, 2)
     assert told.value("rearrangement_received_bytes_total") == 60
     assert told.value("rearrangement_steps_total") == 1
     assert told.value("rearrangement_step_seconds_sum") == 0.5
@@ -183,3 +186,23 @@ def test_a_number_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("EPLB_PROMETHEUS_MOST_PEERS", "many")
     with pytest.raises(ValueError, match="EPLB_PROMETHEUS_MOST_PEERS has to be a whole number, not 'many'"):
         PrometheusPlugin(CollectorRegistry())
+
+
+def test_eplb_watch_reads_what_is_exported_while_a_rearrangement_runs_and_after(told: Told) -> None:
+    traffic = {**TRAFFIC, "bytes_sent": 0, "bytes_received": 60, "bytes_sent_to": {}, "bytes_received_from": {3: 60}}
+    told.tell(started(), TransferFinished(**traffic, stats=TransferStats(seconds=0.1, phases={})), step(0, 60))
+    server, _ = start_http_server(0, "127.0.0.1", told.registry)
+    try:
+        endpoint = Endpoint(f"http://127.0.0.1:{server.server_port}/metrics")
+        (during,) = endpoint.look()
+        told.tell(RearrangeFinished(**WHO, seconds=2.0, moved=5, bytes_received=100, steps=2))
+        (after,) = endpoint.look()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+    assert (during.rank, during.backend, during.phase) == (1, "shm", "rearranging")
+    assert (during.bytes_received, during.bytes_to_receive) == (60, 100)
+    assert (during.steps_committed, during.steps, during.rearrangements) == (1, 2, 0)
+    assert (after.phase, after.bytes_to_receive, after.rearrangements) == ("idle", None, 1)
+    assert after.links == {"3": 0.0}

@@ -76,7 +76,10 @@ class Metrics:
         self.steps = counter("rearrangement_steps", "Steps that were committed.")
         self.step_seconds = histogram("rearrangement_step_seconds", "Wall time of a step with its commit.")
         self.rearranged_bytes = counter("rearrangement_received_bytes", "Payload bytes that this rank has committed.")
+        self.bytes_planned = gauge("rearrangement_bytes_planned", "Payload bytes that this rank receives in all.")
         self.bytes_ahead = gauge("rearrangement_bytes_ahead", "Payload bytes that this rank is still to receive.")
+        self.steps_planned = gauge("rearrangement_steps_planned", "Steps of the rearrangement in all.")
+        self.steps_ahead = gauge("rearrangement_steps_ahead", "Steps that are not yet committed.")
         self.experts_moved = counter(
             "rearrangement_experts_moved", "Experts that crossed between ranks, of all ranks; counted by rank 0."
         )
@@ -123,7 +126,13 @@ class Metrics:
         """Tell that a rearrangement runs, and how much it will receive."""
         who = _who(event)
         self.rearranging.labels(*who).set(1)
-        self.bytes_ahead.labels(*who).set(event.bytes_to_receive)
+        for gauge, number in (
+            (self.bytes_planned, event.bytes_to_receive),
+            (self.bytes_ahead, event.bytes_to_receive),
+            (self.steps_planned, event.steps),
+            (self.steps_ahead, event.steps),
+        ):
+            gauge.labels(*who).set(number)
 
     def step_committed(self, event: StepCommitted) -> None:
         """Count a step."""
@@ -132,6 +141,7 @@ class Metrics:
         self.step_seconds.labels(*who).observe(event.seconds)
         self.rearranged_bytes.labels(*who).inc(event.bytes_received)
         self.bytes_ahead.labels(*who).dec(event.bytes_received)
+        self.steps_ahead.labels(*who).dec()
 
     def rearrange_finished(self, event: RearrangeFinished) -> None:
         """Count a rearrangement that finished, and its time by phase."""
@@ -151,8 +161,8 @@ class Metrics:
         self.rearrangement_failures.labels(*_who(event), *_class_and_phase(event.error)).inc()
 
     def _ended(self, event: RearrangeEvent) -> None:
-        self.rearranging.labels(*_who(event)).set(0)
-        self.bytes_ahead.labels(*_who(event)).set(0)
+        for gauge in (self.rearranging, self.bytes_planned, self.bytes_ahead, self.steps_planned, self.steps_ahead):
+            gauge.labels(*_who(event)).set(0)
 
     def _by_peer(self, event: TransferEvent, amounts: Mapping[int, int]) -> dict[str, int]:
         """Return label -> amount."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from eplb_core.cli.output import human_console
+from eplb_core.cli.placement.ranks import ranks_of
 from eplb_core.errors import InputError, PlacementError
 from eplb_core.inputs.placement_formats import FORMATS
 
@@ -20,19 +21,14 @@ if TYPE_CHECKING:
     from eplb_core.inputs.placement_formats import PlacementFile
 
 
-@click.group()
-def placement() -> None:
-    """Work with placement files."""
-
-
-@placement.command()
+@click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--to", "target_format", type=click.Choice(FORMATS), required=True, help="The format to write.")
 @click.option("--ranks", type=int, help="Ranks that share the slots.  [default: as SOURCE says]")
 @click.option("--experts", type=int, help="Logical experts of a layer.  [default: the highest in SOURCE, and 1]")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="The model: which of its layers have experts.")
-@click.option("--part", help="The part of the checkpoint, as eplb rebalance has it.")
+@click.option("--part", help="The part of the checkpoint, as in eplb rebalance.")
 @click.option("--first-layer", type=int, help="Without --checkpoint: the model's number of the first MoE layer.")
 def convert(
     source: Path,
@@ -59,7 +55,7 @@ def convert(
     check_placement_target(target, target_format)
     model = None if checkpoint is None else Checkpoint.open(checkpoint, part)
     file = read_placement_file(source, None if model is None else model.num_layers)
-    ranks = _check_ranks(file, ranks, source, needed=target_format in ("eplb", "vllm-ascend"))
+    ranks = ranks_of(file, ranks, source, needed=target_format in ("eplb", "vllm-ascend"))
     layers = _Layers.of(model, first_layer, file)
     file = replace(file, placement=layers.with_experts(file.placement, source), layer_ids=layers.ids)
     check = _check(file.placement, ranks, experts if experts is not None else layers.num_experts, source)
@@ -70,16 +66,6 @@ def convert(
         f"{target}: {target_format}, {rows} layer{'' if rows == 1 else 's'} of {slots} slots, out of {file.format}",
         markup=False,
     )
-
-
-def _check_ranks(file: PlacementFile, ranks: int | None, source: Path, *, needed: bool) -> int:
-    if ranks is None:
-        ranks = file.num_ranks
-    elif file.num_ranks not in (None, ranks):
-        raise InputError(f"--ranks is {ranks}, but the placement is for {file.num_ranks}", where=str(source))
-    if ranks is None and needed:
-        raise InputError("the placement does not say how many ranks share its slots", remedy="give --ranks")
-    return 1 if ranks is None else ranks
 
 
 def _check(placement: NDArray[np.int64], ranks: int, num_experts: int | None, source: Path) -> NDArray[np.int64]:

@@ -1,0 +1,1 @@
+"""`eplb placement`: convert placement files, draw one, and draw what changes between two."""

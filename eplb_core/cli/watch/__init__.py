@@ -1,0 +1,1 @@
+"""`eplb watch`: a live view of rearrangements that other processes run."""
