@@ -64,7 +64,8 @@ def test_the_core_depends_on_what_engines_need_and_no_more() -> None:
 @pytest.mark.parametrize("extra", sorted(EXTRAS))
 def test_the_modules_of_an_extra_are_what_it_installs(extra: str) -> None:
     texts = _pyproject(REPOSITORY)["project"]["optional-dependencies"][extra]
-    assert {re.split("[^A-Za-z0-9-]", text)[0] for text in texts} == set(EXTRAS[extra])
+    names = {re.split("[^A-Za-z0-9-]", text)[0] for text in texts}
+    assert {name.replace("-", "_") for name in names} == set(EXTRAS[extra])
 
 
 def test_the_oldest_constraints_are_the_lower_bounds() -> None:
