@@ -122,7 +122,10 @@ def bench(
     print_summary(rows, runs, console)
     if json_path is not None:
         single = len(runs) == 1
-        write_json(runs[0] if single else {"rounds": rounds, "summary": rows, "runs": runs}, json_path)
+        if single:
+            write_json(runs[0], json_path, "bench/1")
+        else:
+            write_json({"rounds": rounds, "summary": rows, "runs": runs}, json_path, "bench-comparison/1")
     if not all(row["correct"] for row in rows):
         context.exit(EXIT_PROBLEM)
 

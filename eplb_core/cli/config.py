@@ -42,7 +42,7 @@ def explain(text: str | None, json_path: str | None) -> None:
     if backend.entry is not None:
         source = f"{backend.entry.distribution} {backend.entry.version}"
     if json_path is not None:
-        write_json(_document(resolved, chosen, source), json_path)
+        write_json(_document(resolved, chosen, source), json_path, "config-explain/1")
     if json_path != STDOUT:
         _print(resolved, source)
 

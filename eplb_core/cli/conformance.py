@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import click
 
 from eplb_core.cli.completion import complete_backends, complete_checks
-from eplb_core.cli.output import EXIT_PROBLEM, human_console, write_json
+from eplb_core.cli.output import EXIT_PROBLEM, STDOUT, human_console, write_json
+from eplb_core.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from eplb_core.testing.check import Check
     from eplb_core.testing.report import Report, Result
 
 _STYLES: Final = {"passed": "green", "failed": "red", "not run": "red", "skipped": "yellow"}
@@ -61,28 +64,41 @@ def conformance(
     from eplb_core.testing.catalogue import all_checks, checks_named
 
     console = human_console(json_path)
-    checks = checks_named(*names) if names else all_checks(thorough=thorough)
+    checks = checks_named(*names) if names else all_checks(thorough=thorough or list_only)
     if config is None or subject is None:
-        _print_list(console)
+        if json_path != STDOUT:
+            _print_list(console, checks)
+        if json_path is not None:
+            listed = [
+                {"name": each.name, "promise": each.promise, "thorough": each.thorough, "page": each.page}
+                for each in checks
+            ]
+            write_json({"checks": listed}, json_path, "conformance-list/1")
         return
+    from eplb_core.testing.report import Status
     from eplb_core.testing.runner import run_conformance
 
     with console.status(f"checking {config} with {ranks} ranks on {device}"):
         report = run_conformance([subject], ranks, checks, on_result=lambda result: _print_result(console, result))
+    if set(report.counts) <= {Status.SKIPPED}:
+        reasons = sorted({result.detail for result in report})
+        raise InputError("nothing could be checked", where=f"{config} on {device}", why="; ".join(reasons))
     _print_summary(console, report, config, ranks, device)
     if json_path is not None:
-        write_json({"config": config, "ranks": ranks, "device": device, **report.document()}, json_path)
+        document = {"config": config, "ranks": ranks, "device": device, **report.document()}
+        write_json(document, json_path, "conformance/1")
     if not report.conforms:
         ctx.exit(EXIT_PROBLEM)
 
 
-def _print_list(console: Console) -> None:
+def _print_list(console: Console, checks: Sequence[Check]) -> None:
     from rich.table import Table
 
-    from eplb_core.testing.catalogue import all_checks
-
-    table = Table("check", "promise", "")
-    for check in all_checks():
+    table = Table()
+    table.add_column("check", overflow="fold", no_wrap=True)  # it is there to be copied
+    table.add_column("promise", overflow="fold")
+    table.add_column("")
+    for check in checks:
         table.add_row(check.name, check.promise, "thorough" if check.thorough else "")
     console.print(table)
 
@@ -96,7 +112,10 @@ def _print_result(console: Console, result: Result) -> None:
     console.print(line)
     if result.status == "failed":
         console.print(Text(f"  promised: {result.promise}"))
-        console.print(Text("\n".join(f"  {row}" for row in result.detail.splitlines())))
+        first, *rest = result.detail.splitlines() or [""]
+        console.print(Text("\n".join([f"  came:     {first}", *(f"  {row}" for row in rest)])))
+        if result.page:
+            console.print(Text(f"  contract: {result.page}", style="dim"), soft_wrap=True)
 
 
 def _print_summary(console: Console, report: Report, config: str, ranks: int, device: str) -> None:

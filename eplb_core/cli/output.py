@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from eplb_core.contract.option_types import ByteSize
@@ -116,14 +116,22 @@ def human_console(json_path: str | None = None) -> Console:
     return Console(file=stream, width=width, highlight=False)
 
 
-def write_json(document: object, path: str) -> None:
+def write_json(document: Mapping[str, Any], path: str, name: str) -> None:
     """Write `document` as indented JSON to the file `path`, or to standard output if it is `-`.
+
+    Its first field is `format`: the name of the document, and the version of its fields. A field that is added leaves
+    the version as it is; one that is removed, or means something else, raises it. `docs/schemas` has a schema for each.
+
+    Args:
+        document: what to write.
+        path: where to.
+        name: the name and version, such as `backends/1`.
 
     Raises:
         InputError: the file cannot be written.
         ValueError: the document holds NaN or an infinity, which JSON cannot express.
     """
-    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"format": f"eplb-{name}", **document}, indent=2, allow_nan=False) + "\n"
     if path == STDOUT:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -162,5 +170,8 @@ def report_stranger(error: BaseException) -> None:
 
 
 def _report(text: str) -> None:
+    from eplb_core.cli.checkout import with_local_commands
+
+    text = with_local_commands(text)
     with contextlib.suppress(OSError, ValueError):  # the exit code still reports it
         print(f"error: {text}", file=sys.stderr, flush=True)

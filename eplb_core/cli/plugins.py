@@ -27,7 +27,7 @@ def plugins(show_hooks: bool, json_path: str | None) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         found = PluginHost().load().plugins
     if json_path is not None:
-        write_json(_document(found), json_path)
+        write_json(_document(found), json_path, "plugins/1")
     if json_path != STDOUT:
         console = human_console(json_path)
         console.print(_hook_table(found) if show_hooks else _table(found) if found else "No hook plugin is installed.")

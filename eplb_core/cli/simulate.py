@@ -97,7 +97,8 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
         costs = _workload_costs(workload, options)
         _print_costs(costs, console)
         if json_path is not None:
-            write_json({"workload": str(workload), "steps": [asdict(cost) for cost in costs]}, json_path)
+            steps = [asdict(cost) for cost in costs]
+            write_json({"workload": str(workload), "steps": steps}, json_path, "simulate-workload/1")
         return
     setup, expert_name = _setup(options)
     runs: dict[str, list[Rebalance]] = {}
@@ -119,7 +120,7 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
             "runs": {name: [rebalance.document() for rebalance in rows] for name, rows in runs.items()},
             "summary": {name: _means(rows) for name, rows in runs.items()},
         }
-        write_json(document, json_path)
+        write_json(document, json_path, "simulate/1")
     if plot is not None:
         save_plot(runs, _headline(options, setup, expert_name), plot)
 

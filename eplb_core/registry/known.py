@@ -8,6 +8,7 @@ KNOWN_BACKENDS: Final = {
     "nixl": 'pip install "eplb[nixl]"',
     "pynccl": 'pip install "eplb[nccl]"',
     "shm": "pip install eplb-shm",
+    "cuda_ipc": "pip install eplb-cuda-ipc",
     "mooncake": 'pip install "eplb-mooncake[cpu]"',
 }
 """Name -> the command that installs it."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NoReturn
 
+CONTRACT_PAGE = "https://eplb.readthedocs.io/en/stable/contract.html"
+"""Where the contract is explained, check by check."""
+
 
 class BrokenPromiseError(AssertionError):
     """A backend did not do what the contract says. The message tells what was seen instead."""
@@ -59,6 +62,12 @@ class Check:
     def promise(self) -> str:
         """What is promised, in one line."""
         return (inspect.getdoc(self.function) or self.name.replace("_", " ")).partition("\n")[0]
+
+    @property
+    def page(self) -> str:
+        """Where the contract says so; empty for a check that is not the kit's own."""
+        own = self.function.__module__.startswith("eplb_core.testing.checks.")
+        return f"{CONTRACT_PAGE}#{self.name.replace('_', '-')}" if own else ""
 
 
 def expect(condition: object, seen: str) -> None:

@@ -34,6 +34,7 @@ class Result:
         status: how it ended.
         detail: why it failed or was skipped: tracebacks by rank, or stack dumps.
         seconds: how long it took; 0 if it did not run.
+        page: where the contract says so.
     """
 
     subject: Subject
@@ -43,6 +44,7 @@ class Result:
     status: Status
     detail: str = ""
     seconds: float = 0.0
+    page: str = ""
 
 
 @dataclass(slots=True)

@@ -137,7 +137,9 @@ class _Run:
         before = self._results.get(key)
         if before is not None and before.status is Status.FAILED:
             return
-        result = Result(step.subject, self._ranks, step.check.name, step.check.promise, status, detail.strip(), seconds)
+        check = step.check
+        text = detail.strip()
+        result = Result(step.subject, self._ranks, check.name, check.promise, status, text, seconds, check.page)
         self._results[key] = result
         if self._on_result is not None:
             self._on_result(result)

@@ -152,4 +152,6 @@ class BackendConformance:
             pytest.skip(result.detail)
         if result.status is not Status.PASSED:
             text = inspect.cleandoc(f"{result.promise}\n\n{result.status}: {result.detail}")
+            if result.page:
+                text += f"\n\ncontract: {result.page}"
             pytest.fail(text, pytrace=False)

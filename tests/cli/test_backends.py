@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import eplb_core
+from eplb_core.cli.checkout import with_local_commands
 from eplb_core.cli.output import exit_code_of, one_line, write_json
 from eplb_core.errors import (
     ConfigError,
@@ -19,6 +21,7 @@ from eplb_core.errors import (
 )
 from tests.support.fake_distributions import install, install_backend, run_eplb, run_python, spec_source
 
+REPOSITORY = Path(__file__).parents[2]
 _OPTIONS = """
 from __future__ import annotations
 from dataclasses import dataclass, field
@@ -64,15 +67,16 @@ def test_the_table_shows_each_backend_with_its_state_and_what_to_do(site: Path):
     done = run_eplb("backends", path=[site])
     assert done.returncode == 0, done.stderr
     rows = {row[0]: row[1:] for row in cells(done.stdout)}
-    assert rows["rail"] == ["rail-eplb", "2.5", "cpu", "ready", ""]
-    assert rows["mid"][3] == "broken"
-    assert rows["mid"][4].startswith(f"RuntimeError: [red]bad; {site}/mid_spec.py:2; pip install --upgrade mid")
-    assert rows["needy"][3:] == ["not installed", "it needs the module needy_driver; pip install needy-driver"]
-    assert rows["old"][3] == "incompatible"
+    assert rows["rail"] == ["rail-eplb", "2.5", "cpu", "", "ready", ""]
+    assert rows["mid"][4] == "broken"
+    assert rows["mid"][5].startswith(f"RuntimeError: [red]bad; {site}/mid_spec.py:2; pip install --upgrade mid")
+    assert rows["needy"][4:] == ["not installed", "it needs the module needy_driver; pip install needy-driver"]
+    assert rows["old"][4] == "incompatible"
     assert rows["twin"] == [
         "twin-b",
         "1.0",
         "cpu",
+        "",
         "conflict",
         "twin-a and twin-b register this name; write twin@twin-b",
     ]
@@ -146,6 +150,59 @@ def test_a_probe_decides_whether_a_ready_backend_is_available(tmp_path: Path):
         "dies": ("unavailable", "the probe was killed by SIGABRT"),
     }
     assert rows["absent", "absent-eplb"]["probe"] is None
+
+
+def test_what_moves_tensors_of_an_absent_device_only_says_so(tmp_path: Path):
+    install_backend(tmp_path, "rail")
+    install(tmp_path, "plain", backends={"plain": "plain_spec:BACKEND"}, modules={"plain_spec": spec_source("plain")})
+    source = spec_source("rail") + "import dataclasses\n"
+    source += "BACKEND = dataclasses.replace(BACKEND, capabilities=Capabilities(device_types=('npu',)))\n"
+    (tmp_path / "rail_eplb_spec.py").write_text(source)
+
+    rows = document(path=tmp_path)
+
+    assert rows["rail", "rail-eplb"]["state"] == "unavailable"
+    assert rows["rail", "rail-eplb"]["why"] == "it moves npu tensors, and this machine has no such device"
+    assert rows["plain", "plain"]["state"] == "ready"
+
+
+def test_what_is_known_and_not_installed_is_listed_with_a_command_that_works_in_a_checkout():
+    done = run_eplb("backends")
+    for plugin in ("shm", "cuda-ipc", "mooncake"):
+        name, folder = plugin.replace("-", "_"), REPOSITORY / "plugins" / f"eplb-{plugin}"
+        if f"│ {name} " not in done.stdout:
+            assert f"not installed: {name} (pip install -e '{folder}" in done.stdout
+
+
+def test_a_probe_ends_with_what_auto_would_take(tmp_path: Path):
+    probe = (
+        "from eplb_core.contract.backend import ProbeResult\ndef good(device_type): return ProbeResult(True, 'yes')\n"
+    )
+    for name, priority in (("slow", 1000), ("fast", 2000)):
+        install_backend(tmp_path, name, probe="probes:good", priority=priority)
+    (tmp_path / "probes.py").write_text(probe)
+    done = run_eplb("backends", "--probe", "--json", str(tmp_path / "out.json"), path=[tmp_path])
+    assert "auto would take fast for cpu tensors" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["auto"] == "fast"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('pip install "eplb[plot]"', "pip install -e '{root}[plot]'"),
+        ("pip install eplb-shm)", "pip install -e '{root}/plugins/eplb-shm')"),
+        ('pip install "eplb-mooncake[cpu]"', "pip install -e '{root}/plugins/eplb-mooncake[cpu]'"),
+        ("pip install eplb-acme", "pip install eplb-acme"),
+        ("pip install --upgrade mid", "pip install --upgrade mid"),
+    ],
+)
+def test_in_a_checkout_a_command_installs_from_it(text: str, said: str):
+    assert with_local_commands(text, REPOSITORY) == said.format(root=REPOSITORY)
+
+
+def test_a_wheel_has_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(eplb_core, "__file__", str(tmp_path / "site-packages/eplb_core/__init__.py"))
+    assert with_local_commands('pip install "eplb[plot]"') == 'pip install "eplb[plot]"'
 
 
 def test_a_device_without_a_probe_is_a_usage_error():
@@ -223,7 +280,7 @@ def test_explain_takes_auto():
 def test_what_cannot_be_explained_is_one_line_and_exit_2(site: Path, text: str, line: str):
     done = run_eplb("config", "explain", text, path=[site])
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == line + "\n"
+    assert done.stderr == with_local_commands(line) + "\n"
 
 
 def test_nothing_to_explain_is_one_line_and_exit_2():
@@ -312,5 +369,5 @@ def test_an_error_with_a_remedy_is_one_line():
 
 def test_json_has_no_words_for_nan(tmp_path: Path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json({"seconds": float("nan")}, str(tmp_path / "out.json"))
+        write_json({"seconds": float("nan")}, str(tmp_path / "out.json"), "nothing/1")
     assert not (tmp_path / "out.json").exists()

@@ -134,7 +134,9 @@ def test_the_report_can_be_written_as_json(together: Report) -> None:
     document = json.loads(json.dumps(together.document()))
     assert document["conforms"] is False
     assert document["counts"]["failed"] == len(TOGETHER)
-    assert {"check", "promise", "status", "detail", "ranks", "seconds", "subject"} == set(document["results"][0])
+    assert {"check", "promise", "status", "detail", "ranks", "seconds", "subject", "page"} == set(
+        document["results"][0]
+    )
 
 
 # --- the pytest front ------------------------------------------------------------------------------------------------
@@ -237,6 +239,8 @@ def test_the_command_exits_with_1_and_shows_what_was_promised(tmp_path: Path) ->
     )
     assert child.returncode == 1
     assert "promised: Sizes that are no multiple of anything" in child.stdout
+    assert "came:     rank" in child.stdout
+    assert "contract: https://eplb.readthedocs.io/en/stable/contract.html#odd-sizes-arrive" in child.stdout
     assert "drops_the_last_byte with 2 ranks on cpu does not conform: 1 failed" in child.stdout
 
 
@@ -253,6 +257,26 @@ def test_the_command_exits_with_2_when_there_is_nothing_it_could_check(arguments
     child = fake_distributions.run_eplb("conformance", *arguments)
     assert child.returncode == 2
     assert words in child.stderr
+
+
+def test_the_list_is_json_too() -> None:
+    child = fake_distributions.run_eplb("conformance", "--list", "--json", "-")
+    assert [each["name"] for each in json.loads(child.stdout)["checks"]] == [check.name for check in all_checks()]
+
+
+def test_names_of_checks_are_never_cut_to_fit_a_terminal() -> None:
+    child = fake_distributions.run_eplb("conformance", "--list", environment={"COLUMNS": "80"})
+    for check in all_checks():
+        assert check.name in child.stdout
+
+
+def test_a_backend_of_which_nothing_can_be_checked_here_neither_conforms_nor_fails() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    child = fake_distributions.run_eplb("conformance", "torch_gloo", "--device", "cuda", "--ranks", "2")
+    assert child.returncode == 2
+    assert "nothing could be checked" in child.stderr
+    assert "does not conform" not in child.stdout
 
 
 def test_the_command_lists_the_checks() -> None:

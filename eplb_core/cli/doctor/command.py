@@ -117,7 +117,7 @@ def doctor(
             "links": {config: [dataclasses.asdict(each) for each in found] for config, found in measured.items()},
             "findings": [dataclasses.asdict(finding) for finding in findings],
         }
-        write_json(document, json_path)
+        write_json(document, json_path, "doctor/1")
     bad = (Severity.PROBLEM, Severity.WARNING) if strict else (Severity.PROBLEM,)
     code = group.leave(EXIT_PROBLEM if worst(findings) in bad else 0)
     if code:

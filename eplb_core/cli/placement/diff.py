@@ -61,7 +61,7 @@ def diff(
 
         save_change(change, plot)
     if json_path is not None:
-        write_json(change.document(), json_path)
+        write_json(change.document(), json_path, "placement-diff/1")
     if json_path != STDOUT:
         print_change(change, human_console(json_path))
 

@@ -33,6 +33,6 @@ def show(
 
         save_placement(drawn, plot)
     if json_path is not None:
-        write_json(drawn.document(), json_path)
+        write_json(drawn.document(), json_path, "placement-show/1")
     if json_path != STDOUT:
         print_placement(drawn, human_console(json_path), listed=layers is not None)

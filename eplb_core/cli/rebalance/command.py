@@ -201,7 +201,7 @@ def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, conso
         from dataclasses import asdict
 
         document = {"moved": False, "policy": job.policy, "notes": list(job.notes), "worth": asdict(job.worth)}
-        write_json(document, output.json_path)
+        write_json(document, output.json_path, "rebalance-declined/1")
     return True
 
 
@@ -224,10 +224,10 @@ def _conclude(
     if output.plot is not None:
         save_plot(report, output.plot)
     if output.json_path is not None and output.json_path != STDOUT:
-        write_json(report.document(), output.json_path)
+        write_json(report.document(), output.json_path, "rebalance/1")
     for note in job.notes:
         console.print(f"note: {note}", markup=False)
     print_report(report, console)
     if output.json_path == STDOUT:
-        write_json(report.document(), output.json_path)
+        write_json(report.document(), output.json_path, "rebalance/1")
     return 0 if report.verified else EXIT_PROBLEM

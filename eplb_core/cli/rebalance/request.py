@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb_core.cli.output import parse_size
+from eplb_core.cli.parameters import parse_layers
 from eplb_core.errors import BackendUnavailableError, ConfigError, InputError
 from eplb_core.inputs.checkpoint import Checkpoint
 from eplb_core.inputs.loads import Counts, LoadOptions, RecordedLoads, read_recording

@@ -73,7 +73,7 @@ def watch(
     except KeyboardInterrupt:  # the usual end
         pass
     if json_path is not None:
-        write_json(_document(seen, balance), json_path)
+        write_json(_document(seen, balance), json_path, "watch/1")
     return EXIT_PROBLEM if any(each.phase == "failed" for each in seen) else 0
 
 
