@@ -22,6 +22,7 @@ from eplb_backends.nixl.memory import (
     expandable_segments,
     joined,
     left_for_staging,
+    staging_for,
 )
 from eplb_backends.nixl.options import NixlOptions
 from eplb_backends.nixl.outbox import Outgoing
@@ -65,7 +66,7 @@ def create(context: BackendContext, options: NixlOptions, expert_weights: Sequen
         BackendNotInstalledError: no NIXL package is there.
         TransferError: a step ("agent", "connect", "self-test") failed on some rank; the same on every rank.
     """
-    return NixlCommunicator(context, options)
+    return NixlCommunicator(context, options, sum(tensor.nbytes for tensor in expert_weights))
 
 
 class NixlCommunicator(EplbCommunicator):
@@ -74,12 +75,15 @@ class NixlCommunicator(EplbCommunicator):
     Args:
         context: the group.
         options: the options of the config string.
+        layer_bytes: what this rank has of one layer, the same on every rank; None if that is not known.
     """
 
-    def __init__(self, context: BackendContext, options: NixlOptions) -> None:
+    def __init__(self, context: BackendContext, options: NixlOptions, layer_bytes: int | None = None) -> None:
         self._control = context.control
         self._device = context.device
         self._options = options
+        window = int(options.window)
+        self._staging_bytes = window if layer_bytes is None else staging_for(layer_bytes, window)
         self._mode = options.mode
         self._timeout_s = float(options.timeout)
         self._queue = TransferQueue(context.rank, context.world_size, context.device)
@@ -369,15 +373,14 @@ class NixlCommunicator(EplbCommunicator):
         name = ""
         try:
             self._agent = Agent(f"eplb-rank{rank}", self._device, progress_thread=self._options.progress == "on")
-            window = int(self._options.window)
             page = pattern(PAGE_BYTES, self._device, rank)
             if self._device.type != "cpu":
                 torch.cuda.current_stream(self._device).synchronize()
             self._agent.register([(page.data_ptr(), PAGE_BYTES)], [page])
             self._shared = Shared(
                 Peers(self._agent, self._control, self._links, self._timeout_s, page.data_ptr()),
-                SlotPool(self._agent, window, self._device),
-                SlotPool(self._agent, window, self._device),
+                SlotPool(self._agent, self._staging_bytes, self._device),
+                SlotPool(self._agent, self._staging_bytes, self._device),
                 self._device,
                 self._links.measured,
             )

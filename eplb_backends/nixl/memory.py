@@ -15,6 +15,7 @@ from eplb_core.transport.streams import ordinal_of
 _ALIGNMENT = 256  # bytes; what CUDA's copies like best
 _LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
 _SLOTS = 4  # of a window: enough to pack, read and unpack at the same time
+_LEAST_WINDOW = 1 << 20
 _WINDOW_SHARE = 8  # either window has one part in so many of the staging memory; the rest is for a rearrangement
 
 
@@ -79,6 +80,18 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def left_for_staging(staging_bytes: int) -> int:
     """Return what the two windows, and the page that peers read first, leave of a rank's staging memory, in bytes."""
     return staging_bytes - 2 * (staging_bytes // _WINDOW_SHARE) - PAGE_BYTES
+
+
+def staging_for(layer_bytes: int, allowed_bytes: int) -> int:
+    """Return how much of a rank's staging memory to take shares of: less than is allowed where the experts are small.
+
+    Either window then holds twice what a rank has of one layer, and 1 MiB at least: more would never be filled at once.
+
+    Args:
+        layer_bytes: what a rank has of one layer, the same on every rank.
+        allowed_bytes: the `window` option.
+    """
+    return min(allowed_bytes, _WINDOW_SHARE * max(_LEAST_WINDOW, 2 * layer_bytes))
 
 
 class Slot:

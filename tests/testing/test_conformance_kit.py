@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from eplb_core.errors import InputError
 from eplb_core.testing import BackendConformance, Check, Report, Status, Subject, all_checks, run_conformance

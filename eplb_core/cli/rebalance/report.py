@@ -19,6 +19,9 @@ from eplb_core.words import count
 if TYPE_CHECKING:
     from rich.console import Console
 
+_SMALL_BYTES = 1_000_000
+"""Bytes per rank that move in about a millisecond; connecting and agreeing take tens of them."""
+
 _MOST_NAMED = 5  # wrong slots in the table; the document has as many for each rank
 
 
@@ -122,6 +125,11 @@ class RebalanceReport:
     def gb_per_s(self) -> float:
         """Gigabytes (10^9) per second between ranks, all ranks together."""
         return self.bytes_remote / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    @property
+    def is_small(self) -> bool:
+        """Whether so few bytes crossed that start-up (connecting, agreeing) takes most of the time."""
+        return self.bytes_remote < _SMALL_BYTES * self.ranks
 
     def imbalances(self, after: bool) -> list[float]:
         """Return the imbalance of every layer."""
@@ -273,8 +281,8 @@ def print_report(report: RebalanceReport, console: Console) -> None:
     facts.add_row("plan", report.plan)
     if report.second_copies:
         facts.add_row("wasted", f"{count(report.second_copies, 'slot')}: a second copy on the same rank")
-    facts.add_row("time", f"{report.seconds:.3f} s")
-    facts.add_row("rate", f"{report.gb_per_s:.2f} GB/s between ranks, all together" if remote else "nothing crossed")
+    facts.add_row("time", f"{report.seconds:.3f} s" + (", mostly start-up" if report.is_small else ""))
+    facts.add_row("rate", _rate(report))
     if report.pace_bytes_per_s is not None:
         facts.add_row("pace", f"in the background, {format_bytes(int(report.pace_bytes_per_s))}/s into a rank at most")
     facts.add_row("peak staging", f"{format_bytes(report.staging_bytes_max)} on a rank")
@@ -292,6 +300,14 @@ def print_report(report: RebalanceReport, console: Console) -> None:
         console.print(f"  {problem}", style="red", markup=False)
     if len(report.problems) > _MOST_NAMED:
         console.print(f"  and {len(report.problems) - _MOST_NAMED} more", style="red")
+
+
+def _rate(report: RebalanceReport) -> str:
+    if not report.bytes_remote:
+        return "nothing crossed"
+    if report.is_small:
+        return "too few bytes to measure; eplb bench measures rates"
+    return f"{report.gb_per_s:.2f} GB/s between ranks, all together"
 
 
 def format_bytes(number: int) -> str:
