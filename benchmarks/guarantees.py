@@ -50,15 +50,13 @@ class Variant:
 
     name: str
     rival: str = ""
-    atomic: bool = True
     verify: str = "off"
     background: bool = False
     pace: str | None = None
 
 
 VARIANTS = (
-    Variant("run", rival="without commit record"),
-    Variant("without commit record", atomic=False),
+    Variant("run"),
     Variant("verify=sample", rival="run", verify="sample"),
     Variant("verify=full", rival="run", verify="full"),
     Variant("background job", rival="run", background=True),
@@ -110,10 +108,7 @@ def measure(environment: RankEnvironment, plan: Plan) -> Found:
     with create_eplb_communicator(TorchGroups(), plan.backend, weights[0]) as communicator:
         for mebibytes in WINDOWS_MIB:
             window = "default" if mebibytes is None else f"{mebibytes} MiB"
-            rearrangers = {
-                atomic: Rearranger(communicator, weights, window_bytes=mebibytes and mebibytes << 20, atomic=atomic)
-                for atomic in (True, False)
-            }
+            rearranger = Rearranger(communicator, weights, window_bytes=mebibytes and mebibytes << 20)
             seconds[window] = {variant.name: [] for variant in plan.variants}
             for number in range(plan.rounds + 1):
                 there, back = work.placements[0], work.placements[1 + number % work.num_steps]
@@ -121,15 +116,15 @@ def measure(environment: RankEnvironment, plan: Plan) -> Found:
                 for variant in (*plan.variants[first:], *plan.variants[:first]):
                     dist.barrier()
                     began = time.perf_counter()
-                    made = rearrange(rearrangers[variant.atomic], variant, there, back)
-                    made += rearrange(rearrangers[variant.atomic], variant, back, there)
+                    made = rearrange(rearranger, variant, there, back)
+                    made += rearrange(rearranger, variant, back, there)
                     dist.barrier()
                     if number:  # connections, buffers and registrations are made in the first round
                         seconds[window][variant.name].append(time.perf_counter() - began)
                     if variant.name == "run":
                         steps[window] = made
         wrong = find_wrong(weights, work.local(0, rank), pattern, lambda done, total: None)
-        pace = keep_pace(rearrangers[True], work, parse_pace(plan.pace))
+        pace = keep_pace(rearranger, work, parse_pace(plan.pace))
     return Found(seconds, steps, pace, len(wrong))
 
 

@@ -91,12 +91,10 @@ class Rearranger:
         node_of_rank: node number of each rank, so that sources on the same node are preferred.
         relay: whether an expert that several ranks of one node need crosses to that node once, and is passed on
             there; None means yes where `node_of_rank` is given.
-        atomic: whether ranks commit a step only when all have received it. Without, each goes ahead as soon as it has
-            its own bytes: a little faster, and after a failure the ranks' placements may differ.
         in_place: whether `run` gives up slots whose expert has another copy, and receives into them directly, which
             saves the copy out of the window and takes more steps. `auto`: where that is faster, if the communicator
-            promises that nothing lands late (`may_land_late`) and the ranks commit together. After a failure more slots
-            may be empty then; no expert is ever without a copy.
+            promises that nothing lands late (`may_land_late`). After a failure more slots may be empty then; no
+            expert is ever without a copy.
 
     Raises:
         InputError: the weights, or the window, cannot be used.
@@ -110,7 +108,6 @@ class Rearranger:
         window_bytes: int | None = None,
         node_of_rank: Sequence[int] | None = None,
         relay: bool | None = None,
-        atomic: bool = True,
         in_place: InPlace = "auto",
     ) -> None:
         binding = communicator.binding
@@ -124,9 +121,7 @@ class Rearranger:
             self._weights = self._checked_weights(weights, context.device)
             if window_bytes is not None:
                 _check_whole(window_bytes, "window_bytes", least=1)
-            if atomic not in (True, False):
-                raise InputError(f"atomic must be True or False, not {atomic!r}")
-            self._in_place_from = self._weigh_in_place(in_place, atomic=atomic)
+            self._in_place_from = self._weigh_in_place(in_place)
             self._node_of_rank = None if node_of_rank is None else [int(node) for node in node_of_rank]
             if self._node_of_rank is not None:
                 self._check_nodes(self._node_of_rank, context.world_size)
@@ -136,7 +131,6 @@ class Rearranger:
             if problem is error:
                 raise
             raise problem from error
-        self._atomic = atomic
         self._rank = context.rank
         self._world_size = context.world_size
         self._relay = relay
@@ -228,7 +222,7 @@ class Rearranger:
                 raise InputError(f"verify must be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
             if loader is not None and not callable(loader):
                 raise InputError(f"the loader is a {type(loader).__name__}, which cannot be called")
-            return {"call": "run", "verify": verify, "atomic": str(self._atomic), "in_place": str(self._in_place_from)}
+            return {"call": "run", "verify": verify, "in_place": str(self._in_place_from)}
 
         scheduling = _Scheduling(self.window_bytes, self._communicator.transfer_limit_bytes, None, self._in_place_from)
         call, agreed = self._agreed_plan(
@@ -248,7 +242,7 @@ class Rearranger:
             steps,
             self._window,
             plan.old.copy(),
-            record if self._atomic else None,
+            record,
             self._communicator,
             self._runner,
             Reporter(self._communicator, self._runner, steps, plan.num_layers),
@@ -587,15 +581,15 @@ class Rearranger:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _weigh_in_place(self, in_place: InPlace, *, atomic: bool) -> int | None:
+    def _weigh_in_place(self, in_place: InPlace) -> int | None:
         """Return the bytes of staging that an additional step is worth; None to stage everything."""
         if in_place not in ("never", "auto", "always"):
             raise InputError(f"in_place has to be never, auto or always, not {in_place!r}")
-        possible = atomic and not self._communicator.may_land_late
+        possible = not self._communicator.may_land_late
         if in_place == "always" and not possible:
             raise InputError(
                 "experts cannot be received in place",
-                why="the communicator makes no promise that nothing lands late" if atomic else "atomic is off",
+                why="the communicator makes no promise that nothing lands late",
                 remedy="use in_place='auto'",
             )
         if in_place == "never" or not possible:

@@ -35,7 +35,7 @@ class Run:
         steps: what is to do.
         window: what received experts land in.
         placement: what the slots hold at first.
-        record: where the ranks decide, or None if each commits what it has for itself.
+        record: where the ranks decide.
         communicator: what moves the bytes.
         runner: this rank's part in each step.
         reporter: who is told.
@@ -52,7 +52,7 @@ class Run:
         steps: Sequence[Step],
         window: torch.Tensor,
         placement: IntArray,
-        record: CommitRecord | None,
+        record: CommitRecord,
         communicator: EplbCommunicator,
         runner: StepRunner,
         reporter: Reporter,
@@ -81,8 +81,7 @@ class Run:
         with self._trusting(), self._giving_up():
             for step in self.steps:
                 began = self._began = time.perf_counter()
-                if self._record is not None:
-                    self._record.require_store()
+                self._record.require_store()
                 prepared = self._next_step()
                 self._next = None
                 with self._naming(step):
@@ -96,12 +95,11 @@ class Run:
     def _complete(self, under_way: _UnderWay) -> None:
         """Wait for a step, decide it, and commit it."""
         self._receive(under_way)
-        if self._record is not None:
-            began = time.perf_counter()
-            decision = self._record.decide(step_key(self.decided))
-            self.times.add("decide", time.perf_counter() - began)
-            if decision.aborted:
-                raise error_of(decision, self._rank, usable=decision.usable)
+        began = time.perf_counter()
+        decision = self._record.decide(step_key(self.decided))
+        self.times.add("decide", time.perf_counter() - began)
+        if decision.aborted:
+            raise error_of(decision, self._rank, usable=decision.usable)
         self._commit(under_way)
 
     def _commit(self, under_way: _UnderWay) -> None:
@@ -112,7 +110,7 @@ class Run:
         self.placement = step.apply(self.placement)
         self.decided += 1
         self._under_way = None
-        if self._record is not None and self.decided > 1 and self.decided % self._world_size == self._rank:
+        if self.decided > 1 and self.decided % self._world_size == self._rank:
             # Every rank has read the decision before, or this one would not stand.
             self._record.forget(step_key(self.decided - 2))
         self.reporter.committed(self.decided - 1, step, time.perf_counter() - under_way.began)
@@ -162,21 +160,21 @@ class Run:
         try:
             yield
         except BaseException as error:
-            if self._record is None or self.decided == len(self.steps):
+            if self.decided == len(self.steps):
                 raise
             try:
                 with self._record.last_words(time.perf_counter() - self._began):
-                    explained = self._settle(self._record, error)
+                    explained = self._settle(error)
             except ControlPlaneError as gone:
                 raise self._undecided(gone) from error
             if explained is not error:
                 raise explained from error
             raise
 
-    def _settle(self, record: CommitRecord, error: BaseException) -> BaseException:
+    def _settle(self, error: BaseException) -> BaseException:
         """Return what to raise: `error`, or one that names who is really to blame."""
         while self.decided < len(self.steps):
-            decision = record.abort(step_key(self.decided), error)
+            decision = self._record.abort(step_key(self.decided), error)
             if decision.aborted:
                 return who_is_to_blame(error, decision, self._rank)
             # All ranks had said that they have this step's bytes, this one too: it is committed everywhere.

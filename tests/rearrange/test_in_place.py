@@ -102,8 +102,6 @@ def is_told_how(member: Member) -> list[dict[str, Any]]:
     with member.communicator("torch_gloo") as communicator:
         errors.append(error_of(lambda: Rearranger(communicator, weights, in_place="always")))
         errors.append(error_of(lambda: Rearranger(communicator, weights, in_place="sometimes")))  # type: ignore[arg-type]
-    with member.communicator(CONFIG) as communicator:
-        errors.append(error_of(lambda: Rearranger(communicator, weights, in_place="always", atomic=False)))
     return errors
 
 
@@ -148,10 +146,9 @@ def test_many_experts_arrive_when_the_ranks_have_shared_the_scheduling(report: R
 
 def test_what_cannot_be_is_refused(report: Report) -> None:
     for errors in report.returned("told"):
-        assert [error["type"] for error in errors] == ["InputError"] * 3
+        assert [error["type"] for error in errors] == ["InputError"] * 2
         assert "promise" in errors[0]["text"]
         assert "sometimes" in errors[1]["text"]
-        assert "atomic" in errors[2]["text"]
 
 
 @pytest.mark.parametrize("config", PROMISES)
