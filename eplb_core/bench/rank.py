@@ -63,6 +63,7 @@ class RankMeasurement:
         bounded_steps: how many bounded steps each rearrangement took.
         paths: peer rank -> what its bytes travelled over.
         staging_bytes: the most staging memory that the rank held.
+        window_bytes: the window that received experts were staged in.
         wrong_tensors: tensors of a slot with a wrong byte in the end.
         examples: the first of them, in words.
         placements_reached: whether every step returned the placement that it was asked for.
@@ -77,6 +78,7 @@ class RankMeasurement:
     bounded_steps: list[int]
     paths: dict[int, str]
     staging_bytes: int
+    window_bytes: int
     wrong_tensors: int
     examples: list[str] = field(default_factory=list)
     placements_reached: bool
@@ -137,7 +139,7 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
             paths.update(result.paths)
             staging_bytes = max(staging_bytes, result.staging_bytes)
             reached = reached and np.array_equal(result.placement, new)
-        config = communicator.binding.config
+        config, window_bytes = communicator.binding.config, rearranger.window_bytes
     wrong = find_wrong(weights, work.local(-1, rank), pattern, _reporting(environment, "check", work.num_layers))
     return RankMeasurement(
         seconds=seconds,
@@ -146,6 +148,7 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
         bounded_steps=bounded,
         paths=paths,
         staging_bytes=staging_bytes,
+        window_bytes=window_bytes,
         wrong_tensors=len(wrong),
         examples=[
             f"rank {rank}, layer {layer}, slot {slot}, tensor {tensor}: not the bytes of expert "

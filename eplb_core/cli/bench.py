@@ -90,7 +90,8 @@ def bench(
     """
     if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
         raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
-    work = _workload(workload, {name: value for name, value in sizes.items() if value is not None})
+    given = {name: value for name, value in sizes.items() if value is not None}
+    work = _workload(workload, given)
     start_server()  # it imports torch while this process does the same
     from eplb_core.bench.rank import BenchRun
     from eplb_core.bench.run import check_job
@@ -117,7 +118,8 @@ def bench(
     for number in range(rounds):
         for job in jobs:
             title = job.backend + (f", round {number + 1} of {rounds}" if rounds > 1 else "")
-            runs.append(_run(job, title, console, keep_going=len(jobs) > 1))
+            run = _run(job, title, console, keep_going=len(jobs) > 1)
+            runs.append(run | {"workload": given if workload is None else {"file": str(workload.absolute())}})
     rows = summarize(names, runs)
     print_summary(rows, runs, console)
     if json_path is not None:

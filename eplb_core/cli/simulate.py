@@ -64,6 +64,13 @@ _MOST_ROWS = 20  # rebalances in the table; the document has all
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--links", help="Rates, such as 'rank_rate=200GB&node_rate=400GB&step=1ms'; see the documentation.")
+@click.option(
+    "--calibrate",
+    "measured",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Learn the rates from JSON of `eplb bench`, instead of --links; repeat it for several files.",
+)
 @click.option("--window", default="256MiB", show_default=True, help="Staging memory of a rank for received experts.")
 @click.option(
     "--in-place-from",
@@ -93,14 +100,18 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
     if plot is not None:
         check_plot_target(plot)
     console = human_console(json_path)
+    links, learned = _links(options["links"], options.pop("measured"))
+    calibration: dict[str, object] = {"calibration": learned} if learned else {}
+    if learned:
+        console.print(learned["text"], markup=False, soft_wrap=True)
     if workload is not None:
-        costs = _workload_costs(workload, options)
+        costs = _workload_costs(workload, options, links)
         _print_costs(costs, console)
         if json_path is not None:
-            steps = [asdict(cost) for cost in costs]
-            write_json({"workload": str(workload), "steps": steps}, json_path, "simulate-workload/1")
+            steps = {"workload": str(workload), "steps": [asdict(cost) for cost in costs]}
+            write_json({**steps, **calibration}, json_path, "simulate-workload/1")
         return
-    setup, expert_name = _setup(options)
+    setup, expert_name = _setup(options, links)
     runs: dict[str, list[Rebalance]] = {}
     chosen = _contestants(options)
     from eplb_core.simulate.run import simulate as run
@@ -119,6 +130,7 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
             "setup": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
             "runs": {name: [rebalance.document() for rebalance in rows] for name, rows in runs.items()},
             "summary": {name: _means(rows) for name, rows in runs.items()},
+            **calibration,
         }
         write_json(document, json_path, "simulate/1")
     if plot is not None:
@@ -128,7 +140,7 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
 # --- from options to a simulation -------------------------------------------------------------------------------------
 
 
-def _setup(options: dict[str, Any]) -> tuple[Setup, str]:
+def _setup(options: dict[str, Any], links: Links) -> tuple[Setup, str]:
     from eplb_core.inputs.models import find_model
     from eplb_core.simulate.run import Setup
 
@@ -157,7 +169,7 @@ def _setup(options: dict[str, Any]) -> tuple[Setup, str]:
         num_layers=layers,
         window_bytes=parse_size("--window", options["window"]),
         in_place_from=None if in_place == "none" else parse_size("--in-place-from", in_place),
-        links=_links(options["links"]),
+        links=links,
     )
     return setup, f"{experts} experts of {model.expert_bytes / 1e6:.1f} MB"
 
@@ -199,37 +211,43 @@ def _trace(options: dict[str, Any], setup: Setup) -> Iterator[Interval]:
     )
 
 
-def _links(text: str | None) -> Links:
+def _links(text: str | None, measured: Sequence[Path]) -> tuple[Links, dict[str, Any]]:
+    """Return the links, and what was learned from runs, if any were given."""
     from eplb_core.registry.config import parse_config, resolve_options
     from eplb_core.simulate.cost import Links
 
+    if measured:
+        if text is not None:
+            raise InputError("--links and --calibrate were given", remedy="give only one")
+        from eplb_core.cli.calibration import read_runs
+        from eplb_core.simulate.calibrate import calibrate
+
+        found = calibrate(read_runs(measured))
+        told = (
+            f"learned from {found.rearrangements} rearrangements, {100 * found.off:.0f} % off in the median: "
+            f"--links '{found.option()}'"
+        )
+        return found.links, {"text": told, "links": asdict(found.links), "off": found.off}
     if text is None:
-        return Links()
+        return Links(), {}
     try:
         links: Links = resolve_options(parse_config(f"links?{text}"), Links, kind="setting", environment={}).values
     except ConfigError as error:
         raise InputError(f"--links: {error.what}", why=error.why, remedy=error.remedy) from error
-    return links
+    return links, {}
 
 
-def _workload_costs(path: Path, options: dict[str, Any]) -> list[Cost]:
+def _workload_costs(path: Path, options: dict[str, Any], links: Links) -> list[Cost]:
     from eplb_core.bench.workload import read_workload
-    from eplb_core.simulate.run import Setup, simulate_workload
+    from eplb_core.cli.calibration import setup_of
+    from eplb_core.simulate.run import simulate_workload
 
     work = read_workload(path)
     in_place = options["in_place_from"]
-    setup = Setup(
-        num_ranks=work.num_ranks,
-        num_nodes=1,
-        num_slots=work.slots_per_rank * work.num_ranks,
-        num_groups=1,
-        tensor_bytes=work.tensor_bytes,
-        num_layers=work.num_layers,
-        window_bytes=parse_size("--window", options["window"]),
-        in_place_from=None if in_place == "none" else parse_size("--in-place-from", in_place),
-        links=_links(options["links"]),
+    in_place_from = None if in_place == "none" else parse_size("--in-place-from", in_place)
+    return simulate_workload(
+        setup_of(work, parse_size("--window", options["window"]), in_place_from, links), work.placements
     )
-    return simulate_workload(setup, work.placements)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

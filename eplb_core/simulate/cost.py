@@ -92,26 +92,48 @@ def cost_of(plan: RearrangementPlan, steps: list[Step], expert_bytes: IntArray, 
     )
 
 
-def _seconds(plan: RearrangementPlan, step: Step, expert_bytes: IntArray, links: Links) -> float:
-    """Return the time of one step: the busiest link, then the copies of the rank that has most."""
-    size = expert_bytes[step.transfers[:, 0]]
-    source, destination = step.transfers[:, 2], step.transfers[:, 4]
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """The bytes of one bounded step, each where they are most.
+
+    Attributes:
+        rank: what a rank sends, or receives.
+        between: what a node sends to others, or receives from them.
+        host: what all ranks of a node receive, and copy from the window into slots.
+        copied: what a rank copies.
+    """
+
+    rank: float
+    between: float
+    host: float
+    copied: float
+
+
+def bytes_of(plan: RearrangementPlan, step: Step, expert_bytes: IntArray) -> StepBytes:
+    """Return the bytes of a step of a schedule; arguments as in `cost_of`."""
+    size, copied = expert_bytes[step.transfers[:, 0]], expert_bytes[step.copies[:, 1]]
+    source, destination, copier = step.transfers[:, 2], step.transfers[:, 4], step.copies[:, 0]
+    node = plan.node_of_rank
+    crosses = node[source] != node[destination]
 
     def most(place: IntArray, size: IntArray) -> float:
-        return float(np.bincount(place, size, minlength=1).max()) if len(place) else 0.0
+        return float(np.bincount(place, size, minlength=1).max())
 
-    moving = max(most(source, size), most(destination, size)) / links.rank_rate
-    node = plan.node_of_rank
+    return StepBytes(
+        rank=max(most(source, size), most(destination, size)),
+        between=max(most(node[place[crosses]], size[crosses]) for place in (source, destination)),
+        host=most(np.concatenate([node[destination], node[copier]]), np.concatenate([size, copied])),
+        copied=most(copier, copied),
+    )
+
+
+def _seconds(plan: RearrangementPlan, step: Step, expert_bytes: IntArray, links: Links) -> float:
+    """Return the time of one step: the busiest link, then the copies of the rank that has most."""
+    most = bytes_of(plan, step, expert_bytes)
+    moving = most.rank / links.rank_rate
     if links.node_rate is not None:
-        crosses = node[source] != node[destination]
-        busiest = max(most(node[place[crosses]], size[crosses]) for place in (source, destination))
-        moving = max(moving, busiest / links.node_rate)
-    copied = expert_bytes[step.copies[:, 1]]
+        moving = max(moving, most.between / links.node_rate)
     if links.host_rate is not None:
         # One memory: every byte is read and written by one of its ranks, copies too.
-        touched = np.bincount(node[destination], size, minlength=1) if len(size) else np.zeros(1)
-        more = np.bincount(node[step.copies[:, 0]], copied, minlength=len(touched)) if len(copied) else np.zeros(1)
-        width = max(len(touched), len(more))
-        total = np.pad(touched, (0, width - len(touched))) + np.pad(more, (0, width - len(more)))
-        moving = max(moving, float(total.max()) / links.host_rate)
-    return float(links.step) + moving + most(step.copies[:, 0], copied) / links.copy_rate
+        moving = max(moving, most.host / links.host_rate)
+    return float(links.step) + moving + most.copied / links.copy_rate

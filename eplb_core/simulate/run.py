@@ -12,11 +12,11 @@ import numpy as np
 from eplb_core.arrays import IntArray
 from eplb_core.errors import InputError
 from eplb_core.planning.placement import check_pair, imbalance
-from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.policies.base import BalancePolicy, PlacementDecision, PlacementRequest, decide
 from eplb_core.policies.deepseek import POLICY as FRESH
 from eplb_core.policies.movement import minimize_movement, slots_anew
-from eplb_core.scheduling.schedule import schedule_steps
+from eplb_core.scheduling.schedule import Step, schedule_steps
 from eplb_core.simulate.compared import Moves
 from eplb_core.simulate.cost import Cost, Links, cost_of
 from eplb_core.simulate.trace import Interval
@@ -146,10 +146,16 @@ def simulate_workload(setup: Setup, placements: IntArray) -> list[Cost]:
     return [_cost(setup, old, new) for old, new in itertools.pairwise(placements)]
 
 
-def _cost(setup: Setup, old: IntArray, new: IntArray) -> Cost:
+def planned(setup: Setup, old: IntArray, new: IntArray) -> tuple[RearrangementPlan, list[Step]]:
+    """Return the plan and the schedule that ranks make for two placements."""
     node_of_rank = setup.node_of_rank if setup.num_nodes > 1 else None
     plan = plan_rearrangement(old, new, setup.num_ranks, node_of_rank)
     steps = schedule_steps(plan, setup.staged_bytes, window_bytes=setup.window_bytes, in_place_from=setup.in_place_from)
+    return plan, steps
+
+
+def _cost(setup: Setup, old: IntArray, new: IntArray) -> Cost:
+    plan, steps = planned(setup, old, new)
     return cost_of(plan, steps, setup.expert_bytes, setup.links)
 
 

@@ -266,6 +266,7 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank() -> None:
             bounded_steps=[1, 1, 1],
             paths={},
             staging_bytes=0,
+            window_bytes=1 << 20,
             wrong_tensors=0,
             placements_reached=True,
             config="",
