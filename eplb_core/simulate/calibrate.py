@@ -68,8 +68,8 @@ def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
     """Return the links that the times of real runs fit best.
 
     The first rearrangement of a run is left out: connections and buffers are made in it. Of equal rearrangements the
-    median counts. Either the busiest rank is what takes time, or all ranks of a host together, where they share cores
-    and one memory: what fits better is taken.
+    fastest counts: what else a machine does only ever adds time. Either the busiest rank is what takes time, or all
+    ranks of a host together, where they share cores and one memory: what fits better is taken.
 
     Raises:
         InputError: a run took other steps than it should have, or the runs are too much alike to tell the terms apart.
@@ -87,7 +87,7 @@ def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
         )
     table: FloatArray = np.array(list(found), dtype=np.float64)
     steps, rank, host, copied = (table[:, column] for column in range(4))
-    seconds = np.array([float(np.median(each)) for each in found.values()])
+    seconds = np.array([min(each) for each in found.values()])
     start = np.ones(len(seconds))
     terms = [np.stack([start, steps, crossing, copied], axis=1) for crossing in (rank, host)]
     if max(int(np.linalg.matrix_rank(each / each.max(axis=0).clip(1e-300))) for each in terms) < min(3, len(seconds)):
