@@ -64,7 +64,8 @@ def _measured(run: dict[str, Any], path: Path) -> MeasuredRun:
     if "error" in run:
         raise _not_a_run(path, f"a run in it failed: {run['error']}")
     try:
-        made, window, in_place_from = dict(run["workload"]), int(run["window_bytes"]), _STEP_BYTES[run["device"]]
+        made, in_place_from = dict(run["workload"]), _STEP_BYTES[run["device"]]
+        window = int(run.get("staging_window_bytes") or run["window_bytes"])
         seconds, steps = [float(each) for each in run["seconds"]], [int(each) for each in run["bounded_steps"]]
         work = read_workload(Path(made["file"])) if "file" in made else make_workload(**made)
     except EplbError:

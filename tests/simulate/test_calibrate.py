@@ -131,7 +131,7 @@ def test_a_real_run_calibrates_a_simulation(tmp_path: Path) -> None:
         ("{}", "KeyError: 'workload'"),
         ('{"error": "rank 1 failed"}', "a run in it failed: rank 1 failed"),
         (
-            '{"workload": {"ranks": 2}, "device": "cpu", "window_bytes": 9, "seconds": [1], "bounded_steps": [1]}',
+            '{"workload": {}, "device": "cpu", "window_bytes": 9, "seconds": [1], "bounded_steps": [1]}',
             "times do not fit",
         ),
     ],
