@@ -31,7 +31,8 @@ _BOARD_ROUNDS = (2, 16, 128)
 
 _BOARD_S = 1.0  # how long they wait for one another then; a rank that is gone must not hold the others up
 _BOARD_NAP_S = 1e-3
-_LAST_WORDS_S = 1.5  # a store that works answers a thousand times faster
+_LATEST_S = 1.75  # beyond the timeout a rank may be, which has 2 s
+_LAST_WORDS_S = 0.5  # at least; a store that works answers a thousand times faster
 _YES, _NO = b"yes", b"no"
 _UNSETTLED = "?"  # what nothing is ever settled as
 
@@ -292,7 +293,7 @@ class ControlPlane:
             waited_s: how long this rank has waited for others already, in seconds.
             timeout_s: how long it may wait, in seconds.
         """
-        with self._connection.answering_within(max(timeout_s - waited_s, _LAST_WORDS_S)):
+        with self._connection.answering_within(max(timeout_s + _LATEST_S - waited_s, _LAST_WORDS_S)):
             yield
 
     def with_own_connection(self, timeout_s: float) -> ControlPlane:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from eplb_core.testing.report import Result as Result
     from eplb_core.testing.report import Status as Status
     from eplb_core.testing.runner import run_conformance as run_conformance
+    from eplb_core.testing.state_machine import run_state_machine as run_state_machine
     from eplb_core.testing.subject import Subject as Subject
     from eplb_core.testing.suite import BackendConformance as BackendConformance
 
@@ -39,6 +40,7 @@ _HOME = {
     "all_checks": "catalogue",
     "expect": "check",
     "run_conformance": "runner",
+    "run_state_machine": "state_machine",
     "skip": "check",
 }
 
