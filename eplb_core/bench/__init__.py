@@ -1,1 +1,1 @@
-"""What `eplb bench` measures: a workload, the ranks that run it, and what they found."""
+"""The benchmark behind `eplb bench`: a workload, the ranks that run it, and their results."""

@@ -1,7 +1,7 @@
-"""Bytes that say what they are: each depends on expert, layer, tensor, and its place inside the tensor.
+"""Self-describing bytes: each depends on expert, layer, tensor, and its position inside the tensor.
 
-They are computed again for the comparison, from the placement alone, so that a wrong expert, a shifted or truncated
-copy, and bytes that were never written are all seen.
+They are recomputed for the comparison, from the placement alone, which detects a wrong expert, a shifted or truncated
+copy, and bytes that were never written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from eplb_core.planning.placement import EMPTY
 from eplb_core.transport.pattern import Pattern
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes that are done and those that there are."""
+"""Called with the bytes done and the total bytes."""
 
 
 def fill(weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pattern, progress: Progress) -> None:
@@ -24,8 +24,8 @@ def fill(weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pat
     Args:
         weights: `weights[layer][tensor]`, uint8 `[slots, bytes]`.
         held: int64 `[layers, slots]`, the logical expert of each slot or -1.
-        pattern: makes the bytes.
-        progress: told after every layer.
+        pattern: generates the bytes.
+        progress: called after every layer.
     """
     for layer, tensors in enumerate(weights):
         for number, tensor in enumerate(tensors):
@@ -40,9 +40,9 @@ def fill(weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pat
 def find_wrong(
     weights: Sequence[Sequence[torch.Tensor]], held: IntArray, pattern: Pattern, progress: Progress
 ) -> list[tuple[int, int, int]]:
-    """Return `(layer, slot, tensor)` of every tensor of a slot with a byte that is not its expert's.
+    """Return `(layer, slot, tensor)` of every tensor of a slot with a wrong byte.
 
-    Arguments are those of `fill`; what empty slots hold does not matter.
+    Takes the arguments of `fill`; the content of empty slots does not matter.
     """
     wrong = []
     for layer, tensors in enumerate(weights):

@@ -1,4 +1,4 @@
-"""What each rank of a benchmark does: fill its slots, go through all placements, compare every byte."""
+"""The work of one rank of a benchmark: fill its slots, go through all placements, compare every byte."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class BenchRun:
         workload: the placements to go through.
         backend: a config string.
         device: "cpu" or "cuda"; there, rank r uses GPU r modulo their number.
-        window_bytes: what received experts are staged in; None for what the backend's configuration allows.
+        window_bytes: staging memory for received experts; None for what the backend's configuration allows.
         in_place: whether experts are received into slots directly.
         timeout_s: the longest that the run may take, in seconds.
     """
@@ -45,7 +45,7 @@ class BenchRun:
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """How far a rank is with a stage ("fill", "move" or "check"); sent to the parent."""
+    """A rank's progress in a stage ("fill", "move" or "check"); sent to the parent."""
 
     stage: str
     done: int
@@ -54,20 +54,20 @@ class Advance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMeasurement:
-    """What one rank found.
+    """The measurements of one rank.
 
     Attributes:
-        seconds: wall time of each step on this rank, from a barrier of all ranks on.
-        phases: phase name -> seconds, one dictionary a step.
-        experts_moved: experts that crossed between ranks, of all ranks together, in each step.
+        seconds: wall time of each step on this rank, measured from a barrier of all ranks.
+        phases: phase name -> seconds, one dictionary per step.
+        experts_moved: experts that crossed between ranks in each step, all ranks together.
         bounded_steps: how many bounded steps each rearrangement took.
-        paths: peer rank -> what its bytes travelled over.
+        paths: peer rank -> the transport that its bytes took.
         staging_bytes: the most staging memory that the rank held.
         window_bytes: the window that received experts were staged in.
         wrong_tensors: tensors of a slot with a wrong byte in the end.
         examples: the first of them, in words.
-        placements_reached: whether every step returned the placement that it was asked for.
-        config: the canonical config string of what moved the bytes.
+        placements_reached: whether every step returned the requested placement.
+        config: the canonical config string of the backend.
         device: the rank's device, such as "cuda:1".
         device_name: its name.
     """
@@ -93,7 +93,7 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
     Raises:
         EplbError: the ranks do not agree, or a transfer failed.
     """
-    # One thread a rank, as in serving processes that share a host's cores.
+    # One thread per rank, as in serving processes that share a host's cores.
     torch.set_num_threads(1)
     rank, work = environment.rank, job.workload
     device = rank_device(job.device, environment)
@@ -102,7 +102,7 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
         for _ in range(work.num_layers)
     ]
     environment.init_process_group(job.timeout_s)
-    # Two ranks on one GPU cannot have an NCCL group; the backends that need one then refuse with a reason of their own.
+    # Two ranks on one GPU cannot have an NCCL group; backends that need one then refuse with their reason.
     group = TorchGroups(device_group=device_group(environment, device, job.timeout_s))
     control = ControlPlane(dist.PrefixStore("bench", environment.store), rank, work.num_ranks)
     pattern = Pattern(max(work.tensor_bytes), device)
@@ -110,7 +110,7 @@ def measure_rank(environment: RankEnvironment, job: BenchRun) -> RankMeasurement
     with create_eplb_communicator(group, job.backend, weights[0]) as communicator:
         fill(weights, work.local(0, rank), pattern, _reporting(environment, "fill", work.num_layers))
         _synchronize(device)
-        # The ranks fill at different speeds: the rearrangement, with its shorter deadlines, waits.
+        # The ranks fill at different speeds: the rearrangement, with its shorter deadlines, must wait for all.
         control.barrier("that every rank has filled its slots", job.timeout_s)
         rearranger = Rearranger(
             communicator,

@@ -1,4 +1,4 @@
-"""Runs a benchmark: checks what was asked, starts the ranks, and puts together what they found."""
+"""Runs a benchmark: checks the job, starts the ranks, and combines their results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eplb_core.launch.local_ranks import LocalRankError, Outcome, collect_local_
 from eplb_core.launch.memory import free_memory
 from eplb_core.registry.registry import default_registry
 
-_MEMORY_SHARE = 0.9  # of what is free; the rest is for the processes themselves
+_MEMORY_SHARE = 0.9  # of free memory; the rest is for the processes themselves
 
 
 def check_job(job: BenchRun) -> None:
@@ -35,14 +35,14 @@ def check_job(job: BenchRun) -> None:
 
     work = job.workload
     if job.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here", remedy="give --device cpu")
+        raise InputError("no CUDA device is available", remedy="give --device cpu")
     if job.window_bytes is not None and job.window_bytes < work.expert_bytes:
         raise InputError(
             f"--window of {job.window_bytes} bytes is smaller than one expert",
             why=f"an expert of this workload has {work.expert_bytes} bytes",
         )
     if not job.timeout_s > 0:
-        raise InputError(f"--timeout is {job.timeout_s:g}", why="it has to be above 0 seconds")
+        raise InputError(f"--timeout is {job.timeout_s:g}", why="it must be above 0 seconds")
     entry = default_registry().resolve(job.backend).entry
     if entry is not None:
         own_gpu = job.device == "cuda" and torch.cuda.device_count() >= work.num_ranks
@@ -66,10 +66,10 @@ def run_bench(job: BenchRun, on_event: Callable[[int, Advance], None] | None = N
 
     Args:
         job: what to run; `check_job` has accepted it.
-        on_event: called with a rank and how far it is.
+        on_event: called with a rank and its progress.
 
     Raises:
-        LocalRankError: a rank failed, or did not end in time.
+        LocalRankError: a rank failed, or did not finish in time.
     """
     outcomes = collect_local_ranks(
         measure_rank, job.workload.num_ranks, (job,), timeout_s=job.timeout_s, on_event=on_event
@@ -78,18 +78,18 @@ def run_bench(job: BenchRun, on_event: Callable[[int, Advance], None] | None = N
 
 
 def make_document(job: BenchRun, ranks: Sequence[RankMeasurement]) -> dict[str, Any]:
-    """Put together what the ranks found, as plain lists, numbers and texts.
+    """Combine the measurements of the ranks into plain lists, numbers and texts.
 
-    A step takes as long as on the slowest rank. The first one is left out of the median and of the phases: connections
-    and buffers are made in it. A phase's
-    seconds are those of the rank that spent most time in it, so that phases overlap and do not add up to the total.
+    The time of a step is that of the slowest rank. The first step does not count in the median and the phases:
+    connections and buffers are created in it. A phase's seconds are those of the rank that spent most time in it, so
+    phases overlap and do not add up to the total.
 
     Args:
         job: what was run.
-        ranks: one measurement a rank, in their order.
+        ranks: one measurement per rank, in rank order.
     """
     work = job.workload
-    # A barrier behind a step that takes less than a millisecond would be a good part of what is measured.
+    # A barrier after a step of less than a millisecond would be a large part of the measured time.
     seconds = [max(step) for step in zip(*(rank.seconds for rank in ranks), strict=True)]
     median, moved = statistics.median(seconds[1:] or seconds), work.arriving_bytes()
     wrong = sum(rank.wrong_tensors for rank in ranks)
@@ -140,11 +140,11 @@ def _phases(ranks: Sequence[RankMeasurement]) -> dict[str, float]:
 
 
 _FOUR = {"plan": "plan", "queue": "pack", "pack": "pack", "unpack": "commit", "commit": "commit"}
-"""The rearrangement's and the transports' own phases -> the four that every contestant has; all others are waiting."""
+"""Phases of the rearrangement and the transports -> the four that every contestant has; all others are waiting."""
 
 
 def _in_four(phases: dict[str, float]) -> dict[str, float]:
-    """Sum the phases up under the names that measurements are compared by."""
+    """Sum the phases under the names used for comparisons."""
     four = dict.fromkeys(("plan", "pack", "wait", "commit"), 0.0)
     for name, seconds in phases.items():
         four[_FOUR.get(name, "wait")] += seconds
@@ -165,10 +165,10 @@ def _results(outcomes: Sequence[Outcome]) -> list[RankMeasurement]:
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     if not failed:
         return [outcome.result for outcome in outcomes]
-    # A rank that raised says more than one that died, and both more than those that were ended because of it.
+    # A rank that raised is more informative than one that died; ranks terminated as a consequence come last.
     first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
     if first.error and not hasattr(errors, first.error):
-        print(first.trace, file=sys.stderr)  # no error of ours: whoever mends it needs the place
+        print(first.trace, file=sys.stderr)  # a foreign error: the traceback is needed to fix it
     raise LocalRankError(
         f"rank {first.rank} failed" + (f" with {first.error}" if first.error else ""),
         rank=first.rank,

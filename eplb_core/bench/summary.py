@@ -1,4 +1,4 @@
-"""Several runs side by side: medians over rounds, and how they compare with the first backend."""
+"""Compares several runs: medians over rounds, and speed relative to the first backend."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FEW_S = 10e-3
 
 
 def summarize(backends: Sequence[str], runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row for each backend: medians of its rounds, and how many times as fast as the first it is.
+    """Return one row per backend: medians of its rounds, and its speed relative to the first.
 
     Args:
         backends: the config strings, in their order.
-        runs: documents of all runs; one that failed has only `backend` and `error`.
+        runs: documents of all runs; a failed one has only `backend` and `error`.
     """
     rows: list[dict[str, Any]] = []
     for backend in backends:
@@ -42,7 +42,7 @@ def summarize(backends: Sequence[str], runs: Sequence[dict[str, Any]]) -> list[d
 
 
 def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]], console: Console) -> None:
-    """Print the rows as a table, and below it what went wrong."""
+    """Print the rows as a table, and below it the problems."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -82,5 +82,5 @@ def print_summary(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]
 
 
 def _milliseconds(seconds: float) -> str:
-    """Return milliseconds, with a second decimal where one would hide what differs."""
+    """Return milliseconds, with a second decimal if one would hide differences."""
     return f"{1e3 * seconds:,.2f}" if seconds < _FEW_S else f"{1e3 * seconds:,.1f}"

@@ -1,6 +1,6 @@
-"""The input of a benchmark: a row of placements to go through, and the bytes of one expert's tensors.
+"""The input of a benchmark: a sequence of placements, and the bytes of one expert's tensors.
 
-It is kept in an `.npz` of three arrays, which any contestant can read:
+It is stored as an `.npz` of three arrays, which any contestant can read:
 
     placements    int64 [steps + 1, layers, ranks * slots]  slot -> expert; step i goes from row i to i + 1
     tensor_bytes  int64 [tensors]                           bytes of one expert's tensors, in order
@@ -22,12 +22,12 @@ from eplb_core.errors import InputError, PlacementError
 from eplb_core.planning.placement import EMPTY, check_pair
 
 _LEAST_EXPERT_BYTES = 384
-_SCALE_BLOCK = 4096  # one byte of scales for so many of weights, as for float8 in 128 x 128 blocks with float32 scales
+_SCALE_BLOCK = 4096  # bytes of weights per byte of scales, as for float8 in 128 x 128 blocks with float32 scales
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """Placements to go through one after the other.
+    """Placements to go through in order.
 
     Attributes:
         placements: int64 `[steps + 1, layers, ranks * slots]`.
@@ -71,7 +71,7 @@ class Workload:
         return local
 
     def arriving_bytes(self) -> float:
-        """Return the bytes of experts that a rank did not hold before, all ranks together, as the mean of all steps."""
+        """Return the mean bytes per step of experts that are new to their rank, all ranks together."""
         arriving = 0
         for step in range(self.num_steps):
             for rank in range(self.num_ranks):
@@ -94,43 +94,43 @@ def make_workload(
 ) -> Workload:
     """Return random placements that hold every expert at least once.
 
-    Its arrays are, bit for bit, those that `benchmarks/make_workload.py` writes.
+    Its arrays are identical, bit for bit, to those of `benchmarks/make_workload.py`.
 
     Args:
         ranks: how many ranks.
         layers: how many layers.
         slots: slots of one rank in one layer.
-        redundant: slots of a layer, all ranks together, that hold a further copy of some expert.
-        expert_bytes: about the bytes of one expert: two matrices, rounded, and their scales.
+        redundant: slots of a layer, all ranks together, that hold an extra copy of an expert.
+        expert_bytes: approximate bytes of one expert: two matrices, rounded, and their scales.
         steps: how many rearrangements.
         churn: the share of the slots that a step redraws; 1 is all.
-        swaps: instead of `churn`, how many times a step lets two ranks exchange an expert, over all layers. 0 moves
+        swaps: instead of `churn`, how many pairs of experts two ranks swap in a step, over all layers. 0 moves
             nothing.
         seed: of the random numbers.
 
     Raises:
-        InputError: a number is out of its range, or the slots leave no room for so many swaps.
+        InputError: a number is out of range, or the slots leave no room for that many swaps.
     """
     for name, value in (("ranks", ranks), ("layers", layers), ("slots", slots), ("steps", steps)):
         if value < 1:
-            raise InputError(f"--{name} is {value}", why="it has to be 1 or more")
+            raise InputError(f"--{name} is {value}", why="it must be 1 or more")
     total = ranks * slots
     if total < 2:
         raise InputError("one slot leaves nothing to rearrange", remedy="give more --slots or more --ranks")
     if not 0 <= redundant < total:
         raise InputError(
-            f"--redundant is {redundant}", why=f"it has to be 0 or more, and less than ranks * slots = {total}"
+            f"--redundant is {redundant}", why=f"it must be 0 or more, and less than ranks * slots = {total}"
         )
     if expert_bytes < _LEAST_EXPERT_BYTES:
-        raise InputError(f"--expert-bytes is {expert_bytes}", why=f"it has to be {_LEAST_EXPERT_BYTES} or more")
+        raise InputError(f"--expert-bytes is {expert_bytes}", why=f"it must be {_LEAST_EXPERT_BYTES} or more")
     if not 0 < churn <= 1:
-        raise InputError(f"--churn is {churn:g}", why="it has to be above 0, and 1 at most")
+        raise InputError(f"--churn is {churn:g}", why="it must be above 0, and at most 1")
     if swaps is not None and swaps < 0:
-        raise InputError(f"--swaps is {swaps}", why="it has to be 0 or more")
+        raise InputError(f"--swaps is {swaps}", why="it must be 0 or more")
     if swaps is not None and churn != 1:
-        raise InputError("--swaps and --churn were given", why="both say how much moves", remedy="give one of them")
+        raise InputError("--swaps and --churn were given", why="both define how much moves", remedy="give only one")
     if seed < 0:
-        raise InputError(f"--seed is {seed}", why="it has to be 0 or more")
+        raise InputError(f"--seed is {seed}", why="it must be 0 or more")
     rng = np.random.default_rng(seed)
     logical = total - redundant
     first = [rng.permutation(np.r_[:logical, rng.integers(0, logical, redundant)]) for _ in range(layers)]
@@ -153,10 +153,10 @@ def make_workload(
 
 
 def _swap(layer: IntArray, before: IntArray, slots: int, rng: np.random.Generator) -> None:
-    """Let two ranks exchange an expert that the other one lacks, in slots that have not changed since `before`.
+    """Swap two experts between ranks that lack each other's, in slots that have not changed since `before`.
 
     Raises:
-        InputError: there are no two such slots.
+        InputError: no two such slots exist.
     """
     some = rng.permutation(np.flatnonzero(layer == before))
     held = {
@@ -187,16 +187,14 @@ def read_workload(path: Path) -> Workload:
     ranks, sizes, placements = arrays["ranks"], arrays["tensor_bytes"], arrays["placements"]
     for name, array in arrays.items():
         if array.dtype.kind not in "iu":
-            raise InputError(f"'{name}' has to hold whole numbers, not {array.dtype}", where=where)
+            raise InputError(f"'{name}' must hold whole numbers, not {array.dtype}", where=where)
     if ranks.size != 1 or ranks.item() < 1:
-        raise InputError(f"'ranks' has to be one number, 1 or more, not {ranks.tolist()}", where=where)
+        raise InputError(f"'ranks' must be one number, 1 or more, not {ranks.tolist()}", where=where)
     if sizes.ndim != 1 or not sizes.size or sizes.min() < 1:
-        raise InputError(
-            f"'tensor_bytes' has to be a list of numbers, each 1 or more, not {sizes.tolist()}", where=where
-        )
+        raise InputError(f"'tensor_bytes' must be a list of numbers, each 1 or more, not {sizes.tolist()}", where=where)
     if placements.ndim != 3 or len(placements) < 2 or not placements.size:
         raise InputError(
-            f"'placements' has to be [steps + 1, layers, slots] with a step at least, not {list(placements.shape)}",
+            f"'placements' must be [steps + 1, layers, slots] with at least one step, not {list(placements.shape)}",
             where=where,
         )
     placements = placements.astype(np.int64)
@@ -210,7 +208,7 @@ def read_workload(path: Path) -> Workload:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    remedy = "write one with benchmarks/make_workload.py, or leave --workload away"
+    remedy = "write one with benchmarks/make_workload.py, or omit --workload"
     try:
         with np.load(path, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):

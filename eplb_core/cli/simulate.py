@@ -96,7 +96,7 @@ def simulate(json_path: str | None, plot: Path | None, workload: Path | None, **
     from eplb_core.cli.simulation_plot import check_plot_target, save_plot
 
     if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
-        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
+        raise InputError("the directory for --json does not exist", where=str(Path(str(json_path)).parent))
     if plot is not None:
         check_plot_target(plot)
     console = human_console(json_path)

@@ -1,4 +1,4 @@
-"""What works on this machine, and what a plugin's check returns."""
+"""Finds out what works on this machine, and takes the checks of plugins."""
 
 from eplb_core.doctor.checks import Finding as Finding
 from eplb_core.doctor.checks import Severity as Severity

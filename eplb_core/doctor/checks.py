@@ -1,6 +1,6 @@
-"""What `eplb doctor` finds, and what a plugin's check returns.
+"""Findings of `eplb doctor`, and the checks that plugins add.
 
-A plugin adds checks with the hook `eplb_doctor_checks`. A check is called without arguments and returns what it found:
+A plugin adds checks with the hook `eplb_doctor_checks`. A check is called without arguments and returns its findings:
 
     from eplb_core.doctor import Finding, Severity
     from eplb_core.hooks import hookimpl
@@ -31,13 +31,13 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a check found.
+    """One finding of a check.
 
     Attributes:
-        name: what was looked at, in a few words.
-        severity: `PROBLEM` if experts cannot be moved, `WARNING` if it is slower or riskier than it has to be.
+        name: what was checked, in a few words.
+        severity: `PROBLEM` if experts cannot be moved, `WARNING` if that is slower or riskier than necessary.
         detail: what was found, one line.
-        remedy: the command, setting or change that mends it; empty where nothing has to be.
+        remedy: the command, setting or change that fixes it; empty if nothing must be fixed.
     """
 
     name: str
@@ -47,21 +47,21 @@ class Finding:
 
 
 Check = Callable[[], "Finding | Iterable[Finding] | None"]
-"""What a plugin adds to `eplb doctor`. None stands for one finding that all is well."""
+"""A check that a plugin adds to `eplb doctor`. None stands for a single finding that all is well."""
 
 
 def run_checks(checks: Sequence[Callable[[], object]], timeout_s: float) -> list[Finding]:
-    """Call each check and return all findings. One that raises, hangs or returns something else becomes a warning.
+    """Call each check and return all findings. A check that raises, hangs or returns anything else becomes a warning.
 
     Args:
-        checks: the checks of all plugins, each a `Check` if its author has kept to it.
-        timeout_s: for each of them, in seconds. A check that takes longer is left behind in a thread of its own.
+        checks: the checks of all plugins; each should be a `Check`.
+        timeout_s: for each check, in seconds. A check that takes longer is abandoned in its thread.
     """
     return [finding for check in checks for finding in _run(check, timeout_s)]
 
 
 def worst(findings: Iterable[Finding]) -> Severity:
-    """Return the severity of the worst finding; `OK` where there are none."""
+    """Return the severity of the worst finding; `OK` if there are none."""
     order = list(Severity)
     return max((finding.severity for finding in findings), key=order.index, default=Severity.OK)
 

@@ -1,7 +1,7 @@
-"""What `eplb doctor` measures: each rank receives from each other one, checks the bytes, and takes the time.
+"""The measurement of `eplb doctor`: each rank receives from every other one, checks the bytes, and takes the time.
 
-It knows no backend: how bytes travel is what `last_stats.paths` says, what a backend sets is what has changed in the
-environment, and what it complains of is what it logs.
+It knows no backend: the path of the bytes comes from `last_stats.paths`, a backend's settings are the changes of the
+environment, and its complaints are what it logs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _Value = TypeVar("_Value")
 
 _TIMES = 3  # a link is judged by the fastest of these
 _FLOOR_GBPS = {"cpu": 0.05, "cuda": 5.0}  # slower than this inside a host, something is wrong
-_OUTLIER = 4  # a link that is so many times slower than the median of its kind
+_OUTLIER = 4  # a link is an outlier if it is this many times slower than the median of its kind
 _POISON = 0xEE
 _OWN_RATE = re.compile(r",? *(?:[\d.]+ [kMG]i?B/s|not measured yet)")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _VERSION_CALLS = {"libucp": ("UCX", "ucp_get_version_string")}
-"""Library that a backend may have loaded -> what it is, and its function that returns a text."""
+"""Library that a backend may have loaded -> its name, and its function that returns the version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class LinkTest:
         config: the config string.
         device: `cpu` or `cuda`.
         nbytes: of each message.
-        timeout_s: for meeting the other ranks, in seconds.
+        timeout_s: the longest wait for the other ranks, in seconds.
     """
 
     config: str
@@ -65,15 +65,15 @@ class LinkTest:
 
 @dataclass(slots=True)
 class LinkReport:
-    """What one rank found about one backend.
+    """The measurements of one backend by one rank.
 
     Attributes:
         rank: the rank.
         host: the name of its host.
         kernel: identifies the running kernel of its host.
-        device: where its tensors lay.
+        device: the device of its tensors.
         gbps: source rank -> GB/s (10^9 bytes) of the fastest transfer.
-        paths: peer -> what the backend says of the way there.
+        paths: peer -> the path to it, in the backend's words.
         wrong: sources whose bytes were wrong.
         created_s: how long it took to make the communicator.
         environment: what the backend has set in this process.
@@ -100,7 +100,7 @@ class LinkReport:
 
 
 def measure_in_new_rank(environment: RankEnvironment, job: LinkTest) -> LinkReport:
-    """Meet the other ranks and measure; the target of a local process."""
+    """Connect to the other ranks and measure; the target of a local process."""
     torch.set_num_threads(1)
     environment.init_process_group(job.timeout_s)
     control = ControlPlane(dist.PrefixStore("doctor", environment.store), environment.rank, environment.world_size)
@@ -108,7 +108,7 @@ def measure_in_new_rank(environment: RankEnvironment, job: LinkTest) -> LinkRepo
 
 
 def open_groups(environment: RankEnvironment, device: str, timeout_s: float) -> TorchGroups:
-    """Return groups of all ranks, with an NCCL one where each rank has a GPU of its own."""
+    """Return groups of all ranks, with an NCCL group if each rank has a separate GPU."""
     own = rank_device(device, environment)
     return TorchGroups(device_group=device_group(environment, own, timeout_s))
 
@@ -116,9 +116,9 @@ def open_groups(environment: RankEnvironment, device: str, timeout_s: float) -> 
 def measure_links(
     environment: RankEnvironment, groups: TorchGroups, control: ControlPlane, job: LinkTest
 ) -> LinkReport:
-    """Receive from every other rank, and return how that went. Errors of this package become a part of the report.
+    """Receive from every other rank, and return the report. Errors of this package become part of it.
 
-    All ranks measure at once, each with another peer: what they share, they share here as well.
+    All ranks measure at once, each with a different peer, so that they share links as in a real transfer.
     """
     report = LinkReport(environment.rank, kernel=HostIdentity.here().boot or platform.node())
     device = rank_device(job.device, environment)
@@ -174,7 +174,7 @@ def _synchronize(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _listening(heard: list[str]) -> Iterator[None]:
-    """Collect what is logged as a warning, or worse, by whatever library."""
+    """Collect log records of all libraries, from warnings upwards."""
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -189,7 +189,7 @@ def _listening(heard: list[str]) -> Iterator[None]:
 
 
 def _libraries() -> dict[str, str]:
-    """Return the versions of native libraries that are loaded into this process, as they themselves say."""
+    """Return the versions of the native libraries loaded into this process, as they report them."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -208,12 +208,12 @@ def _libraries() -> dict[str, str]:
 
 
 def path_of(text: str) -> str:
-    """Return a path without the rate that a backend may have put into it."""
+    """Return a path without the rate that a backend may have included."""
     return _OWN_RATE.sub("", text).strip(" ,") or "the backend does not say"
 
 
 def judge(config: str, device: str, reports: Sequence[LinkReport]) -> list[Finding]:
-    """Return what should be otherwise; nothing where all links are as they should be."""
+    """Return problems and warnings; nothing if all links are as they should be."""
     findings: list[Finding] = []
     for error, ranks in _grouped((report.error, report.rank) for report in reports if report.error).items():
         findings.append(Finding(config, Severity.PROBLEM, f"{ranks_text(ranks)}: {' '.join(error.split())}"))
@@ -230,7 +230,7 @@ def judge(config: str, device: str, reports: Sequence[LinkReport]) -> list[Findi
 
 
 def _slow(config: str, device: str, reports: Sequence[LinkReport]) -> list[Finding]:
-    """Return warnings of the links inside a host that are slow, or that go over tcp."""
+    """Return warnings about links inside a host that are slow or use tcp."""
     kernel_of = {report.rank: report.kernel for report in reports}
     inside = {
         (peer, report.rank): rate

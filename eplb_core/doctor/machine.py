@@ -1,4 +1,4 @@
-"""What `eplb doctor` says about the machine: versions, devices, and the limits that transports run into."""
+"""Facts about the machine for `eplb doctor`: versions, devices, and limits that affect transports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eplb_core.launch.memory import free_memory, memory_limit
 _SHARED_MEMORY = Path("/dev/shm")
 _PTRACE_SCOPE = Path("/proc/sys/kernel/yama/ptrace_scope")
 _RDMA_DEVICES = Path("/sys/class/infiniband")
-_LEAST_SHARED_BYTES = 1 << 30  # containers get 64 MiB unless they ask for more
+_LEAST_SHARED_BYTES = 1 << 30  # containers get 64 MiB by default
 _LEAST_OPEN_FILES = 4096  # every peer takes a few
 _PTRACE_BY_CAPABILITY = 2  # from here on a process may only read another's memory with CAP_SYS_PTRACE
 _PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "PYTORCH_", "TORCH_", "UCX_", "NCCL_", "GLOO_", "EPLB_")
@@ -36,9 +36,9 @@ class Machine:
 
     Attributes:
         host: its name.
-        facts: what -> how it is, in the order in which people read it.
-        environment: the variables that transports look at, where they are set.
-        findings: what should be otherwise.
+        facts: name -> value, in reading order.
+        environment: the variables relevant to transports that are set.
+        findings: problems and warnings.
     """
 
     host: str
@@ -48,7 +48,7 @@ class Machine:
 
 
 def look_at_machine(modules: Iterable[str]) -> Machine:
-    """Return what this machine is like.
+    """Inspect this machine.
 
     Args:
         modules: top-level modules that the installed backends need; the versions of their distributions are facts,
@@ -57,7 +57,7 @@ def look_at_machine(modules: Iterable[str]) -> Machine:
     Raises:
         InputError: psutil is not installed.
     """
-    require("cli", "a look at this machine")
+    require("cli", "inspecting this machine")
     import psutil
 
     names = sorted(set(modules))
@@ -82,7 +82,7 @@ def look_at_machine(modules: Iterable[str]) -> Machine:
 
 
 def variables_that_matter(environment: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
-    """Return the variables that torch, a transport, or a backend's module looks at, sorted."""
+    """Return the variables that torch, a transport, or a backend's module may read, sorted."""
     prefixes = (*_PREFIXES, *(f"{module.upper()}_" for module in modules if module != "torch"))
     return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes) or name in _NAMES}
 
@@ -131,8 +131,8 @@ def _shared_memory(findings: list[Finding]) -> str:
         usage = shutil.disk_usage(_SHARED_MEMORY)
     except OSError as error:
         remedy = "mount a tmpfs there"
-        findings.append(Finding("/dev/shm", Severity.WARNING, f"it is not there: {error.strerror}", remedy))
-        return "not there"
+        findings.append(Finding("/dev/shm", Severity.WARNING, f"it does not exist: {error.strerror}", remedy))
+        return "missing"
     if usage.free < _LEAST_SHARED_BYTES:
         remedy = "give the container --shm-size=8g, or --ipc=host"
         findings.append(Finding("/dev/shm", Severity.WARNING, f"only {_gib(usage.free)} are free", remedy))
@@ -143,7 +143,7 @@ def _locked_memory(findings: list[Finding]) -> str:
     soft, hard = (_limit(value) for value in resource.getrlimit(resource.RLIMIT_MEMLOCK))
     if soft != "unlimited" and rdma_devices():
         remedy = "ulimit -l unlimited, or --ulimit memlock=-1 for a container"
-        detail = f"it is limited to {soft}, and what RDMA registers has to be locked"
+        detail = f"it is limited to {soft}, but memory registered for RDMA must be locked"
         findings.append(Finding("locked memory", Severity.WARNING, detail, remedy))
     return f"ulimit -l {soft} (at most {hard})"
 
@@ -161,7 +161,7 @@ def _open_files(findings: list[Finding]) -> str:
 
 
 def _cross_memory(findings: list[Finding]) -> str:
-    """Say whether ranks of this host can copy from one another's memory (CMA), which is how they do it without tcp."""
+    """Check whether ranks of this host can copy from one another's memory (CMA), the alternative to tcp."""
     if not _can_read_memory():
         detail = "process_vm_readv is refused, so ranks of one host cannot copy from one another's memory"
         remedy = "--cap-add=SYS_PTRACE for the container, or a seccomp profile that allows process_vm_readv"
@@ -183,7 +183,7 @@ class _Vector(ctypes.Structure):
 
 
 def _can_read_memory() -> bool:
-    """Return whether process_vm_readv works, tried on this process: a seccomp filter refuses even that."""
+    """Return whether process_vm_readv works on this process itself: a seccomp filter refuses even that."""
     source, target = ctypes.create_string_buffer(b"x", 1), ctypes.create_string_buffer(1)
     there, here = _Vector(ctypes.addressof(source), 1), _Vector(ctypes.addressof(target), 1)
     try:
@@ -196,12 +196,12 @@ def _can_read_memory() -> bool:
 
 
 def _allocator(environment: Mapping[str, str]) -> list[Finding]:
-    """Return a warning where device memory comes in chunks: one-sided READs of it are slow, or wrong."""
+    """Return a warning if device memory comes in expandable segments: one-sided READs of it are slow or wrong."""
     for name in _ALLOCATOR_VARIABLES:
         settings = dict(part.partition(":")[::2] for part in environment.get(name, "").replace(" ", "").split(","))
         if settings.get("expandable_segments", "").lower() == "true":
             detail = f"{name} turns expandable_segments on: one-sided transports cannot read such memory reliably"
-            return [Finding("device allocator", Severity.WARNING, detail, f"take expandable_segments out of {name}")]
+            return [Finding("device allocator", Severity.WARNING, detail, f"remove expandable_segments from {name}")]
     return []
 
 

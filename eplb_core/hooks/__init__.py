@@ -1,4 +1,4 @@
-"""Who listens and what is told: what plugins import, and how events reach them."""
+"""Hooks and events: what plugins import, and how events reach them."""
 
 from eplb_core.hooks.events import RearrangeEvent as RearrangeEvent
 from eplb_core.hooks.events import RearrangeFailed as RearrangeFailed

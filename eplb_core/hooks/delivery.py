@@ -1,7 +1,7 @@
-"""Delivers events to hooks on one thread of their own, so that a slow hook, or one that never returns, harms nobody.
+"""Delivers events to hooks on a separate thread, so that a slow or stuck hook cannot delay a transfer.
 
-Whoever moves weights puts an event into a bounded queue and goes on. Order is kept; what does not fit is counted and
-dropped. There is no thread before the first event that somebody listens to.
+The transfer puts an event into a bounded queue and goes on. Order is kept; events that do not fit are counted and
+dropped. The thread starts with the first event that has a listener.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, Final
 from eplb_core.hooks.events import Event
 
 EVENT_LIMIT: Final = 4096
-"""How many events may wait for hooks in a process before further ones are dropped."""
+"""The most events that may wait for hooks in a process; further ones are dropped."""
 
 EXIT_S: Final = 1.0
-"""How long the interpreter, when it exits, waits for hooks that are still to be told, in seconds."""
+"""How long the interpreter waits at exit for undelivered events, in seconds."""
 
 Listener = tuple[str, Callable[..., Any]]
-"""A plugin's name, and what calls one hook of it."""
+"""A plugin's name, and a function that calls one of its hooks."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """One event on its way to those who listened when it happened."""
+    """One event on its way to the listeners that existed when it happened."""
 
     hook: str
     event: Event
@@ -52,7 +52,7 @@ class EventDelivery:
         self._call = call
         self._limit = limit
         self._process = os.getpid()
-        # Reentrant: a signal handler, or a finaliser, may tell of something while this thread holds it.
+        # Reentrant: a signal handler or a finaliser may put an event while this thread holds it.
         self._changed = threading.Condition(threading.RLock())
         self._waiting: deque[_Told] = deque()
         self._taken = 0
@@ -63,7 +63,7 @@ class EventDelivery:
         self._thread: threading.Thread | None = None
 
     def put(self, hook: str, event: Event, listeners: Sequence[Listener]) -> None:
-        """Have `listeners` told. Never raises and never waits; drops the event if too many are waiting."""
+        """Queue the event for `listeners`. Never raises and never waits; drops the event if the queue is full."""
         with self._changed:
             if self._closed or not self._started():
                 self.dropped += 1
@@ -78,7 +78,7 @@ class EventDelivery:
             seconds = time.monotonic() - self._running_since
         if first:
             _log.warning(
-                "hooks do not keep up: %d events wait, and further ones are dropped without another word; "
+                "hooks do not keep up: %d events are waiting, and further ones are dropped silently; "
                 "%s has been running for %.1f s",
                 self._limit,
                 running or "nothing",
@@ -86,7 +86,7 @@ class EventDelivery:
             )
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until hooks were told of everything that was put so far; return whether that is so.
+        """Wait until all events queued so far are delivered; return whether they are.
 
         On the thread that calls the hooks it returns at once.
         """
@@ -97,9 +97,9 @@ class EventDelivery:
             return self._changed.wait_for(lambda: self._done >= last, timeout_s)
 
     def close(self) -> None:
-        """Take no more events, and let the thread end once what is waiting is delivered. Does not wait."""
+        """Refuse further events, and let the thread end once the queue is empty. Does not wait."""
         if os.getpid() != self._process:
-            return  # this is a forked child, and its copy of the lock may be held by a thread that is not there
+            return  # in a forked child, the copy of the lock may be held by a thread that does not exist
         atexit.unregister(self._end)
         with self._changed:
             self._closed = True
@@ -117,10 +117,10 @@ class EventDelivery:
         return True
 
     def _end(self) -> None:
-        """Before the interpreter exits: deliver what waits, and end the thread, as far as the hooks allow."""
+        """Before the interpreter exits: deliver waiting events and end the thread, if the hooks allow it in time."""
         thread = self._thread
         if thread is None or os.getpid() != self._process:
-            return  # the thread, and what waits, are those of the parent
+            return  # the thread and the queue belong to the parent
         ends = time.monotonic() + EXIT_S
         self.close()
         thread.join(max(ends - time.monotonic(), 0.0))

@@ -1,7 +1,7 @@
-"""What hooks are told: one small value for each thing that happens to a transfer or a rearrangement on this rank.
+"""The events that hooks receive: one small value for each thing that happens to a transfer or a rearrangement.
 
-An event is delivered after the fact and on another thread, so it holds plain values only: no tensor, no array, and of
-an error neither the traceback nor anything else that keeps the frames of the transfer, and their tensors, alive.
+An event is delivered later and on another thread, so it holds plain values only: no tensor, no array, and no traceback
+or other part of an error that would keep the frames of the transfer, and their tensors, alive.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any, Final
 from eplb_core.contract.stats import TransferStats
 
 _SCALARS: Final = (str, int, float, bool, type(None))
-_OF_THE_SYSTEM: Final = ("errno", "strerror", "filename", "filename2")  # what an OSError holds beside its arguments
-_MOST_ITEMS: Final = 4096  # of a container in an error's attribute; a longer one is left out
+_OF_THE_SYSTEM: Final = ("errno", "strerror", "filename", "filename2")  # what an OSError holds besides its arguments
+_MOST_ITEMS: Final = 4096  # of a container in an error's attribute; longer ones are omitted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferEvent:
-    """What all transfer events tell.
+    """The fields of all transfer events.
 
     Attributes:
         backend: the backend's name.
         rank: this process's rank in the group.
         world_size: the number of ranks in the group.
         bytes_sent: payload bytes queued to leave this rank.
-        bytes_received: payload bytes queued to reach it.
+        bytes_received: payload bytes queued to reach this rank.
         messages: tensors queued, both ways.
         bytes_sent_to: peer rank -> payload bytes queued for it.
         bytes_received_from: peer rank -> payload bytes queued from it.
@@ -82,7 +82,7 @@ class TransferFailed(TransferEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RearrangeEvent:
-    """What all events of a rearrangement tell.
+    """The fields of all rearrangement events.
 
     Attributes:
         backend: the name of the communicator's backend.
@@ -106,7 +106,7 @@ class RearrangeStarted(RearrangeEvent):
         bytes_to_send: payload bytes that will leave it.
         steps: how many steps there are.
         layers: how many layers the placements have.
-        background: whether it runs beside inference, on a thread of its own.
+        background: whether it runs beside inference, on a separate thread.
     """
 
     bytes_to_receive: int
@@ -118,14 +118,14 @@ class RearrangeStarted(RearrangeEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCommitted(RearrangeEvent):
-    """A step is committed: the slots of this rank hold what the placement after it says.
+    """A step is committed: the slots of this rank match the placement after it.
 
     Attributes:
         step: the number of the step; the first one is 0.
         steps: how many steps there are.
-        layers: the layers that it changed, sorted.
-        bytes_received: payload bytes that reached this rank in it.
-        peers: ranks that this rank exchanged experts with in it, sorted.
+        layers: the layers that the step changed, sorted.
+        bytes_received: payload bytes that reached this rank in the step.
+        peers: ranks that this rank exchanged experts with in the step, sorted.
         seconds: wall time from the start of its transfer to the end of its commit.
     """
 
@@ -139,10 +139,10 @@ class StepCommitted(RearrangeEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RearrangeFinished(RearrangeEvent):
-    """The weights of this rank are where the new placement says.
+    """The weights of this rank match the new placement.
 
     Attributes:
-        seconds: wall time of all of it on this rank.
+        seconds: wall time of the whole rearrangement on this rank.
         moved: experts that crossed from one rank to another, in all layers and all ranks together.
         bytes_received: payload bytes that reached this rank.
         steps: how many steps it took.
@@ -192,14 +192,14 @@ HOOK_OF_EVENT: Final[Mapping[type[Event], str]] = {
     RearrangeFinished: "eplb_rearrange_finished",
     RearrangeFailed: "eplb_rearrange_failed",
 }
-"""Event class -> the hook that is told of it."""
+"""Event class -> the hook that receives it."""
 
 
 def detached(error: BaseException) -> BaseException:
     """Return an error of the same class and text without traceback, cause and context.
 
-    Attributes that are plain values (`peers`, `phase`, `usable`, ...) come along. What is not, such as a placement, is
-    left out; in the arguments its type stands in its place.
+    Attributes that are plain values (`peers`, `phase`, `usable`, ...) are copied. Others, such as a placement, are
+    omitted; in the arguments they are replaced by the name of their type.
     """
     arguments = tuple(each if _is_plain(each) else f"<{type(each).__qualname__}>" for each in error.args)
     copy = _blank(type(error)) or RuntimeError()
@@ -214,18 +214,18 @@ def detached(error: BaseException) -> BaseException:
 
 
 def _blank(kind: type[BaseException]) -> BaseException | None:
-    """Return an exception that nothing was told, made by the built-in class that lays it out, past `__init__`."""
+    """Return an uninitialised exception, made by the built-in class that defines its layout, without `__init__`."""
     for base in kind.__mro__:
         make = vars(base).get("__new__")
         if isinstance(make, BuiltinFunctionType):
-            with contextlib.suppress(TypeError):  # another base lays it out
+            with contextlib.suppress(TypeError):  # another base defines its layout
                 blank: BaseException = make(kind)
                 return blank
     return None
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether it is made of text, numbers and short containers of them: a sub-class could hold anything."""
+    """Return whether it consists of text, numbers and short containers of them: a subclass could hold anything."""
     if type(value) in _SCALARS:
         return True
     if type(value) is dict:

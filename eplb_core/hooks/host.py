@@ -1,6 +1,6 @@
-"""Hooks: what others may listen to or decide, beside the backends themselves.
+"""Hooks: what plugins may observe or decide.
 
-A plugin is a module or an object whose methods bear `hookimpl`, registered in the entry-point group `eplb.plugins`:
+A plugin is a module or an object with functions marked `hookimpl`, registered in the entry-point group `eplb.plugins`:
 
     from eplb_core.hooks import hookimpl
 
@@ -56,10 +56,10 @@ class BackendCandidate:
 
     Attributes:
         name: the backend's name.
-        usable_on_all: whether every rank's probe said yes.
-        reasons: for each rank, in rank order, what its probe said.
+        usable_on_all: whether every rank's probe succeeded.
+        reasons: the probe's reason on each rank, in rank order.
         device_type: the torch device type of the expert weights.
-        priority: what the backend's spec declares; the default policy takes the highest.
+        priority: declared by the backend's spec; the default policy takes the highest.
     """
 
     name: str
@@ -70,10 +70,10 @@ class BackendCandidate:
 
 
 class HookSpecifications:
-    """Every hook there is.
+    """The specifications of all hooks.
 
-    Hooks that are told an event run on one thread of the plugin host, later than the event but in the order of events:
-    neither a slow one nor one that raises harms a transfer. The others run where they are asked.
+    Hooks that receive an event run on one thread of the plugin host, later than the event but in the order of events:
+    a slow hook, or one that raises, cannot affect a transfer. The other hooks run on the caller's thread.
     """
 
     @hookspec
@@ -106,14 +106,14 @@ class HookSpecifications:
 
     @hookspec(firstresult=True)
     def eplb_choose_backend(self, candidates: tuple[BackendCandidate, ...]) -> str | None:
-        """Choose what `auto` means: return the name of a candidate with `usable_on_all`, or None to leave it to others.
+        """Choose for `auto`: return the name of a candidate with `usable_on_all`, or None to let other plugins choose.
 
-        The answer of one rank holds for all. `candidates` are sorted by name.
+        The answer of rank 0 applies to all ranks. `candidates` are sorted by name.
         """
 
     @hookspec
     def eplb_cli_commands(self) -> list[click.Command]:
-        """Return click commands to add to `eplb`. None of them replaces a built-in one."""
+        """Return click commands to add to `eplb`. They cannot replace built-in ones."""
         raise NotImplementedError
 
     @hookspec
@@ -128,16 +128,16 @@ class HookSpecifications:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstalledPlugin:
-    """One plugin that was found or registered, whether it works or not.
+    """A plugin that was found or registered, whether it works or not.
 
     Attributes:
-        name: the name of its entry point, or the one that it was registered with.
-        distribution: the distribution that it comes from; empty if it was registered by hand.
+        name: the name of its entry point, or the name it was registered with.
+        distribution: the distribution that it comes from; empty if it was registered manually.
         version: the distribution's version.
-        location: the folder that holds the distribution's metadata.
+        location: the directory of the distribution's metadata.
         entry_point: `module:attribute`.
         hooks: the hooks that it implements, in the order of `HookSpecifications`.
-        problem: why it is not used, or the hooks of it that do not exist; empty if nothing is wrong.
+        problem: why it is not used, or which of its hooks do not exist; empty if nothing is wrong.
         loaded: whether its hooks are called.
     """
 
@@ -152,15 +152,15 @@ class InstalledPlugin:
 
 
 class PluginHost:
-    """Loads plugins one at a time and calls their hooks, so that none of them can harm a transfer or another plugin.
+    """Loads plugins one at a time and calls their hooks, isolated from transfers and from one another.
 
     Args:
         group: the entry-point group that `load` searches.
-        event_limit: how many events may wait for hooks before further ones are dropped.
+        event_limit: the most events that may wait for hooks; further ones are dropped.
 
     Attributes:
         failures: one line for each plugin that could not be loaded, and each hook that does not exist.
-        plugins: every plugin that was found or registered, in that order, also those that failed.
+        plugins: every plugin that was found or registered, in that order, including failed ones.
     """
 
     def __init__(self, group: str = PLUGIN_GROUP, *, event_limit: int = EVENT_LIMIT) -> None:
@@ -172,9 +172,7 @@ class PluginHost:
         self._manager = _new_manager()
         self._listeners: dict[str, list[Listener]] = {}
         self._reported: set[tuple[str, str]] = set()
-        self._deliveries: dict[
-            int, EventDelivery
-        ] = {}  # by process: a forked child has a thread and a queue of its own
+        self._deliveries: dict[int, EventDelivery] = {}  # by process: a forked child has a separate thread and queue
 
     def load(self) -> PluginHost:
         """Load every installed plugin, once, and return this host. Never raises because of a plugin."""
@@ -185,12 +183,12 @@ class PluginHost:
         return self
 
     def register(self, plugin: object, name: str) -> None:
-        """Add a plugin that is no installed distribution, such as an engine's own metrics.
+        """Register a plugin that does not come from an installed distribution, such as an engine's metrics.
 
-        A communicator tells of its transfers only if there was somebody to listen when it was made.
+        A communicator emits events only if a listener existed when it was made.
 
         Raises:
-            ValueError: the plugin or the name is registered already.
+            ValueError: the plugin or the name is already registered.
             pluggy.PluginValidationError: a hook takes an argument that its specification does not have.
         """
         hooks, misspelt = self._add(plugin, name)
@@ -208,19 +206,19 @@ class PluginHost:
         return any(self._calls(HOOK_OF_EVENT[event]) for event in events)
 
     def notify(self, event: Event) -> None:
-        """Have every plugin told of an event, in the order of the calls, on a thread of this host.
+        """Deliver an event to every plugin, in the order of the calls, on a thread of this host.
 
-        Returns at once and never raises, whatever the hooks do. One that raises is logged once. If more than
-        `event_limit` events wait, further ones are counted in `events_dropped`, with one warning.
+        Returns at once and never raises. A hook that raises is logged once. If more than `event_limit` events wait,
+        further ones are counted in `events_dropped`, with one warning.
         """
         hook = HOOK_OF_EVENT[type(event)]
         if listeners := self._calls(hook):
             self._delivery().put(hook, event, listeners)
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until every plugin was told of all events so far; return whether that happened in time.
+        """Wait until every plugin has received all events so far; return whether that happened in time.
 
-        Called by a hook it returns False at once. When the interpreter exits, it waits for hooks like this for up to
+        Called by a hook it returns False at once. At exit, the interpreter waits for hooks in the same way, for up to
         a second.
         """
         delivery = self._deliveries.get(os.getpid())
@@ -228,21 +226,21 @@ class PluginHost:
 
     @property
     def events_dropped(self) -> int:
-        """Events that this process's hooks were not told of, since too many were waiting."""
+        """Events that were not delivered in this process because too many were waiting."""
         delivery = self._deliveries.get(os.getpid())
         return 0 if delivery is None else delivery.dropped
 
     def choose_backend(self, candidates: Sequence[BackendCandidate]) -> str | None:
-        """Return the name that `auto` stands for, or None if no candidate can be used on every rank.
+        """Return the backend that `auto` takes, or None if no candidate is usable on every rank.
 
-        A plugin that fails, or that names what cannot be used, is logged and overruled by `highest_priority`.
+        If a plugin fails or names an unusable backend, that is logged and `highest_priority` decides.
         """
         ordered = tuple(sorted(candidates, key=lambda candidate: candidate.name))
         usable = {candidate.name for candidate in ordered if candidate.usable_on_all}
         try:
             chosen = self._manager.hook.eplb_choose_backend(candidates=ordered)
         except Exception:  # noqa: BLE001 - a plugin's fault is no reason to go without a backend
-            _log.exception("a plugin's eplb_choose_backend failed; taking the one with the highest priority")
+            _log.exception("a plugin's eplb_choose_backend failed; taking the backend with the highest priority")
             return highest_priority(ordered)
         if chosen is None:
             return highest_priority(ordered)
@@ -260,7 +258,7 @@ class PluginHost:
         return self._collect("eplb_doctor_checks")
 
     def _collect(self, hook: str) -> list[Any]:
-        """Return the items of the lists that plugins return; what is no list is logged and left out."""
+        """Return the items of the lists that plugins return; anything else is logged and ignored."""
         found: list[Any] = []
         for items in self._call_each(hook):
             if isinstance(items, list | tuple):
@@ -295,7 +293,7 @@ class PluginHost:
             self.failures.append(f"plugin {name} {registration.version}: {problem}")
 
     def _add(self, plugin: object, name: str) -> tuple[tuple[str, ...], str]:
-        """Have a plugin's hooks called from now on; return them, and what is misspelt among its functions."""
+        """Start calling a plugin's hooks; return them, and its misspelt functions."""
         hooks, misspelt = _check(plugin, name)
         self._manager.register(plugin, name)
         self._listeners.clear()
@@ -305,7 +303,7 @@ class PluginHost:
         process = os.getpid()
         delivery = self._deliveries.get(process)
         if delivery is None:
-            reported = self._reported  # and not this host, which the thread would keep alive
+            reported = self._reported  # not this host, which the thread would keep alive
 
             def call(hook: str, listener: Listener, event: Event) -> None:
                 try:
@@ -313,7 +311,7 @@ class PluginHost:
                 except BaseException:  # noqa: BLE001 - on this thread nobody else could do anything about it
                     _report_once(reported, hook, listener[0])
 
-            # setdefault, since two threads may both find none, and no lock survives a fork in every state.
+            # setdefault, since two threads may both find none, and a lock could be held during a fork.
             ours = EventDelivery(call, self._event_limit)
             delivery = self._deliveries.setdefault(process, ours)
             if delivery is ours:
@@ -321,7 +319,7 @@ class PluginHost:
         return delivery
 
     def _call_each(self, hook: str, **arguments: object) -> list[Any]:
-        """Call one hook of each plugin by itself, so that an exception in one does not keep it from the next."""
+        """Call one hook of each plugin separately, so that an exception in one does not affect the next."""
         results = []
         for name, call in self._calls(hook):
             try:
@@ -345,7 +343,7 @@ class PluginHost:
 
 
 def hook_summaries() -> dict[str, str]:
-    """Return every hook that there is, with one sentence on when it is called."""
+    """Return every hook, with one sentence on when it is called."""
     return {
         name: (specification.__doc__ or "").partition(".")[0] + "."
         for name, specification in vars(HookSpecifications).items()
@@ -354,7 +352,7 @@ def hook_summaries() -> dict[str, str]:
 
 
 def highest_priority(candidates: Sequence[BackendCandidate]) -> str | None:
-    """The policy behind `auto` where no plugin has another: the highest priority, then the first name."""
+    """The default policy of `auto`: the highest priority, then the first name."""
     usable = [candidate for candidate in candidates if candidate.usable_on_all]
     return min(usable, key=lambda candidate: (-candidate.priority, candidate.name)).name if usable else None
 
@@ -366,17 +364,17 @@ def _new_manager() -> pluggy.PluginManager:
 
 
 def _report_once(reported: set[tuple[str, str]], hook: str, plugin: str) -> None:
-    """Log the exception at hand, unless this hook of this plugin has failed before."""
+    """Log the current exception, unless this hook of this plugin has failed before."""
     if (plugin, hook) not in reported:
         reported.add((plugin, hook))
-        _log.exception("%s of plugin %s failed; it is ignored from now on in the log", hook, plugin)
+        _log.exception("%s of plugin %s failed; further failures are not logged", hook, plugin)
 
 
 def _check(plugin: object, name: str) -> tuple[tuple[str, ...], str]:
-    """Try a plugin in a manager of its own, which a failure can leave half done.
+    """Try a plugin in a separate manager, because a failure can leave it half registered.
 
     Returns:
-        The hooks that it implements, and what is misspelt, or an empty text.
+        The hooks that it implements, and a text about misspelt ones, or an empty text.
 
     Raises:
         pluggy.PluginValidationError: a hook takes an argument that its specification does not have.

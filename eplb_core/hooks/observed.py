@@ -1,4 +1,4 @@
-"""Tells plugins of transfers. Where there are no plugins, nothing is wrapped and nothing is slower."""
+"""Reports transfers to plugins. Without plugins, nothing is wrapped and nothing is slower."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def default_plugins() -> PluginHost:
 
 
 def plugins_of(communicator: EplbCommunicator) -> EventSink:
-    """Return the sink that a communicator was made with, or that of the installed plugins.
+    """Return the event sink that a communicator was made with, or that of the installed plugins.
 
     Raises:
         EplbError: the communicator is not bound to a group.
@@ -34,7 +34,7 @@ def plugins_of(communicator: EplbCommunicator) -> EventSink:
 
 
 def about_group(communicator: EplbCommunicator) -> dict[str, Any]:
-    """Return what all events tell of a communicator: `backend`, `rank` and `world_size`, as keyword arguments.
+    """Return the common event fields of a communicator: `backend`, `rank` and `world_size`, as keyword arguments.
 
     Raises:
         EplbError: the communicator is not bound to a group.
@@ -48,17 +48,17 @@ def about_group(communicator: EplbCommunicator) -> dict[str, Any]:
 
 
 def observed(communicator: EplbCommunicator, plugins: PluginHost) -> EplbCommunicator:
-    """Return a communicator that tells `plugins` of each transfer, or the same one if nobody listens."""
+    """Return a communicator that reports each transfer to `plugins`, or the same one if none listens."""
     listens = plugins.listens(TransferStarted, TransferFinished, TransferFailed)
     return ObservedCommunicator(communicator, plugins) if listens else communicator
 
 
 class ObservedCommunicator(EplbCommunicator):
-    """Passes everything on to `inner`, and tells plugins when a transfer starts, finishes or fails.
+    """Delegates everything to `inner`, and reports to plugins when a transfer starts, finishes or fails.
 
     Args:
-        inner: a communicator that is bound.
-        plugins: who is told.
+        inner: a bound communicator.
+        plugins: receives the events.
     """
 
     def __init__(self, inner: EplbCommunicator, plugins: PluginHost) -> None:
@@ -95,11 +95,11 @@ class ObservedCommunicator(EplbCommunicator):
                 self._messages += len(payloads)
 
     def execute(self) -> None:
-        """Perform all that is queued."""
+        """Perform all queued transfers."""
         self.start().wait()
 
     def start(self) -> PendingTransfer:
-        """Begin all that is queued."""
+        """Start all queued transfers."""
         about = about_group(self) | {
             "bytes_sent": sum(self._sent.values()),
             "bytes_received": sum(self._received.values()),
@@ -117,14 +117,14 @@ class ObservedCommunicator(EplbCommunicator):
         return _ObservedTransfer(pending, self, about)
 
     def __getattr__(self, name: str) -> Any:
-        """Return what only the inner one has: a backend may offer more than the contract."""
-        if name == "inner":  # not there yet
+        """Return an attribute of the inner communicator: a backend may offer more than the contract."""
+        if name == "inner":  # not set yet
             raise AttributeError(name)
         return getattr(self.inner, name)
 
     @property
     def max_in_flight(self) -> int:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.max_in_flight
 
     def set_stream(self, stream: torch.Stream | None) -> None:
@@ -145,32 +145,32 @@ class ObservedCommunicator(EplbCommunicator):
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.needs_profile_buffer_reservation
 
     @property
     def may_land_late(self) -> bool:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.may_land_late
 
     @property
     def transfer_limit_bytes(self) -> int | None:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.transfer_limit_bytes
 
     @property
     def staging_bytes(self) -> int:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.staging_bytes
 
     @property
     def staging_limit_bytes(self) -> int:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.staging_limit_bytes
 
     @property
     def last_stats(self) -> TransferStats | None:
-        """As the inner one says."""
+        """Delegated to the inner communicator."""
         return self.inner.last_stats
 
 

@@ -1,1 +1,1 @@
-"""What a rebalance reads: recorded loads, placements, and the weights of experts."""
+"""The inputs of a rebalance: recorded loads, placements, and the weights of experts."""

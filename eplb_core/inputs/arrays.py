@@ -1,4 +1,4 @@
-"""Reads arrays from JSON, NPY, NPZ and PT files, block by block where they are large, and says what is wrong with them.
+"""Reads arrays from JSON, NPY, NPZ and PT files, large ones block by block, with clear errors.
 
 No format runs code: NumPy files are read without pickle, PyTorch files with `weights_only`.
 """
@@ -35,13 +35,13 @@ _BINARY = "write it as .npy, which is read block by block"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredArray:
-    """An array in a file, of which only a block is in memory at a time.
+    """An array in a file; only one block of it is in memory at a time.
 
     Attributes:
         shape: its shape.
         is_numeric: whether it holds integers or floats, as opposed to booleans, text or complex numbers.
         kind: what it holds, for messages.
-        read: returns the rows from the first argument up to the second, as an array of NumPy. Called with rising rows.
+        read: returns the rows from the first argument up to the second, as a NumPy array. Called with increasing rows.
     """
 
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class StoredArray:
 
     @classmethod
     def of(cls, array: NDArray[Any]) -> StoredArray:
-        """Return an array that is in memory already."""
+        """Wrap an array that is already in memory."""
 
         def read(start: int, stop: int) -> NDArray[Any]:
             return array[start:stop] if array.ndim else array
@@ -59,7 +59,7 @@ class StoredArray:
         return cls(array.shape, array.dtype.kind in "iuf", array.dtype.name, read)
 
     def blocks(self, start: int = 0) -> Iterator[NDArray[Any]]:
-        """Yield the rows from `start` on, as many at a time as fit into a block."""
+        """Yield the rows from `start` on, as many as fit into a block at a time."""
         row_bytes = 8 * math.prod(self.shape[1:])
         rows = max(1, BLOCK_BYTES // max(1, row_bytes))
         for first in range(start, self.shape[0], rows):
@@ -75,7 +75,7 @@ def read_content(path: Path, what: str) -> object:
 
     Args:
         path: a `.json`, `.npy`, `.npz`, `.pt` or `.pth` file.
-        what: what it is meant to be, for messages: "loads" or "placement".
+        what: what the file should hold, for messages: "loads" or "placement".
 
     Raises:
         InputError: the file is missing, is of another kind, or cannot be read.
@@ -92,7 +92,7 @@ def read_content(path: Path, what: str) -> object:
 
 
 def check_is_file(path: Path, what: str) -> None:
-    """Raise `InputError` unless there is such a file."""
+    """Raise `InputError` unless the file exists."""
     if not path.is_file():
         raise InputError(f"the {what} file {'is not a file' if path.exists() else 'does not exist'}", where=str(path))
 
@@ -111,10 +111,10 @@ def guarded(reader: Callable[[Path], _Content], path: Path, what: str) -> _Conte
 
 
 def _reason(error: Exception) -> str:
-    # torch's own advice for a file that holds more than tensors is to let it run code.
+    # For a file with more than tensors, torch itself advises to allow it to run code.
     refused = re.search(r"Unsupported (?:global|operand)[^\n]*?(?:GLOBAL )?([\w.]+\.[\w.]+)", str(error))
     if refused:
-        return f"it holds {refused[1]}, and only tensors, numbers and text are read, as anything else can run code"
+        return f"it holds {refused[1]}, but only tensors, numbers and text are read, as anything else can run code"
     if isinstance(error, pickle.UnpicklingError):
         return "it is damaged, or torch.save did not write it"
     return reason_of(error)
@@ -126,8 +126,8 @@ def read_array(path: Path, what: str, keys: Sequence[str]) -> NDArray[Any]:
     Args:
         path: a `.json`, `.npy`, `.npz`, `.pt` or `.pth` file.
         what: what the array is, for messages: "loads" or "placement".
-        keys: where the file maps names to values, the names to look under, best first. A file with one array only
-            may call it anything.
+        keys: if the file maps names to values, the names to look for, best first. A file with a single array may give
+            it any name.
 
     Returns:
         An array of integers or floats, of any shape.
@@ -139,7 +139,7 @@ def read_array(path: Path, what: str, keys: Sequence[str]) -> NDArray[Any]:
 
 
 def pick(content: object, path: Path, what: str, keys: Sequence[str]) -> object:
-    """Return the array among `content`: the one that has one of the names, or the only one."""
+    """Return the array in `content`: the one with one of the names, or the only one."""
     if not isinstance(content, Mapping) or is_described(content):
         return content
     for key in keys:
@@ -157,12 +157,12 @@ def pick(content: object, path: Path, what: str, keys: Sequence[str]) -> object:
 
 
 def is_described(value: object) -> bool:
-    """Whether it is an array written as its shape and its numbers in a row, as some engines log arrays."""
+    """Whether it is an array written as its shape and a flat list of numbers, as some engines log arrays."""
     return isinstance(value, Mapping) and isinstance(value.get("shape"), list) and isinstance(value.get("value"), list)
 
 
 def numeric(value: object, path: Path, what: str) -> StoredArray:
-    """Return a value as an array of numbers. Raises `InputError` if it is none."""
+    """Return a value as an array of numbers. Raises `InputError` if it is not one."""
     if isinstance(value, StoredArray):
         array = value
     else:
@@ -207,7 +207,7 @@ def _read_npz(path: Path) -> dict[str, StoredArray]:
 
 def _opener(path: Path, member: str) -> Callable[[], IO[bytes]]:
     def reopen() -> IO[bytes]:
-        # The member keeps the archive's file open until it is closed itself.
+        # The member keeps the archive's file open until the member is closed.
         with zipfile.ZipFile(path) as archive:
             return archive.open(member)
 
@@ -215,7 +215,7 @@ def _opener(path: Path, member: str) -> Callable[[], IO[bytes]]:
 
 
 def _stored_npy(stream: IO[bytes], reopen: Callable[[], IO[bytes]]) -> StoredArray:
-    """Read the header of an array in NumPy's format, and check that its numbers are all there."""
+    """Read the header of an array in NumPy's format, and check that all its numbers are there."""
     version = np.lib.format.read_magic(stream)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read_header(stream)
@@ -234,7 +234,7 @@ def _stored_npy(stream: IO[bytes], reopen: Callable[[], IO[bytes]]) -> StoredArr
             array: NDArray[Any] = np.lib.format.read_array(whole, allow_pickle=False)
         return StoredArray.of(array)
 
-    open_stream: list[IO[bytes]] = []  # compressed files are slow to seek in, so they are read on from where they are
+    open_stream: list[IO[bytes]] = []  # seeking in compressed files is slow, so reading continues in place
 
     def read(start: int, stop: int) -> NDArray[Any]:
         if not open_stream:
@@ -251,7 +251,7 @@ def _stored_npy(stream: IO[bytes], reopen: Callable[[], IO[bytes]]) -> StoredArr
 def _read_torch(path: Path) -> object:
     import torch
 
-    # A mapped file costs no memory until it is read. Files of the time before torch 1.6 cannot be mapped.
+    # A mapped file takes no memory until it is read. Files from before torch 1.6 cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     return _without_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), mapped)
 
@@ -308,7 +308,7 @@ def _copy_of(rows: torch.Tensor) -> NDArray[Any]:
 
 
 def _forget_pages(rows: torch.Tensor) -> None:
-    """Give the pages of a mapped file back that lie wholly within `rows`: they would count as this process's memory."""
+    """Release the pages of a mapped file that are entirely within `rows`: they would count as this process's memory."""
     import mmap
 
     first = -(-rows.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -1,7 +1,7 @@
-"""The experts of a Hugging Face mixture-of-experts checkpoint, read one by one as they are asked for.
+"""The experts of a Hugging Face mixture-of-experts checkpoint, read one by one on demand.
 
-`layouts` says what names mean, `expert_table` which bytes are whose. Here the layers are accounted for: every layer
-that the configuration states has experts, is dense, or is an error.
+`layouts` interprets the names, `expert_table` assigns the bytes to experts. This module accounts for the layers: every
+layer that the configuration states has experts, is dense, or is an error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eplb_core.inputs.shards import Shards
 if TYPE_CHECKING:
     import torch
 
-_CODES = (".trellis", ".codes")  # of quantised matrices (EXL3, AQLM): three dimensions, and none of experts
+_CODES = (".trellis", ".codes")  # of quantised matrices (EXL3, AQLM): three dimensions, but none of them counts experts
 _Layers = dict[int, list[Found]]
 _Stacks = dict[Stack, _Layers]
 
@@ -34,22 +34,22 @@ _Stacks = dict[Stack, _Layers]
 class Checkpoint:
     """The experts of a checkpoint; an `ExpertSource`. Make one with `Checkpoint.open`.
 
-    It holds no open file, only where the bytes are, so it can be sent to another process.
+    It holds no open file, only the location of the bytes, so it can be sent to another process.
 
     Attributes:
-        directory: where it lies.
-        layer_ids: the model's own number of each MoE layer; dense layers are skipped.
+        directory: the checkpoint's directory.
+        layer_ids: the number in the model of each MoE layer; dense layers are skipped.
         num_experts: logical experts in each of them.
         num_groups: the expert groups that the configuration states, else 1.
         num_hidden_layers: all layers that the configuration states, dense ones included; None if it does not, or if
             these are prediction layers, which are not among them.
         experts_per_token: how many experts the router chooses, or None if the configuration does not say.
-        model_type: what the configuration calls the model, or "".
+        model_type: the model's name in the configuration, or "".
         layouts: names of the layouts that its tensors have.
         notes: what was left out, and why.
-        left_out: the tensors below experts that are not an expert's of these layers.
+        left_out: the tensors below experts that do not belong to an expert of these layers.
         files: its safetensors files, and how many bytes each has.
-        tables: for each MoE layer, which bytes of which file are whose.
+        tables: for each MoE layer, which bytes of which file belong to which expert.
     """
 
     directory: Path
@@ -70,10 +70,10 @@ class Checkpoint:
         """Read the headers of a checkpoint, and account for every tensor of an expert and for every layer.
 
         Args:
-            directory: a folder with `model.safetensors.index.json` and its shards, or with `.safetensors` files
-                alone. `config.json`, if it is there, tells how many experts and layers there are and which are
-                multi-token prediction layers; those are left out, as engines balance them apart.
-            part: a word in the names of the tensors that chooses one of several sequences of layers: `thinker`,
+            directory: a directory with `model.safetensors.index.json` and its shards, or with `.safetensors` files
+                only. `config.json`, if present, states how many experts and layers there are and which are multi-token
+                prediction layers; those are left out, as engines balance them separately.
+            part: a word in the names of the tensors that selects one of several sequences of layers: `thinker`,
                 `talker`, `mtp`, `encoder`, `vision_moe`.
 
         Raises:
@@ -128,17 +128,17 @@ class Checkpoint:
         return len(self.layer_ids)
 
     def tensor_specs(self, layer: int) -> tuple[TensorSpec, ...]:
-        """Return what one expert of MoE layer number `layer` consists of."""
+        """Return the tensors of one expert of MoE layer number `layer`."""
         return self.tables[layer].specs
 
     def expert_tensors(self, layer: int, expert: int) -> list[torch.Tensor]:
-        """Read one expert of MoE layer number `layer`, and no byte of another one.
+        """Read one expert of MoE layer number `layer`, and no byte of any other.
 
         Returns:
             CPU tensors as `tensor_specs(layer)` describes them.
 
         Raises:
-            InputError: a shard can no longer be read, or is not what it was when the checkpoint was opened.
+            InputError: a shard can no longer be read, or has changed since the checkpoint was opened.
         """
         import torch
 
@@ -149,7 +149,7 @@ class Checkpoint:
         try:
             for spec, file, offset, size in zip(table.specs, *places, strict=True):
                 content = torch.empty(spec.nbytes, dtype=torch.uint8)
-                content[size:] = ord(" ")  # of text that is shorter than that of other experts
+                content[size:] = ord(" ")  # pad text that is shorter than that of other experts
                 if file not in opened:
                     opened[file] = os.open(self.files[file][0], os.O_RDONLY | os.O_CLOEXEC)
                 self._read(opened[file], content.numpy().data[:size], offset, f"{self.files[file][0]}, {spec.name}")
@@ -197,7 +197,7 @@ def _find_stacks(shards: Shards) -> _Stacks:
 
 
 def _split_prediction_layers(stacks: _Stacks, directory: Path, shards: Shards) -> _Stacks:
-    """Put layers behind the last one that the configuration states into stacks of their own.
+    """Put layers after the last one that the configuration states into separate stacks.
 
     DeepSeek-V3 and its descendants number their prediction layers like that.
     """
@@ -224,12 +224,12 @@ def _split_prediction_layers(stacks: _Stacks, directory: Path, shards: Shards) -
 
 
 def _choose(stacks: _Stacks, part: str | None, directory: Path, notes: list[str]) -> list[Stack]:
-    """Return the stacks that belong together: one decoder, or what the user asked for."""
+    """Return the stacks that belong together: one decoder, or the requested part."""
     if part is None:
         candidates = [stack for stack in stacks if not stack.predicts]
         if not candidates:
             raise InputError(
-                "only prediction layers have experts in a layout that is known",
+                "only prediction layers have experts in a known layout",
                 where=str(directory),
                 why="; ".join(_describe(stack, layers) for stack, layers in stacks.items()),
                 remedy="give --part mtp to balance them alone",
@@ -308,7 +308,7 @@ def _account_for_layers(
             continue
         near = signs or [name for _, name in rest.get(layer, [])]
         raise InputError(
-            f"layer {layer} has no experts in a layout that is known",
+            f"layer {layer} has no experts in a known layout",
             where=shards.where(near[0]) if near else str(shards.directory),
             why=f"config.json states {config.num_hidden_layers} layers"
             + (", and that this one has experts" if declared else "")
@@ -336,6 +336,6 @@ def _no_experts(shards: Shards, config: ModelConfig) -> InputError:
         "the checkpoint has no experts",
         where=str(shards.directory),
         why=(f"model type {config.model_type!r}; " if config.model_type else "")
-        + ("it has no tensors" if nearest is None else f"the nearest of its tensors is {templates[nearest]}"),
-        remedy=f"names that are known look like {' or '.join(wanted)}",
+        + ("it has no tensors" if nearest is None else f"its closest tensor is {templates[nearest]}"),
+        remedy=f"known names look like {' or '.join(wanted)}",
     )

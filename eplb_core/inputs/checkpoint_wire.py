@@ -1,4 +1,4 @@
-"""A checkpoint's table as bytes, so that one rank reads the headers and the others are told where the experts lie."""
+"""Serialises a checkpoint's table, so that one rank reads the headers and sends the others the locations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def encode_checkpoint(checkpoint: Checkpoint) -> bytes:
 
 
 def decode_checkpoint(payload: bytes) -> Checkpoint:
-    """Return the checkpoint that another rank has opened, after a look at the files that this rank sees.
+    """Return the checkpoint that another rank has opened, after checking the files that this rank sees.
 
     Raises:
         InputError: a file is not here, or has another size than where it was opened.
@@ -42,7 +42,7 @@ def decode_checkpoint(payload: bytes) -> Checkpoint:
             raise InputError("a shard is missing on this machine", where=str(path), why=error.strerror) from error
         if found != size:
             raise InputError(
-                "the checkpoint is not the one that rank 0 has read",
+                "the checkpoint differs from the one that rank 0 has read",
                 where=str(path),
                 why=f"it has {found} bytes here, {size} there",
             )
@@ -54,7 +54,7 @@ def _to_plain(value: object) -> object:
         return str(value)
     if isinstance(value, np.ndarray):
         return value.dtype.name, value.shape, value.tobytes()
-    raise NotImplementedError(f"{type(value)} has no place in a table")
+    raise NotImplementedError(f"{type(value)} cannot be part of a table")
 
 
 def _from_plain(kind: type, value: object) -> object:

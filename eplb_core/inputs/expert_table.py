@@ -1,6 +1,6 @@
-"""Where each expert of each layer lies: made of the tensors below `experts`, none of which may be left over.
+"""Locates each expert of each layer among the tensors below `experts`, and accounts for all of them.
 
-Every tensor there is an expert's, belongs to the layer for a reason that is noted, or is an error.
+Every such tensor is an expert's, belongs to the layer for a reason that is noted, or is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eplb_core.inputs.layouts import Layout, Place
 from eplb_core.inputs.model_config import ModelConfig
 from eplb_core.inputs.shards import Shards, StoredTensor
 
-# What torch calls the dtypes of safetensors. Others, and those that this torch lacks, are handed over as bytes.
+# torch's names for the dtypes of safetensors. Others, and those that this torch lacks, are passed as bytes.
 _TORCH = {
     "F64": "float64",
     "F32": "float32",
@@ -37,18 +37,18 @@ _TORCH = {
 } | {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
 
 
-# bitsandbytes keeps the settings of a quantised tensor as JSON, in which numbers of different lengths may stand.
+# bitsandbytes stores the settings of a quantised tensor as JSON, whose numbers may differ in length.
 _TEXT = re.compile(r"\.quant_state\.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerTable:
-    """Where the experts of one layer lie.
+    """The locations of the experts of one layer.
 
     Attributes:
         specs: the tensors of one expert.
-        files: int32 `[experts, tensors]`, which file each is in.
-        offsets: int64 `[experts, tensors]`, its first byte in there.
+        files: int32 `[experts, tensors]`, the file of each.
+        offsets: int64 `[experts, tensors]`, its first byte in that file.
         sizes: int64 `[experts, tensors]`, its bytes: those of its spec, or fewer if it is text.
     """
 
@@ -59,20 +59,20 @@ class LayerTable:
 
 
 class Found(NamedTuple):
-    """A tensor below experts: its name, and what the name says."""
+    """A tensor below experts: its name, and the meaning of the name."""
 
     name: str
     place: Place
 
 
 class _Piece(NamedTuple):
-    """One tensor of one expert: the one that is stored, and which bytes of it."""
+    """One tensor of one expert: the stored tensor, and which of its bytes."""
 
     name: str
     stored: StoredTensor
 
 
-_Expert = dict[str, _Piece]  # part -> where it lies
+_Expert = dict[str, _Piece]  # part -> its location
 
 
 @dataclass(slots=True)
@@ -81,8 +81,8 @@ class TableBuilder:
 
     Attributes:
         shards: the checkpoint.
-        config: what its configuration says.
-        notes: what was left out, and why; added to while tables are made.
+        config: its configuration.
+        notes: what was left out, and why; extended while tables are made.
     """
 
     shards: Shards
@@ -94,8 +94,8 @@ class TableBuilder:
         """Return the table of every layer, in order.
 
         Raises:
-            InputError: an expert or one of its tensors is missing, experts of one layer differ, or it cannot be told
-                which bytes belong to which expert.
+            InputError: an expert or one of its tensors is missing, experts of one layer differ, or it is unclear which
+                bytes belong to which expert.
         """
         experts = {layer: self._experts_of(layer, layers[layer]) for layer in sorted(layers)}
         if not any(experts.values()):
@@ -103,7 +103,7 @@ class TableBuilder:
             raise InputError(
                 "the checkpoint has no experts",
                 where=self.shards.where(name),
-                why=f"what stands below experts there belongs to none: it is {self.shards.tensors[name]}",
+                why=f"the tensor below experts there belongs to none: it is {self.shards.tensors[name]}",
             )
         num_experts = self._check_numbers(experts)
         for reason, names in self._left.items():
@@ -151,7 +151,7 @@ class TableBuilder:
         """Add the rows of tensors that hold all experts of the layer."""
         shapes = {name: self.shards.tensors[name].shape for name, _ in whole}
         num_experts = len(experts) or self._count(layer, shapes)
-        # Without a dimension of experts, [experts * rows, ...] as DBRX has it: only if no tensor of the layer has one.
+        # Without an expert dimension, [experts * rows, ...] as in DBRX: only if no tensor of the layer has one.
         flat = not experts and not any(len(shape) > 2 for shape in shapes.values())
         joined = {shape[0] for shape in shapes.values() if flat and len(shape) == 2 and shape[0] % num_experts == 0}
         zero = self.config.num_zero_experts
@@ -165,13 +165,13 @@ class TableBuilder:
             elif shape and shape[0] in joined:
                 rows, num_rows = (shape[0] // num_experts, *shape[1:]), num_experts
             elif len(shape) < 2:
-                self._left.setdefault("tensors without a dimension of experts belong to their layers", []).append(name)
+                self._left.setdefault("tensors without an expert dimension belong to their layers", []).append(name)
                 continue
             else:
                 raise InputError(
-                    f"it cannot be told which rows of a tensor belong to which expert of layer {layer}",
+                    f"it is unclear which rows of a tensor belong to which expert of layer {layer}",
                     where=self.shards.where(name),
-                    why=f"it is {stored}, and there are {num_experts} experts",
+                    why=f"it is {stored}, but there are {num_experts} experts",
                 )
             nbytes, rest = divmod(stored.nbytes, num_rows)
             if rest:
@@ -194,7 +194,7 @@ class TableBuilder:
         name = next((name for name, shape in shapes.items() if len(shape) > 2), next(iter(shapes)))
         if len(leading) != 1:
             raise InputError(
-                f"it cannot be told how many experts layer {layer} has",
+                f"it is unclear how many experts layer {layer} has",
                 where=self.shards.where(name),
                 why=f"it is {self.shards.tensors[name]}"
                 + ("" if stated is None else f", config.json states {stated} experts")
@@ -204,7 +204,7 @@ class TableBuilder:
         return next(iter(leading))
 
     def _check_numbers(self, experts: Mapping[int, Mapping[int, _Expert]]) -> int:
-        """Return how many experts each layer has. Raises `InputError` if one lacks some, or has too many."""
+        """Return how many experts each layer has. Raises `InputError` if one has too few or too many."""
         stated = self.config.num_experts
         counts = {layer: max(found, default=-1) + 1 for layer, found in experts.items()}
         most = max(counts, key=lambda layer: counts[layer])
@@ -212,7 +212,7 @@ class TableBuilder:
         if counts[most] > num_experts:
             all_of_it = [experts[most][expert] for expert in sorted(experts[most])]
             if all(expert.keys() == all_of_it[0].keys() for expert in all_of_it):
-                self._check_same_shapes(all_of_it, most)  # two kinds of experts in one sequence of numbers say more
+                self._check_same_shapes(all_of_it, most)  # the clearer error for two kinds of experts
             name = next(iter(experts[most][counts[most] - 1].values())).name
             raise InputError(
                 f"config.json states {stated} experts, but the checkpoint has expert {counts[most] - 1}",
@@ -226,7 +226,7 @@ class TableBuilder:
                 raise InputError(
                     f"layer {layer} has {counts[layer]} experts, layer {most} has {counts[most]}",
                     where=str(self.shards.directory),
-                    why="layers with unlike numbers of experts cannot be balanced together",
+                    why="layers with different numbers of experts cannot be balanced together",
                 )
             example = next(iter((found or experts[most]).values()))
             raise InputError(
@@ -257,7 +257,7 @@ class TableBuilder:
                 raise InputError(
                     f"expert {lacking} of layer {layer} lacks a tensor that expert {having} has",
                     where=self.shards.where(_renumbered(experts[having][part].name, lacking)),
-                    why="a slot takes any expert of its layer, so all of them must have the same tensors",
+                    why="a slot can hold any expert of its layer, so all experts must have the same tensors",
                 )
 
     def _check_same_shapes(self, experts: Sequence[_Expert], layer: int) -> None:
@@ -274,7 +274,7 @@ class TableBuilder:
                     f"experts of layer {layer} differ in shape or dtype",
                     where=self.shards.where(piece.name),
                     why=f"it is {theirs}, that of expert 0 is {ours}, like that of {alike} of {len(experts)} experts; "
-                    "a slot takes any expert of its layer, so a layer of unlike experts cannot be moved",
+                    "a slot can hold any expert of its layer, so a layer of unequal experts cannot be moved",
                 )
 
 
@@ -298,11 +298,11 @@ def _spec(part: str, stored: StoredTensor) -> TensorSpec:
 
 
 def _renumbered(name: str, expert: int) -> str:
-    """Return what the same tensor of another expert is called."""
+    """Return the name of the same tensor of another expert."""
     return re.sub(r"(experts\.(?:[a-z]\w*\.)?(?:expert_)?)\d+\.", rf"\g<1>{expert}.", name)
 
 
 def layouts_of(layers: Mapping[int, Sequence[Found]]) -> tuple[Layout, ...]:
-    """Return the layouts that these tensors have, in the order in which they are met."""
+    """Return the layouts of these tensors, in order of first use."""
     layouts = (place.layout for found in layers.values() for _, place in found if not place.is_of_router)
     return tuple({layout.name: layout for layout in layouts}.values())

@@ -1,4 +1,4 @@
-"""What the weights of experts look like, wherever they come from."""
+"""The shape of expert weights, and the interface of their sources."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class TensorSpec:
 
 
 class ExpertSource(Protocol):
-    """Where the weights of experts come from. Layers are MoE layers, counted from 0.
+    """A source of expert weights. Layers are MoE layers, counted from 0.
 
-    Any rank gets the same bytes for the same layer and expert, so that a rank can check what it received from others.
+    All ranks get the same bytes for the same layer and expert, so that a rank can check what it received from others.
     """
 
     @property
@@ -59,7 +59,7 @@ class ExpertSource(Protocol):
         ...
 
     def tensor_specs(self, layer: int) -> tuple[TensorSpec, ...]:
-        """Return what one expert of the layer consists of."""
+        """Return the tensors of one expert of the layer."""
         ...
 
     def expert_tensors(self, layer: int, expert: int) -> list[torch.Tensor]:

@@ -1,7 +1,7 @@
-"""How checkpoints name the tensors of experts: one small table, and what it says of a name.
+"""How checkpoints name the tensors of experts: one small table, and the parser of a name.
 
-Only places matter: which layer, which expert, which of its tensors. Names of projections, prefixes and quantisation are
-carried along unread, so that a family nobody has seen yet is found as long as its experts lie in one of these ways.
+Only positions matter: which layer, which expert, which of its tensors. Names of projections, prefixes and quantisation
+are kept but not interpreted, so that an unknown family is found if its experts follow one of these layouts.
 
 The layouts are those of published checkpoints and of what transformers saves
 (https://github.com/huggingface/transformers, `conversion_mapping.py`).
@@ -21,11 +21,11 @@ class Layout:
 
     Attributes:
         name: in messages and in the documentation.
-        example: a name as it stands in a checkpoint.
-        pattern: of what follows the number of the layer, with the groups `block` and `part`; `expert` if each expert
-            has tensors of its own; `projection` if that comes before the number of the expert.
-        needs_dimensions: whether only weights of three dimensions are evidence of experts, as dense layers have the
-            same names.
+        example: a name as in a checkpoint.
+        pattern: of the text after the layer's number, with the groups `block` and `part`; `expert` if each expert has
+            separate tensors; `projection` if that comes before the expert's number.
+        needs_dimensions: whether only weights of three dimensions are evidence of experts, because dense layers have
+            the same names.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Layout:
     needs_dimensions: bool = False
 
     def is_evident(self, part: str, shape: tuple[int, ...]) -> bool:
-        """Whether such a tensor shows that there are experts.
+        """Whether such a tensor proves that there are experts.
 
         A convolution's kernel of width 1 does not, nor do the codes of a quantised matrix, which have three dimensions.
         """
@@ -43,7 +43,7 @@ class Layout:
         return len(shape) == 3 and min(shape) > 1 and part.rpartition(".")[2] in (part, "weight")
 
 
-# `experts`, `text_experts`, but not `shared_experts`: of those every rank has all.
+# `experts`, `text_experts`, but not `shared_experts`: every rank holds all of those.
 _EXPERTS = r"(?P<block>(?:[^.]+\.)*?(?:(?!\w*shared)\w+_)?experts)"
 
 LAYOUTS = (
@@ -68,7 +68,7 @@ LAYOUTS = (
         needs_dimensions=True,
     ),
 )
-"""The first that fits a name is its layout."""
+"""The first layout that matches a name applies."""
 
 _NUMBERED = re.compile(r"(?P<prefix>(?:[^.]*[^.\d][^.]*\.)*)(?P<layer>\d+)\.(?P<rest>.+)")
 _PREDICTION = re.compile(r"mtp\w*|nextn\w*|\w*_mtp|draft\w*|eagle\w*")
@@ -79,8 +79,8 @@ class Stack(NamedTuple):
     """A sequence of layers with the same names: a decoder, an encoder, one of two kinds of experts in a layer.
 
     Attributes:
-        prefix: what comes before the number of the layer, such as `thinker.model.layers`.
-        block: what comes between that and the experts, such as `mlp.experts`.
+        prefix: the text before the layer's number, such as `thinker.model.layers`.
+        block: the text between the number and the experts, such as `mlp.experts`.
         predicts: whether it is known to be a multi-token prediction module.
     """
 
@@ -98,12 +98,12 @@ class Stack(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What the name of a tensor says.
+    """The meaning of a tensor's name.
 
     Attributes:
         layout: which of `LAYOUTS` it has.
         stack: which sequence of layers it belongs to.
-        layer: its number in there, as the checkpoint counts.
+        layer: its number in that sequence, as the checkpoint counts.
         expert: the number of its expert; None if the tensor holds all of them.
         part: which tensor of an expert it is, such as `down_proj.weight_scale_inv`.
     """
@@ -126,7 +126,7 @@ def _stack(prefix: str, block: str) -> Stack:
 
 
 def locate(name: str) -> Place | None:
-    """Return what `name` says, or None if it is not below experts of a numbered layer."""
+    """Parse `name`; None if it is not below experts of a numbered layer."""
     numbered = _NUMBERED.match(name)
     if numbered is None:
         return None
@@ -149,5 +149,5 @@ def layer_of(name: str) -> tuple[str, int, str] | None:
 
 
 def is_below_experts(name: str) -> bool:
-    """Whether a name has a part that is called `experts`, so that it must be accounted for."""
+    """Whether a name has a component `experts`, so that it must be accounted for."""
     return re.search(r"(?:^|\.)(?:(?!\w*shared)\w+_)?experts\.", name) is not None

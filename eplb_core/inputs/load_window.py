@@ -1,4 +1,4 @@
-"""Joins the steps of a long recording to a few, so that its loads and their noise are known in little memory."""
+"""Joins the steps of a long recording into a few, to keep its loads and their noise in little memory."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ _PARTS = 1024  # a step is shared in such parts: a power of two, so that sums of
 
 
 class LoadWindow:
-    """Adds up steps that come in order, and keeps them joined to at most `MOST_STEPS` of equal weight.
+    """Sums steps that arrive in order, joined into at most `MOST_STEPS` of equal weight.
 
-    A policy takes the mean over the steps, and how much that may be wrong by from how they differ. Both hold for joined
-    steps too, as long as each stands for equally many. So where a number of steps does not divide evenly, or where a
-    later step counts more than the one before it, a step is shared between two joined ones.
+    A policy takes the mean of the steps, and its uncertainty from their differences. Both are valid for joined steps
+    too, if each stands for equally many. So if the number of steps does not divide evenly, or a later step counts more
+    than the one before it, a step is shared between two joined ones.
     """
 
     def __init__(self, shape: tuple[int, ...], num_steps: int, decay: float = 1.0) -> None:
-        """Prepare for so many steps.
+        """Prepare for `num_steps` steps.
 
         Args:
             shape: of one step, `[layers, columns]`.
             num_steps: how many steps come.
-            decay: each step counts so many times what the one after it does, above 0 and up to 1.
+            decay: the weight of a step relative to the next, above 0 and up to 1.
         """
         self.loads: NDArray[np.float64] = np.zeros(shape)
         age = np.arange(num_steps, -1, -1.0)  # of the edges between the steps: 0 is where the last one ends
         self._weights = decay ** age[1:]
         self._edges = age if decay == 1 else (1 - decay**age) / (1 - decay)  # the weight that comes after each
         total = self._edges[0]
-        per_joined = math.ceil(total / MOST_STEPS)  # whole steps where they divide evenly, as shared ones vary less
+        per_joined = math.ceil(total / MOST_STEPS)  # whole steps if they divide evenly, as shared ones vary less
         joined = max(1, min(num_steps, round(total / per_joined)))
         self.steps: NDArray[np.float64] = np.zeros((joined, *shape))
         self._joined_edges = np.round(total * np.arange(joined, -1, -1.0) / joined * _PARTS) / _PARTS

@@ -1,4 +1,4 @@
-"""Reads recorded expert loads, adds up their steps, and refuses what cannot be loads."""
+"""Reads recorded expert loads, sums their steps, and refuses what cannot be loads."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class LoadOptions:
     """How to read loads.
 
     Attributes:
-        counts: what an array counts that does not say so itself: logical experts, or physical slots.
-        placement: int64 `[layers, slots]`, what the slots held while they were counted; where the file does not say.
-        window_steps: add up the last so many steps only; None for all.
-        decay: each step counts so many times what the one after it does, above 0 and up to 1.
-        model: what is known of the model.
+        counts: what an array counts, if the file does not say: logical experts, or physical slots.
+        placement: int64 `[layers, slots]`, what the slots held during the recording, if the file does not say.
+        window_steps: sum only this many of the last steps; None for all.
+        decay: the weight of a step relative to the next, above 0 and up to 1.
+        model: what is known about the model.
     """
 
     counts: Counts = "logical"
@@ -44,13 +44,13 @@ class LoadOptions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RecordedLoads:
-    """What a recording comes to.
+    """The result of reading a recording.
 
     Attributes:
         loads: float64 `[layers, experts]`, the sum of the steps.
         window: float64 `[steps, layers, experts]`, the same loads step by step; of a long recording consecutive steps
             are joined, so that there are at most `load_window.MOST_STEPS` of equal weight.
-        num_steps: how many steps were added up; 0 if the file does not tell steps apart.
+        num_steps: how many steps were summed; 0 if the file does not separate steps.
         notes: what the user may want to know.
     """
 
@@ -61,17 +61,17 @@ class RecordedLoads:
 
 
 def read_loads(path: str | Path, options: LoadOptions | None = None) -> NDArray[np.float64]:
-    """Return how much load each logical expert of each layer had; see `read_recording`."""
+    """Return the load of each logical expert of each layer; see `read_recording`."""
     return read_recording(path, options).loads
 
 
 def read_recording(path: str | Path, options: LoadOptions | None = None) -> RecordedLoads:
-    """Return how much load each logical expert of each layer had.
+    """Return the load of each logical expert of each layer.
 
-    Steps are read one block after the other, so that a long recording needs no more memory than a short one.
+    Steps are read block by block, so that a long recording needs no more memory than a short one.
 
     Args:
-        path: a file or a folder, of one of the kinds in `recordings`.
+        path: a file or a directory, of one of the kinds in `recordings`.
         options: how to read it.
 
     Returns:
@@ -79,7 +79,7 @@ def read_recording(path: str | Path, options: LoadOptions | None = None) -> Reco
 
     Raises:
         InputError: it is missing or cannot be read, or the loads have a wrong shape, are empty, negative, infinite or
-            not numbers, count physical slots although logical experts are asked for, or are a placement.
+            not numbers, count physical slots although logical experts are expected, or are a placement.
     """
     path, options = Path(path), options or LoadOptions()
     with reading(path, "loads"):
@@ -109,10 +109,10 @@ def _read_recording(path: Path, options: LoadOptions) -> RecordedLoads:
 
 
 def read_load_window(path: str | Path, options: LoadOptions | None = None) -> NDArray[np.float64]:
-    """Return every step of a recording by itself, which takes memory for all of them; `decay` is not looked at.
+    """Return every step of a recording separately, which needs memory for all of them; `decay` is ignored.
 
     Returns:
-        float64 `[steps, layers, experts]`; one step if the file does not tell steps apart.
+        float64 `[steps, layers, experts]`; one step if the file does not separate steps.
 
     Raises:
         InputError: as `read_recording`.
@@ -137,7 +137,7 @@ def read_load_window(path: str | Path, options: LoadOptions | None = None) -> ND
 
 
 def _checked_blocks(recording: Recording, first: int, path: Path) -> Iterator[NDArray[np.float64]]:
-    """Yield the steps from `first` on, a block at a time; raise `InputError` if one holds what cannot be a load."""
+    """Yield the steps from `first` on, block by block; raise `InputError` if one holds an impossible load."""
     step = first
     added_up = np.zeros((1, *recording.shape))  # files without steps, one after the other
     for block in recording.blocks(first):
@@ -165,7 +165,7 @@ def _placement_of(recording: Recording, options: LoadOptions, path: Path) -> NDA
     placement = recording.placement if recording.placement is not None else options.placement
     if placement is None:
         raise InputError(
-            "the loads count physical slots, and it is not known which experts these held",
+            "the loads count physical slots, but it is not known which experts these held",
             where=str(path),
             remedy="give the placement of that time: --counts physical --placement FILE",
         )
@@ -189,7 +189,7 @@ def _first_step(recording: Recording, options: LoadOptions, path: Path) -> int:
         raise InputError(f"--window-steps is {options.window_steps}", why="it must be 1 or more")
     if not recording.num_steps and (options.window_steps is not None or options.decay != 1):
         option = "--decay" if options.window_steps is None else "--window-steps"
-        raise InputError(f"{option} needs loads with steps", where=str(path), why="these are added up already")
+        raise InputError(f"{option} needs loads with steps", where=str(path), why="these are already summed")
     if options.window_steps is None:
         return 0
     return max(0, recording.num_steps - options.window_steps)
@@ -198,7 +198,7 @@ def _first_step(recording: Recording, options: LoadOptions, path: Path) -> int:
 def _to_logical(
     counts: NDArray[np.float64], placement: NDArray[np.int64], num_experts: int | None
 ) -> NDArray[np.float64]:
-    """Add up the counts of the slots of each expert; empty slots count for nobody."""
+    """Sum the counts of the slots of each expert; empty slots count for none."""
     loads = np.zeros((len(counts), max(num_experts or 0, int(placement.max()) + 1)))
     rows, slots = np.nonzero(placement >= 0)
     np.add.at(loads, (rows, placement[rows, slots]), counts[rows, slots])
@@ -208,7 +208,7 @@ def _to_logical(
 def _looks_like_a_placement(loads: NDArray[np.float64], recording: Recording) -> bool:
     if recording.num_steps or loads.shape[1] < 4 or not np.array_equal(loads, np.floor(loads)):
         return False
-    # At least half as many experts as slots: most experts have one slot or two.
+    # At least half as many experts as slots: most experts have one or two slots.
     num_experts = int(loads.max()) + 1
     if not loads.shape[1] / 2 <= num_experts <= loads.shape[1]:
         return False
@@ -219,8 +219,7 @@ def _never_chosen(loads: NDArray[np.float64]) -> Iterator[str]:
     never = int(np.count_nonzero(~loads.any(axis=0)))
     if loads.any() and 2 * never >= loads.shape[1] > 1:
         yield (
-            f"{never} of {loads.shape[1]} experts were never chosen in any layer; "
-            "were the counts of all ranks added up?"
+            f"{never} of {loads.shape[1]} experts were never chosen in any layer; were the counts of all ranks summed?"
         )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Style = Literal["mixtral", "qwen3", "deepseek"]
 STYLES: tuple[str, ...] = get_args(Style)
 
-_MARK = "made_by_eplb"  # a key of config.json: this folder holds nothing that could not be written again
+_MARK = "made_by_eplb"  # a key of config.json: the directory holds nothing that could not be written again
 _OWN_FILES = re.compile(rf"config\.json|{re.escape(INDEX)}|model-\d{{5}}-of-\d{{5}}\.safetensors")
 _BLOCK = 128  # DeepSeek-V3 has one float32 scale for each block of 128 x 128 values
 
@@ -36,28 +36,28 @@ def make_checkpoint(
     seed: int = 0,
     shards: int = 2,
 ) -> int:
-    """Write `config.json`, the index and the shards of a mixture-of-experts model into a new or empty folder.
+    """Write `config.json`, the index and the shards of a mixture-of-experts model into a new or empty directory.
 
-    A folder that holds a checkpoint of this function and nothing else is written anew.
+    If the directory holds only an earlier checkpoint of this function, that is replaced.
 
     Weights are bfloat16; in the style of DeepSeek-V3 they are float8 with float32 block scales, the first layer is
     dense, and a multi-token prediction layer follows the last.
 
     Args:
-        directory: where to; made if it does not exist.
-        style: whose tensor names to use.
+        directory: the output directory; created if it does not exist.
+        style: the naming scheme of the tensors.
         layers: MoE layers.
-        experts: experts in each.
+        experts: experts per layer.
         hidden: the model's hidden size.
         intermediate: the experts' intermediate size.
-        seed: another seed gives other bytes.
+        seed: of the random bytes.
         shards: how many files the tensors are spread over.
 
     Returns:
         The bytes of all tensors.
 
     Raises:
-        InputError: a number is not positive, the folder is not empty or cannot be written to, or safetensors is not
+        InputError: a number is not positive, the directory is not empty or not writable, or safetensors is not
             installed.
     """
     require("cli", "writing a checkpoint")
@@ -67,13 +67,13 @@ def make_checkpoint(
     numbers = {"layers": layers, "experts": experts, "hidden": hidden, "intermediate": intermediate, "shards": shards}
     for option, number in numbers.items():
         if number < 1:
-            raise InputError(f"{option} is {number}", why="it has to be 1 or more")
+            raise InputError(f"{option} is {number}", why="it must be 1 or more")
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _make_room(directory)
     except OSError as error:
-        raise InputError("the folder cannot be used", where=str(directory), why=error.strerror) from error
+        raise InputError("the directory cannot be used", where=str(directory), why=error.strerror) from error
 
     tensors = {"model.embed_tokens.weight": torch.zeros(16, hidden, dtype=torch.bfloat16)}
     tensors |= dict(_expert_tensors(style, layers, experts, hidden, intermediate, seed))
@@ -104,10 +104,10 @@ def _make_room(directory: Path) -> None:
     foreign = [path.name for path in present if not _OWN_FILES.fullmatch(path.name)]
     if not marked or foreign:
         raise InputError(
-            "the folder is not empty",
+            "the directory is not empty",
             where=str(directory),
-            why=f"it also holds {foreign[0]}" if marked else "what it holds was not written by eplb make-checkpoint",
-            remedy="give another, or empty it",
+            why=f"it also holds {foreign[0]}" if marked else "its content was not written by eplb make-checkpoint",
+            remedy="give another one, or empty it",
         )
     for path in present:
         path.unlink()

@@ -1,6 +1,6 @@
-"""What a checkpoint's configuration says of its mixture-of-experts layers, wherever in it that stands.
+"""Finds the mixture-of-experts settings in a checkpoint's configuration, in any of its sections.
 
-Multimodal models keep the settings of their language model in a section, some keep those of the experts in one more.
+Multimodal models keep the settings of their language model in a section; some keep those of the experts in another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from eplb_core.inputs.shards import read_json_object
 
-# Sections that hold settings of the language model or of its experts; those of images and sound are not looked at.
+# Sections that hold settings of the language model or of its experts; those of images and sound are ignored.
 _SECTIONS = ("text_config", "llm_config", "language_config", "thinker_config", "ffn_config", "moe")
 
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
@@ -27,11 +27,11 @@ class ModelConfig:
     """The settings of one part of a model.
 
     Attributes:
-        model_type: what the model calls itself, or "".
-        num_hidden_layers: all layers, dense ones included, prediction layers not; None if it does not say.
+        model_type: the model's name, or "".
+        num_hidden_layers: all layers, including dense ones, without prediction layers; None if not stated.
         num_prediction_layers: layers that predict further tokens and follow the others.
         num_experts: logical experts of a layer, or None.
-        num_zero_experts: experts that compute nothing and have no weights of use.
+        num_zero_experts: experts that compute nothing and have no useful weights.
         experts_per_token: how many the router chooses, or None.
         num_groups: groups of experts that the router knows.
         settings: the sections, innermost first.
@@ -48,15 +48,15 @@ class ModelConfig:
 
     @classmethod
     def read(cls, directory: Path, words: Iterable[str] = ()) -> Self:
-        """Read `config.json`, or `params.json` as Mistral's own format has it; both may be absent.
+        """Read `config.json`, or `params.json` of Mistral's format; both may be absent.
 
         Args:
-            directory: the checkpoint's folder.
-            words: the words of the part's name: settings in a section of such a name come first, as in
+            directory: the checkpoint's directory.
+            words: the words of the part's name: settings in a section with such a name come first, as in
                 `talker_config`.
 
         Raises:
-            InputError: the file is there, but is not a JSON object.
+            InputError: the file exists, but is not a JSON object.
         """
         for name in ("config.json", "params.json"):
             if (directory / name).is_file():
@@ -116,7 +116,7 @@ def _sections(config: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[Map
 
 
 def _number(settings: Iterable[Mapping[str, Any]], names: Iterable[str]) -> int | None:
-    """Return the first of these settings that is a number above 0, in the innermost section that has one."""
+    """Return the first of these settings that is above 0, in the innermost section that has one."""
     names = tuple(names)
     for config in settings:
         for name in names:

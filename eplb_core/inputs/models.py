@@ -26,7 +26,7 @@ class ModelShape:
         name: its short name, as `--model` takes it.
         num_layers: MoE layers.
         num_experts: logical experts in each of them.
-        tensors: what one expert consists of; `w13` is gate and up projection, stacked.
+        tensors: the tensors of one expert; `w13` is gate and up projection, stacked.
     """
 
     name: str
@@ -84,7 +84,7 @@ MODELS: tuple[ModelShape, ...] = (
 
 
 def find_model(name: str) -> ModelShape:
-    """Return the model of this name. Raises `InputError`, naming the nearest, if there is none."""
+    """Return the model of this name. Raises `InputError` with the nearest names if there is none."""
     for model in MODELS:
         if model.name == name:
             return model
@@ -98,7 +98,7 @@ def find_model(name: str) -> ModelShape:
 
 
 def parse_scale(text: str) -> Fraction:
-    """Return the factor that `1/16`, `0.25` or `1` spells. Raises `InputError` unless it is in (0, 1]."""
+    """Parse a factor such as `1/16`, `0.25` or `1`. Raises `InputError` unless it is in (0, 1]."""
     try:
         scale = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
@@ -109,7 +109,7 @@ def parse_scale(text: str) -> Fraction:
 
 
 def scaled(tensors: tuple[TensorSpec, ...], scale: Fraction) -> tuple[TensorSpec, ...]:
-    """Return the tensors with their first dimension shrunk, to one row at least."""
+    """Return the tensors with their first dimension shrunk, to at least one row."""
     return tuple(
         TensorSpec(tensor.name, (max(1, int(tensor.shape[0] * scale)), *tensor.shape[1:]), tensor.dtype)
         for tensor in tensors
@@ -120,14 +120,14 @@ def scaled(tensors: tuple[TensorSpec, ...], scale: Fraction) -> tuple[TensorSpec
 class RandomExperts:
     """Experts of random bytes; an `ExpertSource`.
 
-    Every tensor of every expert has a generator of its own, so that any rank gets the bytes of any expert without
-    making those of the others.
+    Every tensor of every expert has a separate generator, so that any rank gets the bytes of any expert without
+    generating those of the others.
 
     Attributes:
-        tensors: what one expert consists of, in every layer.
+        tensors: the tensors of one expert, in every layer.
         num_layers: MoE layers.
         num_experts: logical experts in each of them.
-        seed: another seed gives other bytes.
+        seed: of the random bytes.
     """
 
     tensors: tuple[TensorSpec, ...]
@@ -136,11 +136,11 @@ class RandomExperts:
     seed: int = 0
 
     def tensor_specs(self, layer: int) -> tuple[TensorSpec, ...]:
-        """Return what one expert consists of; the same in every layer."""
+        """Return the tensors of one expert; the same in every layer."""
         return self.tensors
 
     def expert_tensors(self, layer: int, expert: int) -> list[torch.Tensor]:
-        """Return one expert's tensors: the same bytes on every rank, others for every layer and expert."""
+        """Return one expert's tensors: the same bytes on every rank, different for every layer and expert."""
         import numpy as np
         import torch
 

@@ -1,14 +1,14 @@
-"""How engines write a placement down, and back.
+"""Reads and writes the placement formats of engines.
 
 | format | what it is |
 |---|---|
 | `eplb` | JSON or NPZ with `placement` `[layers, slots]` and `num_ranks`; empty slots are -1 |
 | `sglang` | JSON with `physical_to_logical_map`, a row for every layer of the model, for `--init-expert-location` |
-| `tensorrt-llm` | YAML with `num_slots`, and `initial_global_assignments` by the model's number of the layer |
+| `tensorrt-llm` | YAML with `num_slots`, and `initial_global_assignments` by the layer's number in the model |
 | `vllm` | JSON, one list for each layer with experts, or one for all (proposed in vllm-project/vllm#49572) |
 | `vllm-ascend` | JSON with `layer_list`, in it `device_list`, in it `device_expert`, for `expert_map_path` |
 
-Engines have no empty slots, and every layer of theirs holds every expert.
+Engines have no empty slots, and each of their layers holds every expert.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacementFile:
-    """A placement, and what its file says besides.
+    """A placement with the metadata of its file.
 
     Attributes:
         placement: int64 `[layers, slots]`, physical slot -> logical expert, -1 = empty.
         format: which format the file has.
-        num_ranks: the ranks that share the slots, if it says so.
-        layer_ids: the model's own numbers of the layers, if it says so.
+        num_ranks: the ranks that share the slots, if the file says so.
+        layer_ids: the numbers of the layers in the model, if the file says so.
     """
 
     placement: NDArray[np.int64]
@@ -53,11 +53,11 @@ class PlacementFile:
 
 
 def read_placement_file(path: str | Path, num_layers: int | None = None) -> PlacementFile:
-    """Read a placement in any of the formats; which one it is, is told by what is in the file.
+    """Read a placement in any of the formats; the content of the file determines which.
 
     Args:
         path: the file.
-        num_layers: how many layers have experts, if that is known: for a file with one list for all of them.
+        num_layers: how many layers have experts, if known: for a file with one list for all of them.
 
     Raises:
         InputError: the file is missing or cannot be read, or holds no table of whole numbers.
@@ -114,9 +114,9 @@ def _from_vllm_ascend(content: Mapping[str, Any], path: Path) -> PlacementFile:
         stated = int(content["moe_layer_count"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            "the placement is not complete",
+            "the placement is incomplete",
             where=str(path),
-            why="vllm-ascend's has moe_layer_count, and layer_list with device_list with device_expert",
+            why="vllm-ascend's format has moe_layer_count, and layer_list with device_list with device_expert",
         ) from error
     if stated != len(rows):
         raise InputError(f"moe_layer_count is {stated}, but there are {len(rows)} layers", where=str(path))
@@ -234,12 +234,12 @@ def write_placement_file(path: str | Path, file: PlacementFile, num_ranks: int, 
 
     Args:
         path: the file to write.
-        file: the placement; `layer_ids` name the layers where the format does.
+        file: the placement; `layer_ids` name the layers if the format does.
         num_ranks: the ranks that share the slots.
         target: one of `FORMATS`.
 
     Raises:
-        InputError: the file cannot be written, is to be of another kind, or the format cannot hold this placement.
+        InputError: the file cannot be written, has a wrong extension, or the format cannot hold this placement.
     """
     path = Path(path)
     check_placement_target(path, target)
@@ -264,12 +264,12 @@ def _check_for_engine(placement: NDArray[np.int64], target: str) -> None:
 
 
 def with_dense_rows(placement: NDArray[np.int64], layer_ids: Sequence[int], num_layers: int) -> NDArray[np.int64]:
-    """Return a row for every layer of the model, as SGLang has it; those of dense layers are never read there.
+    """Return a row for every layer of the model, as in SGLang, which never reads the rows of dense layers.
 
     Args:
         placement: int64 `[MoE layers, slots]`.
-        layer_ids: the model's number of each of its rows.
-        num_layers: all layers, dense ones included.
+        layer_ids: the layer's number in the model, for each row.
+        num_layers: all layers, including dense ones.
     """
     num_experts = int(placement.max()) + 1
     rows = np.tile(np.arange(placement.shape[1]) % num_experts, (num_layers, 1))

@@ -22,7 +22,7 @@ def read_placement(path: str | Path, num_layers: int | None = None) -> NDArray[n
 
     Args:
         path: the file.
-        num_layers: how many layers have experts, if that is known: for a file with one list for all of them.
+        num_layers: how many layers have experts, if known: for a file with one list for all of them.
 
     Returns:
         int64 `[layers, slots]`, physical slot -> logical expert, -1 = empty. Whether the experts exist is not checked.
@@ -34,14 +34,14 @@ def read_placement(path: str | Path, num_layers: int | None = None) -> NDArray[n
 
 
 def write_placement(path: str | Path, placement: NDArray[np.int64], num_ranks: int) -> None:
-    """Write a placement so that `read_placement` reads it back: as JSON, or as `.npz` if the name ends so.
+    """Write a placement so that `read_placement` reads it back: as JSON or `.npz`, by the file's extension.
 
     Args:
         path: the file to write.
         placement: int64 `[layers, slots]`.
-        num_ranks: the ranks that the slots belong to, written beside it.
+        num_ranks: the ranks that share the slots, also written to the file.
 
     Raises:
-        InputError: the file cannot be written, or is to be of another kind.
+        InputError: the file cannot be written, or has a wrong extension.
     """
     write_placement_file(path, PlacementFile(placement, "eplb"), num_ranks)

@@ -1,4 +1,4 @@
-"""Records of which each rank writes its own, to be added up: those of SGLang and of TensorRT-LLM."""
+"""Reads records that each rank writes separately, and sums them: those of SGLang and of TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEP_AND_LAYER = re.compile(r"(\d+)_(\d+)")
 
 
 def sglang_records(dumps: Sequence[Mapping[str, Any]], path: Path) -> Recording:
-    """Read what the recorder's `per_pass` and `per_token` dump: the ranks of each pass are added up."""
+    """Read dumps of the recorder's modes `per_pass` and `per_token`, and sum the ranks of each pass."""
     passes: dict[int, list[StoredArray]] = defaultdict(list)
     seen: set[tuple[object, ...]] = set()
     for dump in dumps:
@@ -59,12 +59,12 @@ def sglang_records(dumps: Sequence[Mapping[str, Any]], path: Path) -> Recording:
     ranks = sorted({key[1] for key in seen if isinstance(key[1], int)})
     notes: tuple[str, ...] = ()
     if len(dumps) == 1 and len(ranks) == 1:
-        notes = (f"these are the tokens of rank {ranks[0]} only; give the folder to add up all ranks",)
+        notes = (f"these are the tokens of rank {ranks[0]} only; give the directory to sum all ranks",)
     return Recording(next(iter(shapes)), len(ordered), blocks, True, placements[0] if placements else None, notes)
 
 
 def layer_expert_csv(paths: Sequence[Path]) -> Recording:
-    """Read SGLang's first format: a line for each layer and expert, a file for each rank."""
+    """Read SGLang's first format: a line per layer and expert, a file per rank."""
     counts: dict[tuple[int, int], float] = defaultdict(float)
     for path in paths:
         check_is_file(path, "loads")
@@ -99,7 +99,7 @@ def layer_expert_csv(paths: Sequence[Path]) -> Recording:
 
 
 def tensorrt_llm_statistic(paths: Sequence[Path]) -> Recording:
-    """Read the statistic of `EXPERT_STATISTIC_PATH`: the ranks of each iteration and layer are added up."""
+    """Read the statistics of `EXPERT_STATISTIC_PATH`, and sum the ranks of each iteration and layer."""
     from safetensors import SafetensorError, safe_open
 
     files: list[Any] = []
@@ -115,7 +115,7 @@ def tensorrt_llm_statistic(paths: Sequence[Path]) -> Recording:
             match = _STEP_AND_LAYER.fullmatch(name)
             if match is None:
                 raise InputError(
-                    f"the tensor {name!r} is not called like an iteration and a layer, 100_3",
+                    f"the name of tensor {name!r} is not an iteration and a layer, such as 100_3",
                     where=str(path),
                     why="loads in safetensors are what TensorRT-LLM writes for its EXPERT_STATISTIC_PATH",
                 )
@@ -142,7 +142,7 @@ def tensorrt_llm_statistic(paths: Sequence[Path]) -> Recording:
                 raise InputError(f"the layers of iteration {step} have different numbers of experts", where=where)
             yield np.array(rows)[None]
 
-    note = "these are the tokens of one rank only; give the folder to add up all ranks"
+    note = "these are the tokens of one rank only; give the directory to sum all ranks"
     shape = (len(layers), len(counts(steps[0], layers[0])))
     check_shape(shape, paths[0])
     return Recording(shape, len(steps), blocks, is_physical=False, notes=() if len(paths) > 1 else (note,))

@@ -1,4 +1,4 @@
-"""Recorded loads as all readers return them: steps of counts, and what is known of them."""
+"""Recorded loads as all readers return them: steps of counts, and their metadata."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Counted = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class ModelHints:
-    """What is known of the model while its loads are read.
+    """What is known about the model while its loads are read.
 
     Attributes:
         num_experts: logical experts of a layer.
-        num_layers: all layers, dense ones included.
+        num_layers: all layers, including dense ones.
         num_moe_layers: layers with experts.
         experts_per_token: how many the router chooses.
     """
@@ -41,10 +41,10 @@ class Recording:
 
     Attributes:
         shape: of one step: layers, and logical experts or physical slots.
-        num_steps: how many steps there are; 0 if they were added up before they were written.
+        num_steps: how many steps there are; 0 if they were summed before they were written.
         blocks: yields the steps from a given one on, `[some steps, layers, columns]`.
-        is_physical: whether the columns are physical slots, or logical experts; None if the recording does not say.
-        placement: what these held, int64 `[layers, slots]`, if the recording says so.
+        is_physical: whether the columns are physical slots or logical experts; None if the recording does not say.
+        placement: what the slots held, int64 `[layers, slots]`, if the recording says so.
         notes: what the user may want to know.
     """
 
@@ -76,7 +76,7 @@ def check_shape(shape: tuple[int, ...], path: Path) -> None:
 
 
 def placement_table(value: object, path: Path) -> NDArray[np.int64]:
-    """Return the placement that stands in a file of loads."""
+    """Return the placement stored in a file of loads."""
     array = numeric(value, path, "placement").whole()
     if array.ndim != 2 or not np.array_equal(array, array.astype(np.int64)):
         raise InputError("the placement in the loads file is not a table [layers, slots]", where=str(path))
@@ -84,5 +84,5 @@ def placement_table(value: object, path: Path) -> NDArray[np.int64]:
 
 
 def same_placement(first: NDArray[np.int64] | None, second: NDArray[np.int64] | None) -> bool:
-    """Whether both are the same placement, or neither is known."""
+    """Whether both placements are equal, or neither is known."""
     return first is second if first is None or second is None else np.array_equal(first, second)

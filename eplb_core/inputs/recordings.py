@@ -1,4 +1,4 @@
-"""What engines write down of their loads: one reader for each format, all of which come to steps of counts.
+"""Reads the load recordings of engines: one reader per format; each returns steps of counts.
 
 | source | what it writes |
 |---|---|
@@ -9,7 +9,7 @@
 | vLLM | counts of physical slots: `expert_load_window` `[steps, layers, slots]`, `expert_load_pass` |
 | vLLM and SGLang, in answers | `routed_experts`: those of each token, `[tokens, layers, experts per token]` |
 
-What a rank writes counts its own tokens, so a folder is read as the sum of its files.
+Each rank's file counts that rank's tokens, so a directory is read as the sum of its files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KINDS = (".csv", ".safetensors", ".pt", ".json", ".jsonl", ".npy", ".npz")
 
 
 def open_recording(path: Path, model: ModelHints) -> Recording:
-    """Find out what a file or a folder holds. Large arrays in it are not read yet.
+    """Find out what a file or a directory holds. Large arrays in it are not read yet.
 
     Raises:
         InputError: it is missing, cannot be read, or holds no loads.
@@ -55,8 +55,8 @@ def open_recording(path: Path, model: ModelHints) -> Recording:
         raise InputError(
             "loads are not read from YAML",
             where=str(path),
-            why="what TensorRT-LLM keeps in YAML is a placement",
-            remedy="give it as --placement, and the folder of its EXPERT_STATISTIC_PATH as LOADS",
+            why="TensorRT-LLM's YAML files hold placements",
+            remedy="give it as --placement, and the directory of its EXPERT_STATISTIC_PATH as LOADS",
         )
     return _of_content(read_content(path, "loads"), path, model)
 
@@ -69,10 +69,10 @@ def _open_folder(path: Path, model: ModelHints) -> Recording:
     kinds = {kind: files for kind, files in kinds.items() if kind in _KINDS}
     if len(kinds) != 1:
         raise InputError(
-            "the folder holds " + ("files of several kinds" if kinds else "no file with loads"),
+            "the directory holds " + ("files of several kinds" if kinds else "no file with loads"),
             where=str(path),
             why=f"it has {', '.join(f'{len(files)} of {kind}' for kind, files in kinds.items())}" if kinds else None,
-            remedy="give a folder with the files that the ranks of one engine wrote, and nothing else",
+            remedy="give a directory with the files that the ranks of one engine wrote, and nothing else",
         )
     ((kind, files),) = kinds.items()
     if kind == ".csv":
@@ -88,18 +88,18 @@ def _open_folder(path: Path, model: ModelHints) -> Recording:
 
 
 def _sum_of(recordings: Sequence[Recording], path: Path) -> Recording:
-    """Return the recordings of several files one after the other: their counts are of different tokens."""
+    """Return the recordings of several files in sequence: they count different tokens."""
     first = recordings[0]
     for recording in recordings[1:]:
         if (recording.shape, recording.is_physical) != (first.shape, first.is_physical):
             raise InputError(
-                "the files of the folder do not belong together",
+                "the files of the directory do not belong together",
                 where=str(path),
                 why=f"some count {first.shape[0]} layers of {first.shape[1]}, "
                 f"some {recording.shape[0]} layers of {recording.shape[1]}",
             )
         if not same_placement(first.placement, recording.placement):
-            raise InputError("the files of the folder count the slots of different placements", where=str(path))
+            raise InputError("the files of the directory count the slots of different placements", where=str(path))
 
     def blocks(start: int) -> Iterator[Counted]:
         for recording in recordings:
@@ -185,9 +185,7 @@ def _records_of_steps(records: Sequence[Mapping[str, Any]], path: Path) -> Recor
     maps = [record.get("physical_to_logical_map") for record in records] if is_physical else []
     placements = [None if held is None else placement_table(held, path) for held in maps]
     if any(not same_placement(held, placements[0]) for held in placements):
-        raise InputError(
-            "the placement changes between the records", where=str(path), remedy="cut the file where it does"
-        )
+        raise InputError("the placement changes between the records", where=str(path), remedy="split the file there")
     placement = placements[0] if placements else None
 
     def blocks(start: int) -> Iterator[Counted]:

@@ -18,7 +18,7 @@ _ROUTED = "routed_experts"
 
 
 def routed_experts(content: object) -> Iterator[object]:
-    """Yield what stands under `routed_experts`, at any depth of an answer."""
+    """Yield the values of `routed_experts`, at any depth of an answer."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             if key == _ROUTED and value is not None:
@@ -35,7 +35,7 @@ def answers(routed: Sequence[object], path: Path, model: ModelHints) -> Recordin
     chosen = [_chosen_experts(value, path, model) for value in routed]
     layers = {array.shape[1] for array in chosen}
     if len(layers) > 1:
-        raise InputError("the answers have routed experts of different numbers of layers", where=str(path))
+        raise InputError("the answers have routed experts for different numbers of layers", where=str(path))
     highest = max((int(array.max(initial=-1)) for array in chosen), default=-1)
     num_experts = max(model.num_experts or 0, highest + 1)
     shape = (layers.pop(), num_experts)
@@ -71,13 +71,13 @@ def _chosen_experts(value: object, path: Path, model: ModelHints) -> NDArray[np.
         if per_token and num_layers and flat.size % (per_token * num_layers) == 0:
             return flat.reshape(-1, num_layers, per_token)
     raise InputError(
-        "the shape of the routed experts is not known",
+        "the shape of the routed experts is unknown",
         where=str(path),
         why=f"there are {flat.size} numbers; "
         + (
             f"the model has {model.num_layers or model.num_moe_layers} layers and {per_token} experts per token"
             if per_token
-            else "SGLang's answers do not say how many layers and experts per token they are of"
+            else "SGLang's answers do not state the number of layers and of experts per token"
         ),
         remedy=None if per_token else "give the model's --checkpoint with its config.json",
     )

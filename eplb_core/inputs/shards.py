@@ -1,7 +1,7 @@
-"""The tensors of a safetensors checkpoint, in one file or many: in which bytes of which file each of them lies.
+"""Locates the tensors of a safetensors checkpoint, in one file or many: file, offset and size of each.
 
-Headers are read here and nowhere else. What is done with a tensor afterwards needs its bytes alone, so a dtype that
-torch or the safetensors package does not know is as good as any other.
+Headers are read here and nowhere else. Later steps need only a tensor's bytes, so a dtype that torch or the safetensors
+package does not know is as good as any other.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _BITS_OF = {dtype: bits for bits, dtypes in _DTYPES_OF.items() for dtype in dtyp
 
 
 class StoredTensor(NamedTuple):
-    """Where one tensor lies, and what its file says of it.
+    """The location of one tensor, and its entry in the header.
 
     Attributes:
         file: index into `Shards.files`.
-        offset: its first byte, counted from the beginning of the file.
+        offset: its first byte, from the beginning of the file.
         nbytes: how many bytes it has.
         dtype: safetensors' name of its dtype, such as `BF16`.
         shape: in elements.
@@ -52,13 +52,13 @@ class StoredTensor(NamedTuple):
 
 
 class Shards:
-    """All tensors of one checkpoint folder. Make it with `Shards.open`.
+    """All tensors of one checkpoint directory. Make it with `Shards.open`.
 
     Attributes:
-        directory: the folder.
+        directory: the directory.
         files: its safetensors files.
         sizes: how many bytes each has.
-        tensors: name -> where it lies.
+        tensors: name -> its location.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -72,15 +72,15 @@ class Shards:
         """Read the header of every file of a checkpoint; no tensor is read.
 
         Args:
-            directory: a folder with `model.safetensors.index.json` and the shards that it names, or with
-                `.safetensors` files alone.
+            directory: a directory with `model.safetensors.index.json` and the shards that it names, or with
+                `.safetensors` files only.
 
         Raises:
-            InputError: there is no such folder, no safetensors file in it, a shard or a tensor is missing, or a file is
-                not safetensors.
+            InputError: the directory does not exist, it holds no safetensors file, a shard or a tensor is missing, or a
+                file is not safetensors.
         """
         if not directory.is_dir():
-            kind = "is not a folder" if directory.exists() else "does not exist"
+            kind = "is not a directory" if directory.exists() else "does not exist"
             raise InputError(f"the checkpoint {kind}", where=str(directory))
         shards = cls(directory)
         index = _find_index(directory)
@@ -91,7 +91,7 @@ class Shards:
         return shards
 
     def where(self, name: str) -> str:
-        """Return the file and the tensor, for messages; for an absent tensor, the folder and the tensor."""
+        """Return the file and the tensor, for messages; for an absent tensor, the directory and the tensor."""
         stored = self.tensors.get(name)
         return f"{self.directory if stored is None else self.files[stored.file]}, {name}"
 
@@ -103,7 +103,7 @@ class Shards:
         for name, shard in weight_map.items():
             if shard in paths:
                 continue
-            # A path that leads out of the folder is not a shard of this checkpoint.
+            # A path that leads out of the directory is not a shard of this checkpoint.
             if Path(shard).name != shard:
                 raise InputError(f"the index names the shard {shard!r}, which is not a file name", where=str(index))
             paths[shard] = self.directory / shard
@@ -117,7 +117,7 @@ class Shards:
                 raise InputError("a tensor is missing in its shard", where=f"{paths[shard]}, {name}")
 
     def _read_files(self, paths: list[Path], weight_map: dict[str, str] | None = None) -> None:
-        """Add the tensors of all files. Where two have the same one, the index decides."""
+        """Add the tensors of all files. If two files hold the same tensor, the index decides."""
         self.files = paths
         for file, path in enumerate(paths):
             tensors, file_bytes = _read_header(path, file)
@@ -141,7 +141,7 @@ def _find_index(directory: Path) -> Path | None:
     others = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
     if len(others) > 1:
         raise InputError(
-            "the folder has several checkpoints",
+            "the directory has several checkpoints",
             where=str(directory),
             why=f"it has {', '.join(path.name for path in others)}",
             remedy=f"keep one of them, or name the right one {INDEX}",
@@ -150,11 +150,11 @@ def _find_index(directory: Path) -> Path | None:
 
 
 def _list_files(directory: Path) -> list[Path]:
-    # Mixtral's folder also has its original weights, `consolidated.*`, under other names.
+    # Mixtral's directory also has its original weights, `consolidated.*`, under other names.
     paths = sorted(directory.glob("model*.safetensors")) or sorted(directory.glob("*.safetensors"))
     if not paths:
         raise InputError(
-            "the folder holds no safetensors checkpoint",
+            "the directory holds no safetensors checkpoint",
             where=str(directory),
             why=f"there is neither {INDEX} nor any .safetensors file",
         )
@@ -162,7 +162,7 @@ def _list_files(directory: Path) -> list[Path]:
 
 
 def _read_header(path: Path, file: int) -> tuple[dict[str, StoredTensor], int]:
-    """Return the tensors of one file, and its size. The format: https://github.com/huggingface/safetensors#format."""
+    """Return the tensors of one file, and its size. Format: https://github.com/huggingface/safetensors#format."""
     try:
         with path.open("rb") as stream:
             file_bytes = os.fstat(stream.fileno()).st_size
@@ -184,7 +184,7 @@ def _read_header(path: Path, file: int) -> tuple[dict[str, StoredTensor], int]:
 
 
 class _NotSafetensorsError(ValueError):
-    """A file, or an entry of its header, is not as the format wants it."""
+    """A file, or an entry of its header, violates the format."""
 
 
 def _stored(entry: object, file: int, begin: int, name: str) -> StoredTensor:
@@ -192,16 +192,16 @@ def _stored(entry: object, file: int, begin: int, name: str) -> StoredTensor:
         case {"dtype": str() as dtype, "shape": list() as shape, "data_offsets": [int() as start, int() as stop]}:
             pass
         case _:
-            raise _NotSafetensorsError(f"the entry of {name} is not complete")
+            raise _NotSafetensorsError(f"the entry of {name} is incomplete")
     if not all(isinstance(extent, int) and extent >= 0 for extent in shape) or not 0 <= start <= stop:
         raise _NotSafetensorsError(f"the entry of {name} has a negative number")
     if dtype in _BITS_OF and math.prod(shape) * _BITS_OF[dtype] != 8 * (stop - start):
-        raise _NotSafetensorsError(f"{name} is {dtype} {shape}, and has {stop - start} bytes")
+        raise _NotSafetensorsError(f"{name} is {dtype} {shape}, but has {stop - start} bytes")
     return StoredTensor(file, begin + start, stop - start, dtype, tuple(shape))
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file. Raises `InputError` if there is none."""
+    """Return the JSON object in a file. Raises `InputError` if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import torch
 
 Advance = Callable[[int, int], None]
-"""Called with the bytes that are done and those that are to be done."""
+"""Called with the bytes done and the total bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class SlotCheck:
-    """What comparing slots with their source found.
+    """The result of comparing slots with their source.
 
     Attributes:
-        num_slots: slots that were compared; empty ones are not.
+        num_slots: slots that were compared, without empty ones.
         num_bytes: bytes that were compared.
         wrong: the slots whose bytes differ, `(row of the placement, local slot, name of the first wrong tensor)`.
     """
@@ -37,13 +37,13 @@ class SlotCheck:
 def allocate_slots(
     source: ExpertSource, layers: Sequence[int], num_slots: int, device: torch.device
 ) -> list[list[torch.Tensor]]:
-    """Make the tensors of one rank, all zero.
+    """Allocate the tensors of one rank, all zero.
 
     Args:
-        source: where the experts come from.
+        source: the source of the experts.
         layers: which of the source's layers to hold.
         num_slots: slots of this rank in each of them.
-        device: where to.
+        device: where to allocate.
 
     Returns:
         For each layer, tensors `[num_slots, *shape]` in the order of `source.tensor_specs(layer)`.
@@ -71,11 +71,11 @@ def fill_slots(
     """Copy into each slot the expert that the placement names; empty slots stay as they are.
 
     Args:
-        weights: as `allocate_slots` made them.
-        source: where the experts come from.
+        weights: as returned by `allocate_slots`.
+        source: the source of the experts.
         layers: which of the source's layers the rows are.
         placement: int64 `[len(layers), local slots]`, of this rank alone.
-        advance: told the bytes after each slot.
+        advance: called with the bytes after each slot.
     """
     total, done = _bytes_to_hold(source, layers, placement), 0
     for row, layer in enumerate(layers):
@@ -96,14 +96,14 @@ def check_slots(
     placement: NDArray[np.int64],
     advance: Advance | None = None,
 ) -> SlotCheck:
-    """Compare every byte of every slot with the expert that the placement names, read anew from its source.
+    """Compare every byte of every slot with the expert that the placement names, read again from its source.
 
     Args:
         weights: the tensors of one rank.
-        truth: where the right bytes come from.
+        truth: the source of the correct bytes.
         layers: which of its layers the rows are.
         placement: int64 `[len(layers), local slots]`, of this rank alone.
-        advance: told the bytes after each slot.
+        advance: called with the bytes after each slot.
     """
     import torch
 
@@ -129,16 +129,16 @@ def check_slots(
 
 
 def check_same_experts(source: ExpertSource, truth: ExpertSource, layers: Sequence[int]) -> None:
-    """Raise `InputError` unless both sources have experts of the same number, tensors, shapes and dtypes."""
+    """Raise `InputError` unless the experts of both sources agree in number, tensors, shapes and dtypes."""
     ours, theirs = (source.num_layers, source.num_experts), (truth.num_layers, truth.num_experts)
     if ours != theirs:
         raise InputError(
             f"the checkpoint to verify against has {theirs[0]} layers of {theirs[1]} experts, "
-            f"the other {ours[0]} of {ours[1]}"
+            f"the other has {ours[0]} of {ours[1]}"
         )
     for layer in layers:
         if source.tensor_specs(layer) != truth.tensor_specs(layer):
-            raise InputError(f"the checkpoint to verify against has other tensors in MoE layer {layer}")
+            raise InputError(f"the checkpoint to verify against has different tensors in MoE layer {layer}")
 
 
 def _bytes_to_hold(source: ExpertSource, layers: Sequence[int], placement: NDArray[np.int64]) -> int:

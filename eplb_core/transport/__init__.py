@@ -1,4 +1,4 @@
-"""The toolbox of a backend's author, promised: a communicator to derive from, and what moves bytes."""
+"""The public toolkit for authors of backends: a communicator to derive from, and helpers that move bytes."""
 
 from __future__ import annotations
 

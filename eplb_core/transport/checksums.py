@@ -1,4 +1,4 @@
-"""Checksums of tensors, computed where they lie, that notice changed, missing, shifted and swapped bytes."""
+"""Checksums of tensors, computed on their device, that detect changed, missing, shifted and swapped bytes."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import torch
 
 from eplb_core.arrays import IntArray
 
-_COLUMNS = 1024  # words in a row; a word is 8 bytes
+_COLUMNS = 1024  # words per row; a word is 8 bytes
 _BLOCK = 4096  # bytes of a sampled block
-_BLOCKS = 64  # sampled in one message, the first and the last included
+_BLOCKS = 64  # sampled in one message, including the first and the last
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as a signed number: spreads the weights
 
 
 def checksums(messages: Sequence[torch.Tensor], *, sample: bool) -> IntArray:
-    """Return one number for each message, int64 `[messages]`, equal on both sides if the bytes are.
+    """Return one number per message, int64 `[messages]`, equal on both sides if the bytes are.
 
-    The words of a message are laid out in rows of 1024; each row's and each column's sum gets a weight of its own,
-    modulo 2^64. Waits for the current stream.
+    The words of a message are arranged in rows of 1024; the sum of each row and column has a different weight, modulo
+    2^64. Waits for the current stream.
 
     Args:
-        messages: uint8 `[bytes]` tensors of one device, each with at least one byte.
-        sample: look at 64 blocks of 4 KiB in each message instead of at all of it.
+        messages: uint8 `[bytes]` tensors on one device, each with at least one byte.
+        sample: read 64 blocks of 4 KiB of each message instead of all of it.
     """
     if not messages:
         return np.empty(0, np.int64)
@@ -45,8 +45,8 @@ def _checksum(message: torch.Tensor) -> torch.Tensor:
 def _weighted(words: torch.Tensor, salt: int) -> torch.Tensor:
     """Return one number for int64 words `[rows, columns]`.
 
-    A word counts with the weights of its row and its column together. That has to be odd, or changes of a word's
-    highest bits vanish modulo 2^64; so rows have even weights and columns odd ones.
+    A word counts with the sum of its row's and its column's weight. That must be odd, or changes of a word's highest
+    bits vanish modulo 2^64; so rows have even weights and columns odd ones.
     """
     rows, columns = words.sum(1), words.sum(0)
     return (rows * (_odd_weights(len(rows), salt, words.device) - 1)).sum() + (

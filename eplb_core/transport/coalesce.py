@@ -1,6 +1,6 @@
 """Joins the small tensors of each pair of ranks into one message, so that scales do not cost a message each.
 
-Sender and receiver group independently; they agree because they have compared sizes before (`check_match`).
+Sender and receiver group independently; they agree because they have already compared sizes (`check_match`).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from eplb_core.contract.payload import Payloads
 
 SMALL_BYTES = 64 << 10
-"""Tensors below this many bytes are joined; copying one costs less than a message of its own."""
+"""Tensors below this many bytes are joined; copying one costs less than a separate message."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Message:
-    """One message to or from a peer: a tensor as it is, or a buffer for several small ones.
+    """One message to or from a peer: a single tensor, or a buffer for several small ones.
 
     Attributes:
         payload: what is sent or received, contiguous.
         peer: the other rank.
-        parts: pairs of a uint8 view of `payload` and of the tensor that belongs there; empty for a single tensor.
+        parts: pairs of a uint8 view of `payload` and the tensor that belongs there; empty for a single tensor.
     """
 
     payload: torch.Tensor
@@ -48,7 +48,7 @@ def coalesce(payloads: Payloads, small_bytes: int = SMALL_BYTES) -> list[Message
 
     Args:
         payloads: peer -> what was queued, in order.
-        small_bytes: tensors below this many bytes are joined. It has to be the same on every rank.
+        small_bytes: tensors below this many bytes are joined. It must be the same on every rank.
     """
     messages = []
     for peer, queued in sorted(payloads.items()):
@@ -66,8 +66,8 @@ def coalesce(payloads: Payloads, small_bytes: int = SMALL_BYTES) -> list[Message
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor's memory as uint8 `[bytes]`, without a copy, and outside of autograd."""
     if tensor.dtype is torch.uint8 and tensor.dim() == 1:
-        return tensor  # what a rearrangement queues: a view of a view for each of thousands would show
-    if not tensor.numel():  # the strides of a tensor without elements may be such that it cannot be viewed
+        return tensor  # as queued by a rearrangement: another view for each of thousands would be slow
+    if not tensor.numel():  # the strides of a tensor without elements may forbid a view
         return tensor.new_empty(0, dtype=torch.uint8)
     return tensor.detach().reshape(-1).view(torch.uint8)
 

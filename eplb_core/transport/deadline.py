@@ -1,4 +1,4 @@
-"""Waiting with an end: for something that can be asked, and for calls of native libraries that take no timeout."""
+"""Waits with a deadline: for a condition to poll, and for native calls that take no timeout."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 
-_SPIN_S = 200e-6  # most small transfers end within this; sleeping would cost them as much again
+_SPIN_S = 200e-6  # most small transfers end within this; sleeping would double their time
 _LONGEST_SLEEP_S = 1e-3
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
-    """Return True once `done()` does, or False when it still does not after `timeout_s` seconds.
+    """Return True once `done()` does, or False if it still does not after `timeout_s` seconds.
 
-    It asks without a pause at first and sleeps ever longer between questions then, a millisecond at most.
+    It polls without a pause at first and then sleeps ever longer between polls, a millisecond at most.
     """
     began = time.monotonic()
     pause = 20e-6
@@ -33,9 +33,9 @@ def wait_until(done: Callable[[], bool], timeout_s: float) -> bool:
 def call_within(timeout_s: float, call: Callable[[], Result]) -> Result:
     """Return what `call()` returns, or raise what it raises, within `timeout_s` seconds.
 
-    The call runs in a thread of its own, since nobody can interrupt a native library. One that does not return stays
-    behind in that thread, which does not keep the process from exiting. Devices, streams and modes that torch keeps
-    for each thread have to be set inside the call.
+    The call runs in a new thread, since a native library cannot be interrupted. A call that does not return stays in
+    that thread, which does not keep the process from exiting. Devices, streams and modes that torch keeps per thread
+    must be set inside the call.
 
     Raises:
         TimeoutError: it has not returned.

@@ -1,4 +1,4 @@
-"""Errors of other libraries as errors of a transfer."""
+"""Maps errors of other libraries to transfer errors."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")  # torch's allocator for
 
 
 def as_transfer_error(error: BaseException, phase: str = "move") -> TransferError:
-    """Return what `execute()` raises for something that went wrong in the middle of a transfer.
+    """Return the error that `execute()` raises for an exception in the middle of a transfer.
 
-    A `TransferError` stays as it is. Of everything else this rank cannot tell what its peers have seen of the transfer,
-    so the communicator cannot be used again.
+    A `TransferError` is returned unchanged. After any other exception this rank does not know what its peers have seen
+    of the transfer, so the communicator cannot be used again.
 
     Args:
-        error: what was caught.
+        error: the caught exception.
         phase: the step of the transfer, in one word.
     """
     if isinstance(error, TransferError):

@@ -1,4 +1,4 @@
-"""Compares what both sides of every pair of ranks queued, before a byte moves."""
+"""Compares the queues of both sides of every pair of ranks, before a byte moves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SUM_BYTES = 16
 
 
 class _Queued(msgspec.Struct, array_like=True):
-    """What a rank queued, as told to its peers: peer rank -> `(bytes, dtype)` of each tensor in order."""
+    """A rank's queue, as sent to its peers: peer rank -> `(bytes, dtype)` of each tensor in order."""
 
     sends: dict[int, list[tuple[int, str]]]
     recvs: dict[int, list[tuple[int, str]]]
@@ -32,20 +32,20 @@ def check_match(
     problem: TransferError | None = None,
     note: bytes = b"",
 ) -> list[bytes]:
-    """Compare what this rank queued with what every peer queued, before a byte moves.
+    """Compare this rank's queue with that of every peer, before a byte moves.
 
-    Each send adds a hash of (source, destination, index, bytes, dtype) to its rank's sum and each receive takes the
-    hash of the send that it expects away, so the sums of all ranks add up to zero exactly if (but for a chance of
-    2^-128) everything matches. Only when they do not, the ranks tell each other what they queued.
+    Each send adds a hash of (source, destination, index, bytes, dtype) to its rank's sum, and each receive subtracts
+    the hash of the send that it expects. So the sums of all ranks add up to zero exactly if everything matches, except
+    with probability 2^-128. Only if they do not, the ranks exchange what they queued.
 
     Args:
         control: the group's control plane.
         sends: destination -> what this rank sends there, in order.
         recvs: source -> what this rank receives from there, in order.
         timeout_s: the longest wait for the slowest rank, in seconds.
-        problem: an error of this rank's own. It is raised here, and makes every other rank raise a
-            `TransferMismatchError` that carries its text, so that none of them waits for this one.
-        note: a few bytes of the backend's own for every other rank, carried along.
+        problem: an error of this rank. It is raised here, and makes every other rank raise a `TransferMismatchError`
+            with its text, so that none of them waits for this one.
+        note: a few bytes from the backend for every other rank, sent with the message.
 
     Returns:
         The note of every rank, in rank order.

@@ -35,7 +35,7 @@ def exchange(group: dist.ProcessGroup, sends: Sequence[Message], recvs: Sequence
     operations = [dist.P2POp(dist.irecv, message.payload, group=group, group_peer=message.peer) for message in recvs]
     operations += [dist.P2POp(dist.isend, message.payload, group=group, group_peer=message.peer) for message in sends]
     peers = sorted({message.peer for message in (*sends, *recvs)})
-    # NCCL answers with one piece of work for the whole batch, gloo with one for each operation, in order.
+    # NCCL returns one work object for the whole batch, gloo one for each operation, in order.
     deadline = time.monotonic() + timeout_s
     try:
         works = dist.batch_isend_irecv(operations)

@@ -1,6 +1,6 @@
 """The queue of a communicator: checks each tensor when it is added.
 
-A backend that derives from `QueuedCommunicator` has one already.
+A backend that derives from `QueuedCommunicator` already has one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class TransferQueue:
     Args:
         rank: this rank.
         world_size: the number of ranks.
-        device: the only device that tensors may lie on; None takes any.
+        device: the only device that tensors may be on; None accepts any.
     """
 
     def __init__(self, rank: int, world_size: int, device: torch.device | None = None) -> None:
@@ -67,7 +67,7 @@ class TransferQueue:
         """Raise `CommunicatorClosedError` if the queue was closed."""
         if self._closed_because is not None:
             raise CommunicatorClosedError(
-                "this communicator cannot be used any more",
+                "this communicator can no longer be used",
                 why=self._closed_because,
                 remedy="make a new one with create_eplb_communicator",
             )
@@ -102,11 +102,11 @@ class TransferQueue:
             )
 
     def _fault(self, tensor: torch.Tensor) -> tuple[str, str | None] | None:
-        """Return why a tensor cannot be moved as it lies, and the remedy."""
+        """Return why a tensor cannot be moved as it is, and the remedy."""
         if tensor.layout != torch.strided or not tensor.is_contiguous():
             return (
                 f"it is not contiguous (layout {tensor.layout})",
-                "give a contiguous tensor; its memory is read and written as it lies",
+                "give a contiguous tensor; its memory is read and written directly",
             )
         if tensor.is_conj() or tensor.is_neg():
             return (
@@ -114,5 +114,5 @@ class TransferQueue:
                 "give tensor.resolve_conj().resolve_neg()",
             )
         if self.device is not None and tensor.device != self.device:
-            return f"it lies on {tensor.device}, and this communicator moves tensors on {self.device}", None
+            return f"it is on {tensor.device}, but this communicator moves tensors on {self.device}", None
         return None

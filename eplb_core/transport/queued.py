@@ -1,4 +1,4 @@
-"""A communicator whose queue, comparison, statistics and errors are written already: a backend adds how bytes move."""
+"""A communicator with queue, comparison, statistics and errors built in: a backend adds how bytes move."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from eplb_core.transport.streams import on_stream
 
 
 class QueuedCommunicator(EplbCommunicator):
-    """Keeps what the contract asks of every backend; a subclass writes `move`, and `release` if it holds anything.
+    """Implements what the contract asks of every backend; a subclass adds `move`, and `release` if it holds resources.
 
     `execute()` empties the queue, compares what all ranks queued, calls `move`, and records statistics. Any exception
-    of `move` leaves as a `TransferError`. After one that is not `usable`, the peers are told (`give_up`), and
-    everything but `close()` raises `CommunicatorClosedError`.
+    of `move` leaves as a `TransferError`. After one that is not `usable`, the peers are informed (`give_up`), and
+    everything except `close()` raises `CommunicatorClosedError`.
 
-    A class that derives from it and adds no arguments is a `BackendFactory` as it stands.
+    A subclass that adds no arguments is itself a `BackendFactory`.
 
     Args:
         context: the group.
@@ -40,7 +40,7 @@ class QueuedCommunicator(EplbCommunicator):
         context: as given: rank, world size, device, control plane and process groups.
         timeout_s: the longest that any wait for a peer may take, in seconds.
         queue: what is queued.
-        path: the transport that the bytes take, for `TransferStats.paths`; empty if `move` says it peer by peer.
+        path: the transport that the bytes take, for `TransferStats.paths`; empty if `move` reports it per peer.
     """
 
     path = ""
@@ -58,37 +58,37 @@ class QueuedCommunicator(EplbCommunicator):
 
     @abstractmethod
     def move(self, sends: Payloads, recvs: Payloads) -> TransferStats | None:
-        """Send and receive everything, and return when nothing of it is under way any more.
+        """Send and receive everything, and return when nothing is in flight any more.
 
-        All ranks are here, and both sides of every pair have the same counts, sizes and dtypes. The communicator's
+        All ranks take part, and both sides of every pair have the same counts, sizes and dtypes. The communicator's
         stream is the current one. Tensors without elements are among the payloads.
 
         Args:
-            sends: destination -> what it is sent, in order; destinations ascend.
-            recvs: source -> what comes from it, in order; sources ascend.
+            sends: destination -> payloads sent to it, in order; destinations ascend.
+            recvs: source -> payloads received from it, in order; sources ascend.
 
         Returns:
-            What only the transport knows: `phases`, `paths` and `descriptors`. The rest is filled in. None for nothing.
+            What only the transport knows: `phases`, `paths` and `descriptors`; None for nothing. The rest is filled in.
 
         Raises:
             TransferError: it failed; `peers` names the ranks to blame. Any other exception is turned into one.
         """
 
     def release(self) -> None:
-        """Release everything that this rank holds. Called once, also after a failure; may find it half made."""
+        """Release everything that this rank holds. Called once, also after a failure or an incomplete construction."""
         return
 
     def refuse(self, sends: Payloads, recvs: Payloads) -> TransferError | None:
-        """Return why this rank cannot move what it has queued, or None. Every rank then raises before a byte moves.
+        """Return why this rank cannot move its queue, or None. With a reason, every rank raises before a byte moves.
 
         The error should be `usable`: nothing has happened yet.
         """
         return None
 
     def give_up(self, error: TransferError) -> None:
-        """Tell the peers that this rank has failed, and who is to blame, so that they need not wait for it.
+        """Inform the peers that this rank has failed, and which ranks are to blame, so that they do not wait for it.
 
-        Called once, when a transfer has failed and the communicator cannot be used again. What it raises is ignored.
+        Called once, when a transfer has failed and the communicator cannot be used again. Its exceptions are ignored.
         """
         return
 
@@ -107,7 +107,7 @@ class QueuedCommunicator(EplbCommunicator):
         self.queue.add_payloads(sends, recvs)
 
     def execute(self) -> None:
-        """Compare what all ranks queued, then move it."""
+        """Compare the queues of all ranks, then move everything."""
         began = time.perf_counter()
         sends, recvs = self.queue.take()
         try:
@@ -139,11 +139,11 @@ class QueuedCommunicator(EplbCommunicator):
 
     @property
     def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
+        """Statistics of the last finished `execute()`."""
         return self._stats
 
     def _fail(self, error: BaseException) -> None:
-        """After what `execute()` has caught: raise it as a `TransferError`, unless it is one or ends the process."""
+        """Raise an exception from `execute()` as a `TransferError`, unless it is one already or ends the process."""
         failure = as_transfer_error(error)
         if failure.usable:
             return
@@ -160,5 +160,5 @@ def nbytes_of(payloads: Payloads) -> int:
 
 
 def in_order(payloads: Payloads) -> Iterable[Payload]:
-    """Return the payloads of all peers, one peer after the other."""
+    """Return the payloads of all peers, peer by peer."""
     return (payload for each in payloads.values() for payload in each)

@@ -1,4 +1,4 @@
-"""Which host a process runs on, and in which namespaces: what decides whether it can share memory with another one."""
+"""The host and namespaces of a process, which decide whether it can share memory with another process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class HostIdentity:
-    """Where one process is. Containers of one host have the same kernel and namespaces of their own.
+    """The location of one process. Containers of one host share the kernel and have separate namespaces.
 
     Attributes:
-        name: the host's name, for people: containers have others, and hosts may have the same.
-        boot: an identifier of the host's kernel since it was booted; empty if the system does not tell.
-        pid_namespace: of its process ids; 0 if the system does not tell.
-        net_namespace: of its sockets; 0 if the system does not tell.
+        name: the host's name, for people: containers have different names, and hosts may share one.
+        boot: an identifier of the host's kernel since it was booted; empty if unknown.
+        pid_namespace: of its process ids; 0 if unknown.
+        net_namespace: of its sockets; 0 if unknown.
     """
 
     name: str
@@ -26,7 +26,7 @@ class HostIdentity:
 
     @classmethod
     def here(cls) -> HostIdentity:
-        """Return that of this process."""
+        """Return the location of this process."""
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         except OSError:
@@ -35,7 +35,7 @@ class HostIdentity:
 
     @property
     def loopback(self) -> bytes:
-        """What is the same for processes that reach one another over sockets of the host, 24 bytes."""
+        """An identity shared by processes that can reach one another over sockets of the host, 24 bytes."""
         return bytes.fromhex(self.boot.replace("-", "")).ljust(16, b"\0") + self.net_namespace.to_bytes(8, "little")
 
 

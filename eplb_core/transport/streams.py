@@ -1,4 +1,4 @@
-"""Devices and stream order, in one place: on a GPU the current or the given stream, on a CPU nothing to do."""
+"""Devices and stream order: on a GPU the current or the given stream, on a CPU nothing to do."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def ordinal_of(device: torch.device) -> int:
-    """Return the number of a CUDA device in this process; one without a number is the current device."""
+    """Return the number of a CUDA device in this process; a device without a number is the current one."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 @contextlib.contextmanager
 def on_stream(device: torch.device, stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Enqueue what the block launches on `stream`; None means the current stream of `device`."""
+    """Enqueue the block's work on `stream`; None means the current stream of `device`."""
     if device.type == "cpu":
         yield
         return
@@ -24,7 +24,7 @@ def on_stream(device: torch.device, stream: torch.cuda.Stream | None) -> Iterato
 
 
 def mark(device: torch.device, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    """Return an event that is done when all that was enqueued on `stream` is; None on a CPU, where all is done."""
+    """Return an event that completes after all work enqueued on `stream`; None on a CPU, where nothing is pending."""
     if device.type == "cpu":
         return None
     event = torch.cuda.Event()
@@ -33,6 +33,6 @@ def mark(device: torch.device, stream: torch.cuda.Stream | None) -> torch.cuda.E
 
 
 def synchronize(device: torch.device, stream: torch.cuda.Stream | None) -> None:
-    """Wait until all that was enqueued on `stream` (None: the current stream of `device`) is done."""
+    """Wait for all work enqueued on `stream` (None: the current stream of `device`)."""
     if device.type != "cpu":
         (stream or torch.cuda.current_stream(device)).synchronize()

@@ -137,14 +137,14 @@ def test_a_workload_is_read_back_from_its_file(tmp_path: Path) -> None:
     ("arrays", "message"),
     [
         ({"ranks": None}, "lacks an array"),
-        ({"ranks": 0}, "'ranks' has to be one number"),
-        ({"ranks": [2, 2]}, "'ranks' has to be one number"),
+        ({"ranks": 0}, "'ranks' must be one number"),
+        ({"ranks": [2, 2]}, "'ranks' must be one number"),
         ({"ranks": 3}, "step 0 is not valid"),
         ({"tensor_bytes": []}, "'tensor_bytes'"),
         ({"tensor_bytes": [4, 0]}, "'tensor_bytes'"),
         ({"tensor_bytes": [4.5]}, "whole numbers"),
-        ({"placements": [[[0, 1, 2, 0]]]}, "with a step at least"),
-        ({"placements": [[0, 1, 2, 0]]}, "with a step at least"),
+        ({"placements": [[[0, 1, 2, 0]]]}, "with at least one step"),
+        ({"placements": [[0, 1, 2, 0]]}, "with at least one step"),
         ({"placements": [[[0, 1, 2, 0]], [[3, 1, 2, 0]]]}, "step 0 is not valid"),
     ],
 )
@@ -363,7 +363,7 @@ def test_wrong_bytes_and_a_failing_backend_are_reported_and_the_others_still_run
         (["--backend", "torch_gloo?windw=3"], "windw"),
         (["--timeout", 0], "--timeout is 0"),
         (["--rounds", 0], "--rounds"),
-        (["--json", "no/such/folder/out.json"], "folder for --json"),
+        (["--json", "no/such/folder/out.json"], "directory for --json"),
         (["--layers", 4096, "--expert-bytes", "1GiB"], "of memory"),
     ],
 )

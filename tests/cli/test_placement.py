@@ -138,7 +138,7 @@ def sources() -> Iterator[object]:
         "--ranks is 1, but the placement is for 2",
         id="ranks",
     )
-    yield pytest.param({"layer_list": []}, "--to vllm", "the placement is not complete", id="half of vllm-ascend's")
+    yield pytest.param({"layer_list": []}, "--to vllm", "the placement is incomplete", id="half of vllm-ascend's")
     device = {"device_expert": [0]}
     uneven = {"moe_layer_count": 1, "layer_list": [{"device_list": [device, {"device_expert": [0, 1]}]}]}
     yield pytest.param(uneven, "--to vllm", "the devices hold different numbers", id="uneven devices")

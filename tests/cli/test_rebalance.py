@@ -516,9 +516,9 @@ def test_bad_loads_are_refused(checkpoint: Path, tmp_path: Path, case: str) -> N
         ("--placement absent.json", "the placement file does not exist"),
         ("--verify-against absent", "the checkpoint does not exist"),
         ("--out new.txt", "cannot be written as .txt"),
-        ("--out absent/new.json", "the folder for --out does not exist"),
-        ("--json absent/numbers.json", "the folder for --json does not exist"),
-        ("--json .", "--json is a folder"),
+        ("--out absent/new.json", "the directory for --out does not exist"),
+        ("--json absent/numbers.json", "the directory for --json does not exist"),
+        ("--json .", "--json is a directory"),
         ("--plot plot.gif", "cannot be written as .gif"),
         ("--backend pynccl", "backend 'pynccl' does not move weights on cpu"),
         pytest.param("--device cuda", "torch sees no CUDA device", marks=NO_GPU),
@@ -606,7 +606,7 @@ def test_make_checkpoint_refuses_a_folder_with_files(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     result = eplb("make-checkpoint", tmp_path)
     assert result.exit_code == 2
-    assert_one_line(result, "the folder is not empty")
+    assert_one_line(result, "the directory is not empty")
 
 
 # --- under torchrun --------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_of_more_events_than_may_wait_the_later_ones_are_dropped_and_counted_wit
         host.notify(started(number))
     assert host.events_dropped == 20
     assert len(caplog.records) == 1
-    assert caplog.messages[0].startswith("hooks do not keep up: 10 events wait, and further ones are dropped")
+    assert caplog.messages[0].startswith("hooks do not keep up: 10 events are waiting, and further ones are dropped")
     assert "eplb_transfer_started of plugin plugin 0 has been running for" in caplog.messages[0]
     gate.opened.set()
     assert host.flush(WAIT_S)
@@ -176,7 +176,7 @@ def test_a_hook_that_raises_is_logged_once_and_the_others_hear_everything(
             host.notify(started(number))
         assert host.flush(WAIT_S)
     assert heard == list(range(5))
-    assert caplog.messages == ["eplb_transfer_started of plugin plugin 0 failed; it is ignored from now on in the log"]
+    assert caplog.messages == ["eplb_transfer_started of plugin plugin 0 failed; further failures are not logged"]
 
 
 # --- the thread -------------------------------------------------------------------------------------------------------

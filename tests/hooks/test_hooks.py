@@ -111,7 +111,7 @@ def test_a_failing_listener_is_logged_once(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.ERROR):
         notify(with_faulty, *[TransferStarted(**_TRAFFIC)] * 3)
     assert [record.getMessage() for record in caplog.records] == [
-        "eplb_transfer_started of plugin faulty failed; it is ignored from now on in the log"
+        "eplb_transfer_started of plugin faulty failed; further failures are not logged"
     ]
 
 

@@ -267,7 +267,7 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no safetensors checkpoint"):
         Checkpoint.open(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="the checkpoint is not a folder"):
+    with pytest.raises(InputError, match="the checkpoint is not a directory"):
         Checkpoint.open(tmp_path / "file")
 
 
@@ -444,5 +444,5 @@ def test_another_index_is_followed_and_several_are_refused(made: MakeCheckpoint)
     index.rename(directory / "consolidated.safetensors.index.json")
     assert Checkpoint.open(directory).num_experts == 3
     shutil.copy(directory / "consolidated.safetensors.index.json", directory / "model.fp8.safetensors.index.json")
-    with pytest.raises(InputError, match=r"the folder has several checkpoints .*consolidated.*, model\.fp8"):
+    with pytest.raises(InputError, match=r"the directory has several checkpoints .*consolidated.*, model\.fp8"):
         Checkpoint.open(directory)

@@ -55,7 +55,7 @@ def check(name: str, how: str, directory: Path) -> None:
 def test_all_experts_of_a_family_are_found_with_their_bytes(name: str, how: str, tmp_path: Path) -> None:
     directory = save(name, how, tmp_path)
     if (name, how) in UNLIKE:
-        with pytest.raises(InputError, match=r"experts of layer 1 differ in shape .* unlike experts cannot be moved"):
+        with pytest.raises(InputError, match=r"experts of layer 1 differ in shape .* unequal experts cannot be moved"):
             Checkpoint.open(directory)
     else:
         check(name, how, directory)

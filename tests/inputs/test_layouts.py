@@ -382,7 +382,7 @@ LAYOUTS: dict[str, Layout] = {
         ),
         (0, 1),
         {"text_config": {"num_hidden_layers": 2, "num_local_experts": 8}},
-        noted=("tensors without a dimension of experts belong to their layers",),
+        noted=("tensors without an expert dimension belong to their layers",),
     ),
     "MiniMax-M2 fp8": Layout(
         numbered(
@@ -582,7 +582,7 @@ def test_experts_of_a_prediction_layer_are_not_taken_for_the_whole_model(tmp_pat
     for layer in range(3):
         stored.add(f"model.layers.{layer}.mlp.unheard_of", shape=(8, 4, 4))
     message = refused(stored, tmp_path, QWEN3 | {"num_hidden_layers": 3})
-    assert "only prediction layers have experts in a layout that is known" in message
+    assert "only prediction layers have experts in a known layout" in message
 
 
 @pytest.mark.parametrize(
@@ -600,7 +600,7 @@ def test_a_layer_whose_experts_are_in_no_known_layout_is_refused(
     stored.add("model.layers.0.mlp.gate.weight", shape=(8, 4))
     stored.add(f"model.layers.2.{name}", shape=shape)
     message = refused(stored, tmp_path, QWEN3 | {"num_hidden_layers": 3})
-    assert "layer 2 has no experts in a layout that is known" in message
+    assert "layer 2 has no experts in a known layout" in message
     assert f"model.layers.2.{name}" in message
     assert "experts were found in layers 0-1" in message
 
@@ -611,7 +611,7 @@ def test_a_layer_that_the_configuration_says_has_experts_must_have_some(tmp_path
     stored.add("model.layers.0.mlp.gate_proj.weight")
     assert Checkpoint.open(stored.write(tmp_path / "dense"), None).layer_ids == (1, 2)
     message = refused(stored, tmp_path, QWEN3 | {"num_hidden_layers": 3, "first_k_dense_replace": 0})
-    assert "layer 0 has no experts in a layout that is known" in message
+    assert "layer 0 has no experts in a known layout" in message
     assert "config.json states 3 layers, and that this one has experts" in message
 
 
@@ -668,7 +668,7 @@ def test_unlike_experts_in_one_layer_are_said_to_be_unlike(tmp_path: Path) -> No
     message = refused(stored, tmp_path, {"num_hidden_layers": 2, "moe_num_experts": [8, 8]})
     assert "experts of layer 0 differ in shape or dtype" in message
     assert "it is BF16 [2, 6], that of expert 0 is BF16 [4, 6], like that of 8 of 16 experts" in message
-    assert "a layer of unlike experts cannot be moved" in message
+    assert "a layer of unequal experts cannot be moved" in message
 
 
 def test_two_decoders_are_listed_with_their_words(tmp_path: Path) -> None:
@@ -695,9 +695,9 @@ def test_fused_tensors_of_different_numbers_of_rows_are_refused(tmp_path: Path) 
     stored = Stored()
     stored.fused(FUSED, range(1), {"gate_up_proj": ("BF16", (4, 4))}, experts=8)
     stored.fused(FUSED, range(1), {"down_proj": ("BF16", (4, 4))}, experts=6)
-    assert "it cannot be told how many experts layer 0 has" in refused(stored, tmp_path)
+    assert "it is unclear how many experts layer 0 has" in refused(stored, tmp_path)
     message = refused(stored, tmp_path, {"num_experts": 8})
-    assert "it cannot be told which rows of a tensor belong to which expert of layer 0" in message
+    assert "it is unclear which rows of a tensor belong to which expert of layer 0" in message
     assert "down_proj" in message
 
 
@@ -705,7 +705,7 @@ def test_matrices_without_a_dimension_of_experts_need_their_number(tmp_path: Pat
     stored = Stored()
     stored.joined(FUSED, range(1), each("w1 w2", "BF16", (4, 6)))
     message = refused(stored, tmp_path)
-    assert "it cannot be told how many experts layer 0 has" in message
+    assert "it is unclear how many experts layer 0 has" in message
     assert "state num_experts in config.json" in message
 
 
@@ -726,19 +726,19 @@ def test_a_checkpoint_without_experts_shows_its_model_type_and_the_nearest_tenso
         stored.add(name)
     message = refused(stored, tmp_path, {"model_type": "strange_moe"})
     assert "the checkpoint has no experts" in message
-    assert "model type 'strange_moe'; the nearest of its tensors is model.layers.0.moe_router.weight" in message
+    assert "model type 'strange_moe'; its closest tensor is model.layers.0.moe_router.weight" in message
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in message
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 4]}, r"is BF16 \[2, 2\], and has 4 bytes"),
+        ({"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 4]}, r"is BF16 \[2, 2\], but has 4 bytes"),
         ({"dtype": "BF16", "shape": [2, -2], "data_offsets": [0, 8]}, "has a negative number"),
         ({"dtype": "BF16", "shape": [2, 2], "data_offsets": [8, 0]}, "has a negative number"),
-        ({"dtype": "BF16", "shape": [2, 2]}, "is not complete"),
+        ({"dtype": "BF16", "shape": [2, 2]}, "is incomplete"),
         ({"dtype": "BF16", "shape": [2, 2], "data_offsets": [0, 8]}, "its tensors end at byte .*, the file has"),
-        ([], "is not complete"),
+        ([], "is incomplete"),
     ],
 )
 def test_a_damaged_header_is_refused(tmp_path: Path, change: object, message: str) -> None:

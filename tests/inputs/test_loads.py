@@ -120,7 +120,7 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="the folder holds no file with loads"):
+    with pytest.raises(InputError, match="the directory holds no file with loads"):
         read_loads(tmp_path / "folder.json")
 
 

@@ -62,7 +62,7 @@ def test_passes_of_one_rank_are_mapped_to_experts_and_added_up(tmp_path: Path, e
     found = read_recording(tmp_path / f"dump{extension}")
     assert found.loads.tolist() == (3 * np.array(EXPERTS)).tolist()
     assert found.num_steps == 2
-    assert found.notes == ("these are the tokens of rank 3 only; give the folder to add up all ranks",)
+    assert found.notes == ("these are the tokens of rank 3 only; give the directory to sum all ranks",)
 
 
 def test_a_folder_adds_up_the_ranks_of_each_pass(tmp_path: Path) -> None:
@@ -183,9 +183,7 @@ def test_an_iteration_without_one_of_the_layers_is_refused(tmp_path: Path) -> No
 
 def test_other_tensors_are_not_taken_for_a_statistic(tmp_path: Path) -> None:
     save_file({"model.layers.0.mlp.gate.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        InputError, match=r"'model\.layers\.0\.mlp.gate\.weight' is not called like an iteration and a layer"
-    ):
+    with pytest.raises(InputError, match=r"'model\.layers\.0\.mlp.gate\.weight' is not an iteration and a layer"):
         read_loads(tmp_path / "model.safetensors")
 
 
@@ -285,7 +283,7 @@ def test_routed_experts_in_base64_take_their_shape_from_the_model(tmp_path: Path
     path = write_lines(tmp_path / "answers.jsonl", *answers)
     model = ModelHints(num_experts=4, num_layers=2, experts_per_token=2)
     assert read_loads(path, LoadOptions(model=model)).tolist() == [[*(2 * n for n in row), 0] for row in CHOSEN]
-    with pytest.raises(InputError, match=r"shape of the routed experts is not known.*\n.*--checkpoint"):
+    with pytest.raises(InputError, match=r"shape of the routed experts is unknown.*\n.*--checkpoint"):
         read_loads(path)
 
 
@@ -337,7 +335,7 @@ def test_a_bare_table_that_looks_like_a_placement_is_noted(tmp_path: Path) -> No
 def test_counts_of_few_experts_are_noted(tmp_path: Path) -> None:
     np.save(tmp_path / "loads.npy", np.eye(12)[:3])
     assert read_recording(tmp_path / "loads.npy").notes == (
-        "9 of 12 experts were never chosen in any layer; were the counts of all ranks added up?",
+        "9 of 12 experts were never chosen in any layer; were the counts of all ranks summed?",
     )
 
 
@@ -360,7 +358,7 @@ def test_tensors_that_are_not_counts_are_refused(tmp_path: Path, dtype: torch.dt
 
 def test_a_refused_pickle_is_explained_without_advice_to_run_it(tmp_path: Path) -> None:
     torch.save({"logical_count": subprocess.Popen}, tmp_path / "loads.pt")
-    with pytest.raises(InputError, match=r"Popen, and only tensors, numbers and text are read") as caught:
+    with pytest.raises(InputError, match=r"Popen, but only tensors, numbers and text are read") as caught:
         read_loads(tmp_path / "loads.pt")
     assert "weights_only" not in str(caught.value)
 
@@ -374,7 +372,7 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 def test_a_folder_of_no_kind_or_several_is_refused(tmp_path: Path, files: tuple[str, ...]) -> None:
     for name in files:
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match="the folder holds"):
+    with pytest.raises(InputError, match="the directory holds"):
         read_loads(tmp_path)
 
 

@@ -88,8 +88,8 @@ def test_progress_counts_bytes_and_ends_with_all_of_them() -> None:
 
 def test_sources_of_other_numbers_or_shapes_cannot_stand_for_one_another() -> None:
     more = RandomExperts(TENSORS, num_layers=3, num_experts=5)
-    with pytest.raises(InputError, match="3 layers of 5 experts, the other 3 of 4"):
+    with pytest.raises(InputError, match="3 layers of 5 experts, the other has 3 of 4"):
         check_same_experts(SOURCE, more, LAYERS)
     other = RandomExperts(TENSORS[:1], num_layers=3, num_experts=4)
-    with pytest.raises(InputError, match="other tensors in MoE layer 0"):
+    with pytest.raises(InputError, match="different tensors in MoE layer 0"):
         check_same_experts(SOURCE, other, LAYERS)

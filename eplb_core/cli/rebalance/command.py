@@ -185,9 +185,9 @@ class _Output:
         json_file = None if self.json_path in (None, STDOUT) else Path(str(self.json_path))
         for option, path in (("--out", self.placement), ("--json", json_file), ("--plot", self.plot)):
             if path is not None and not path.parent.is_dir():
-                raise InputError(f"the folder for {option} does not exist", where=str(path.parent))
+                raise InputError(f"the directory for {option} does not exist", where=str(path.parent))
             if path is not None and path.is_dir():
-                raise InputError(f"{option} is a folder", where=str(path), remedy="give the name of a file")
+                raise InputError(f"{option} is a directory", where=str(path), remedy="give the name of a file")
 
 
 def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, console: Console) -> bool:
