@@ -1,1 +1,1 @@
-"""The first-party backends, each a module of its own that registers itself through its own entry point."""
+"""The first-party backends: each is a separate package, registered through its own entry point."""

@@ -6,11 +6,11 @@ import importlib.util
 
 
 def has_nixl() -> bool:
-    """Whether NIXL, or its build for ROCm, is installed. Looks for it without importing it."""
+    """Whether NIXL, or its build for ROCm, is installed. Does not import it."""
     for module in ("nixl", "nixl_rocm", "rixl"):
         try:
             if importlib.util.find_spec(module) is not None:
                 return True
-        except ValueError:  # something has put a module without a spec there
+        except ValueError:  # a module without a spec is registered under this name
             continue
     return False

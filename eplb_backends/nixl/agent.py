@@ -1,8 +1,8 @@
-"""The edge to NIXL: one agent for one communicator, and the only module that imports the package.
+"""The boundary to NIXL: one agent per communicator, and the only module that imports the package.
 
-Everything foreign stops here: NIXL's exceptions, which share no base class, leave as `NixlError`; its metadata is
-checked before it is taken, because truncated metadata poisons a peer's name for good; its memory is released in the
-one order that is safe.
+Everything foreign stops here. NIXL's exceptions, which share no base class, leave as `NixlError`. Its metadata is
+checked before use, because truncated metadata poisons a peer's name permanently. Its memory is released in the only
+safe order.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from eplb_core.transport.streams import ordinal_of
 _PACKAGES = ("nixl", "nixl_rocm", "rixl")  # the CUDA build, the ROCm build, and the ROCm build's older name
 
 ENVIRONMENT = {
-    # UCX otherwise takes a signal that a server may be using.
+    # By default UCX claims a signal that a server may be using.
     "UCX_DEBUG_SIGNO": "0",
     "NIXL_LOG_LEVEL": "WARN",
 }
-"""Set before NIXL loads, where the user has not set it."""
+"""Set before NIXL loads, unless the user has set it."""
 
 CUDA_ENVIRONMENT = {
-    # Without NVLink, UCX turns reading over CUDA IPC off and falls back to tcp: 0.5 instead of 1,300 GB/s on one H200.
+    # Without NVLink, UCX disables reads over CUDA IPC and falls back to tcp: 0.5 instead of 1,300 GB/s on one H200.
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
 }
-"""Set as well where the memory is a CUDA device's."""
+"""Also set if the memory is on a CUDA device."""
 
 _SETTLING_NAP_S = 1e-3
 
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 class NixlError(EplbError, RuntimeError):
-    """NIXL refused or failed. `disconnected` says whether it was because a peer is gone."""
+    """NIXL refused or failed. `disconnected` tells whether a peer is gone."""
 
     def __init__(self, what: str, *, why: str | None = None, disconnected: bool = False) -> None:
         self.disconnected = disconnected
@@ -59,12 +59,12 @@ class Agent:
     """A NIXL agent with the UCX backend.
 
     Args:
-        label: goes into the agent's name, for people who read logs.
+        label: becomes part of the agent's name, to recognise it in logs.
         device: the device whose memory is moved.
-        progress_thread: whether NIXL runs a thread of its own.
+        progress_thread: whether NIXL runs a progress thread.
 
     Raises:
-        BackendNotInstalledError: no NIXL package is there.
+        BackendNotInstalledError: no NIXL package is installed.
         NixlError: the agent could not be made.
     """
 
@@ -77,7 +77,7 @@ class Agent:
             config = api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
             agent = api.nixl_agent(self.name, config)
             agent.create_backend("UCX", {})
-        self._numbers = {"": self.device_number}  # of the device of each agent, as its own process counts
+        self._numbers = {"": self.device_number}  # of each agent's device, as numbered in the agent's process
         self._starts: dict[str, IntArray] = {"": np.empty(0, np.int64)}
         self._held = _Held(agent, stays_after_failure=self.memory_type == "VRAM")
         self._finalizer = weakref.finalize(self, self._held.release)
@@ -92,11 +92,11 @@ class Agent:
 
     @property
     def abandoned(self) -> bool:
-        """Whether it was left alone with READs in flight."""
+        """Whether it was abandoned with READs in flight."""
         return self._held.abandoned
 
     def register(self, regions: Sequence[tuple[int, int]], owners: Sequence[torch.Tensor]) -> None:
-        """Make `regions`, pairs of address and bytes, readable by peers; `owners` are kept alive."""
+        """Make `regions`, pairs of address and bytes, readable by peers. Keeps `owners` alive."""
         rows = [(address, nbytes, self.device_number, "") for address, nbytes in regions]
         with mapped(f"NIXL cannot register {sum(nbytes for _, nbytes in regions)} bytes of {self.memory_type}"):
             descriptors = self._agent.register_memory(rows, self.memory_type)
@@ -104,30 +104,30 @@ class Agent:
         self._starts[""] = np.sort(np.append(self._starts[""], [address for address, _ in regions])).astype(np.int64)
 
     def starts(self, name: str = "") -> IntArray:
-        """Return where each piece of memory starts that an agent has registered, int64, sorted; of this one by default.
+        """Return the start of each memory region that an agent has registered, int64, sorted; by default of this agent.
 
-        Of a peer it is what its metadata came with.
+        For a peer, these are the starts that came with its metadata.
         """
         return self._starts[name]
 
     def metadata(self) -> bytes:
-        """Return what peers need to read from this agent: how to connect, and all that is registered now."""
+        """Return the metadata with which peers read from this agent: how to connect, and the registered memory."""
         with mapped("NIXL cannot describe this agent"):
             metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
     def add_peer(self, name: str, metadata: bytes, device_number: int, starts: Sequence[int] = ()) -> None:
-        """Take a peer's metadata, or newer one of a peer that is known and has registered more since.
+        """Load a peer's metadata, or newer metadata of a known peer that has registered more memory.
 
         Args:
             name: the peer's name.
-            metadata: all of it: truncated metadata poisons the peer's name permanently.
-            device_number: the peer's `device_number`. NIXL finds the peer's memory by it. Processes that see other
-                devices, or see them in another order, count the same device differently.
+            metadata: complete metadata: truncated metadata poisons the peer's name permanently.
+            device_number: the peer's `device_number`, by which NIXL finds the peer's memory. Processes that see
+                different devices, or in a different order, number the same device differently.
             starts: the peer's `starts()`.
 
         Raises:
-            NixlError: NIXL does not accept it, or it is that of another agent.
+            NixlError: NIXL does not accept it, or it belongs to another agent.
         """
         with mapped(f"NIXL does not accept the metadata of agent {name}"):
             added = self._agent.add_remote_agent(metadata).decode()
@@ -139,12 +139,12 @@ class Agent:
             self._held.peers.append(name)
 
     def prepare(self, peer: str, blocks: IntArray) -> Any:
-        """Let NIXL look pieces up once, for `read`; `drop` releases the list, or else `close`.
+        """Let NIXL look up pieces once, for `read`. `drop` releases the list, at the latest `close`.
 
         Args:
-            peer: whose memory it is, a peer that was added; an empty text for this rank's own.
-            blocks: int64 `[blocks, 4]`: address, bytes, distance to the next piece, pieces. A block lies in memory that
-                was registered at once.
+            peer: the owner of the memory, a peer that was added; an empty text for this rank.
+            blocks: int64 `[blocks, 4]`: address, bytes, distance to the next piece, pieces. A block lies within one
+                registration.
         """
         table = np.insert(blocks, 2, self._numbers[peer], axis=1).astype(np.uint64)
         with mapped(f"NIXL cannot prepare {len(blocks)} blocks of {peer or 'this rank'}"):
@@ -153,7 +153,7 @@ class Agent:
         return prepared
 
     def drop(self, prepared: Any) -> None:
-        """Release a prepared list; requests have copies of what they need of it."""
+        """Release a prepared list; requests keep copies of what they need."""
         self._held.prepared.remove(prepared)
         with mapped("a prepared list cannot be released"):
             self._agent.release_dlist_handle(prepared)
@@ -163,10 +163,10 @@ class Agent:
     ) -> Read:
         """Post one READ of several pieces; the arrays are int64 `[pieces]`: addresses and bytes.
 
-        `numbered` names the same pieces, before neighbours were joined, in prepared lists, which is faster.
+        `numbered` names the same pieces, before neighbours were merged, in prepared lists, which is faster.
         """
         with mapped(f"NIXL cannot read from agent {peer}"):
-            if numbered is not None:  # NIXL joins neighbours here itself
+            if numbered is not None:  # here NIXL itself merges neighbours
                 places, rows = np.array(numbered.places, np.int32), np.array(numbered.rows, np.int32)
                 handle = self._agent.make_prepped_xfer("READ", numbered.local, places, numbered.remote, rows)
             else:
@@ -189,10 +189,10 @@ class Agent:
         return True
 
     def settle(self, timeout_s: float) -> None:
-        """Give READs that are in flight a last moment; if some do not end, never drive this agent again.
+        """Give READs in flight a last moment; if some do not end, never poll this agent again.
 
-        NIXL cannot abort a READ. One that waits for its source would go on whenever this agent is polled, and write
-        into memory that its owner may have given another use by then.
+        NIXL cannot abort a READ. One that waits for its source would continue whenever this agent is polled, and write
+        into memory that its owner may have reused by then.
         """
         deadline = time.monotonic() + timeout_s
         while self._held.agent is not None and not self._held.abandoned:
@@ -202,7 +202,7 @@ class Agent:
             if not any(read.in_flight for read in self._held.reads):
                 return
             self._held.abandoned = time.monotonic() > deadline
-            time.sleep(_SETTLING_NAP_S)  # also after the last look: a copy on a GPU that has begun ends by itself
+            time.sleep(_SETTLING_NAP_S)  # also after the last check: a copy on a GPU that has begun ends by itself
 
     def notify(self, peer: str, message: bytes) -> None:
         """Send a small message to a peer: fire and forget, in order."""
@@ -211,19 +211,19 @@ class Agent:
             self._agent.send_notif(peer, message)
 
     def notifications(self) -> dict[str, list[bytes]]:
-        """Return the messages that came since the last call, by sender. This is also what makes progress."""
+        """Return the messages received since the last call, by sender. This call also makes progress."""
         with mapped("NIXL cannot poll for notifications"):
             received: dict[str, list[bytes]] = self._agent.get_new_notifs()
         return received
 
     def close(self) -> None:
-        """Release everything; idempotent. With READs in flight it is all kept for good, see `_keep`."""
+        """Release everything; idempotent. With READs in flight everything is kept permanently, see `_keep`."""
         self._finalizer()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registration:
-    """Memory that is registered, and the tensors that own it."""
+    """Registered memory, and the tensors that own it."""
 
     descriptors: Any
     owners: list[torch.Tensor]
@@ -235,9 +235,9 @@ class Numbered:
 
     Attributes:
         remote: the source's prepared list.
-        rows: numbers in it, a piece each.
-        local: the prepared list of what is here.
-        places: numbers in it, a piece each.
+        rows: numbers in it, one per piece.
+        local: the prepared list of this rank's memory.
+        places: numbers in it, one per piece.
     """
 
     remote: Any
@@ -256,12 +256,12 @@ class Read:
 
     @property
     def in_flight(self) -> bool:
-        """Whether it has neither ended nor failed, as far as is known."""
+        """Whether it is not known to have ended or failed."""
         return self._state == "PROC"
 
     @property
     def failed(self) -> bool:
-        """Whether NIXL said that it failed."""
+        """Whether NIXL reported a failure."""
         return self._state == "ERR"
 
     def post(self) -> None:
@@ -275,7 +275,7 @@ class Read:
         return self._state == "DONE"
 
     def release(self) -> None:
-        """Free the handle of a READ that is not in flight."""
+        """Release the handle of a READ that is not in flight."""
         agent, handle, self._agent, self._handle = self._agent, self._handle, None, None
         with mapped("a READ's handle cannot be released"):
             agent.release_xfer_handle(handle)
@@ -292,14 +292,14 @@ class Read:
 
 
 class _Held:
-    """All that an agent holds, apart from the agent's owner so that a finalizer can release it.
+    """All resources of an agent, separate from its owner so that a finalizer can release them.
 
     The order is NIXL's: READs, then prepared lists, then peers, then memory, then the agent, then the tensors.
 
     Args:
         agent: NIXL's.
-        stays_after_failure: whether bytes of a READ that failed may still land, once its agent is gone. Copies between
-            GPUs that are under way end on their own; anything else moves only while an agent drives it.
+        stays_after_failure: whether bytes of a failed READ may still land once its agent is gone. Copies between GPUs
+            in flight end on their own; anything else moves only while an agent is polled.
     """
 
     def __init__(self, agent: Any, *, stays_after_failure: bool) -> None:
@@ -327,7 +327,7 @@ class _Held:
         self.reads = []
         if in_flight:
             logger.warning(
-                "%d READs were in flight when the communicator was closed; what they may write to is kept",
+                "%d READs were in flight when the communicator was closed; the memory they may write to is kept",
                 len(in_flight),
             )
             _keep((agent, in_flight, self.prepared, self.registered))
@@ -354,8 +354,8 @@ def _keep(what: object) -> None:
 
     NIXL cannot abort a READ, so the memory that it may land in cannot be freed. Dropping the whole agent does end it:
     over tcp, with the source stopped in the middle of 512 MB, no byte landed afterwards in 12 of 12 runs. But when
-    the source then went on, UCX 1.23 ended the source's process (SIGABRT in 10 of 12 runs, "stubs.c:107 Assertion"),
-    and a rank that was only slow must not be killed. Where the reader kept its agent until its process ended, the
+    the source resumed, UCX 1.23 killed the source's process (SIGABRT in 10 of 12 runs, "stubs.c:107 Assertion"),
+    and a rank that was only slow must not be killed. If the reader kept its agent until its process ended, the
     source survived (6 of 6).
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(what))
@@ -363,7 +363,7 @@ def _keep(what: object) -> None:
 
 @contextlib.contextmanager
 def mapped(what: str) -> Iterator[None]:
-    """Turn whatever NIXL raises into a `NixlError` that says what was tried."""
+    """Turn any exception of NIXL into a `NixlError` that names the operation."""
     try:
         yield
     except EplbError:
@@ -381,7 +381,7 @@ def _load(device: torch.device) -> Any:
     for package in _PACKAGES:
         try:
             return importlib.import_module(f"{package}._api")
-        except Exception as error:  # a broken library may raise anything, and the other ranks have to know
+        except Exception as error:  # a broken library may raise anything, and the other ranks must know
             if isinstance(error, ModuleNotFoundError) and error.name == package:
                 continue
             kind = type(error).__name__

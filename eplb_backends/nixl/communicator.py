@@ -1,4 +1,4 @@
-"""The `nixl` communicator: the contract, on top of one `Round` for each `execute()`."""
+"""The `nixl` communicator: implements the contract with one `Round` per `execute()`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from eplb_core.transport.queue import TransferQueue
 from eplb_core.transport.streams import mark, on_stream
 from eplb_core.words import ranks_text
 
-_SETTLE_S = 0.2  # how long READs that are in flight may still end after an error
+_SETTLE_S = 0.2  # how long READs in flight may take to end after an error
 _MAX_IN_FLIGHT = 8
 _NOT_EXPANDABLE = "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the weights are allocated"
 
@@ -63,8 +63,8 @@ def create(context: BackendContext, options: NixlOptions, expert_weights: Sequen
     """Return a connected communicator; a `BackendFactory`.
 
     Raises:
-        BackendNotInstalledError: no NIXL package is there.
-        TransferError: a step ("agent", "connect", "self-test") failed on some rank; the same on every rank.
+        BackendNotInstalledError: no NIXL package is installed.
+        TransferError: a step ("agent", "connect", "self-test") failed on a rank; the same on every rank.
     """
     return NixlCommunicator(context, options, sum(tensor.nbytes for tensor in expert_weights))
 
@@ -112,32 +112,32 @@ class NixlCommunicator(EplbCommunicator):
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
-        """False: it allocates nothing but its windows, and those stay within the `window` option."""
+        """False: it allocates only its windows, which stay within the `window` option."""
         return False
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the two windows, and of the page that peers read first."""
+        """Bytes of the two windows and of the page that peers read first."""
         if self._shared is None:
             return 0
         return len(self._shared.send_window.buffer) + len(self._shared.receive_window.buffer) + PAGE_BYTES
 
     @property
     def staging_limit_bytes(self) -> int:
-        """What the two windows leave of the `window` option to a rearrangement."""
+        """The part of the `window` option that the two windows leave to a rearrangement."""
         return left_for_staging(int(self._options.window))
 
     @property
     def may_land_late(self) -> bool:
-        """Not between ranks of one host without a progress thread: there bytes move only while a rank drives them.
+        """False between ranks of one host without a progress thread: there bytes move only while a rank polls.
 
-        Over a network adapter that writes by itself, or with NIXL's own thread, a READ that was given up may still end.
+        With a network adapter that writes by itself, or with NIXL's thread, an abandoned READ may still end.
         """
         return not self._one_host or self._options.progress == "on"
 
     @property
     def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
+        """Statistics of the last finished `execute()`."""
         return self._stats
 
     def trust_matching(self, trusted: bool) -> None:
@@ -147,13 +147,13 @@ class NixlCommunicator(EplbCommunicator):
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Register the allocations behind `tensors`, each once; peers learn of them when they first need them.
 
-        An allocation that overlaps an earlier one without lying in it is not registered: its tensors are packed. So are
-        those in memory of `expandable_segments`, with a warning; `mode=direct` refuses them.
+        An allocation that partly overlaps an earlier one is not registered: its tensors are packed. So are tensors in
+        memory of `expandable_segments`, with a warning; `mode=direct` refuses them.
         Registered memory can be read, and written, by every peer of the group.
 
         Raises:
-            InvalidTransferError: a tensor lies on another device.
-            TransferError: NIXL cannot register the memory, or it is of `expandable_segments` and `mode=direct`.
+            InvalidTransferError: a tensor is on another device.
+            TransferError: NIXL cannot register the memory, or with `mode=direct` it is of `expandable_segments`.
         """
         self._queue.check_open()
         elsewhere = next((tensor.device for tensor in tensors if tensor.device != self._device), None)
@@ -162,7 +162,7 @@ class NixlCommunicator(EplbCommunicator):
                 f"cannot register a tensor on {elsewhere}", why=f"this communicator moves tensors on {self._device}"
             )
         ranges = self._readable([allocation_of(tensor) for tensor in tensors if tensor.nbytes])
-        # NIXL does not find memory that two registrations overlap in, so what overlaps an earlier one is left out.
+        # NIXL does not find memory covered by two registrations, so an allocation that overlaps is skipped.
         fresh = [
             (address, nbytes) for address, nbytes in joined(ranges) if not self._registered.overlap(address, nbytes)
         ]
@@ -199,7 +199,7 @@ class NixlCommunicator(EplbCommunicator):
         self.start().wait()
 
     def start(self) -> PendingTransfer:
-        """Compare and announce; reading goes on in `wait()`, of this transfer or of an earlier one."""
+        """Compare and announce; reading continues in `wait()`, of this transfer or an earlier one."""
         began = time.perf_counter()
         sends, recvs = self._queue.take()
         phases: dict[str, float] = {}
@@ -238,7 +238,7 @@ class NixlCommunicator(EplbCommunicator):
 
     @property
     def max_in_flight(self) -> int:
-        """Several: reading, packing and the caller's own copies then overlap."""
+        """Several: reading, packing and the caller's copies then overlap."""
         return _MAX_IN_FLIGHT
 
     def finish(self, pending: _Pending) -> TransferStats:
@@ -248,7 +248,7 @@ class NixlCommunicator(EplbCommunicator):
         with self._breaking():
             _, engine = self._connected()
             with _timed(phases, "read"):
-                work, pending.work = pending.work, iter(())  # it may hold whoever waits
+                work, pending.work = pending.work, iter(())  # it may hold a reference to the waiter
                 engine.wait(pending.round, work)
             self._in_flight -= 1
             if self._options.verify != "off":
@@ -281,12 +281,12 @@ class NixlCommunicator(EplbCommunicator):
     # --- steps of a transfer ----------------------------------------------------------------------------------------
 
     def _readable(self, ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Return the ranges that peers can read reliably: those that are not of `expandable_segments`."""
+        """Return the ranges that peers can read reliably, those outside `expandable_segments`."""
         chunked = expandable_segments(self._device)
         refused = [each for each in ranges if chunked.overlap(*each)]
         if not refused:
             return ranges
-        what = f"{len(refused)} of {len(ranges)} tensors lie in memory of expandable_segments"
+        what = f"{len(refused)} of {len(ranges)} tensors are in memory of expandable_segments"
         if self._mode == "direct":
             raise TransferError(
                 what,
@@ -299,7 +299,7 @@ class NixlCommunicator(EplbCommunicator):
         return [each for each in ranges if each not in refused]
 
     def _number(self, tensor: torch.Tensor) -> None:
-        """Give numbers to the rows of a tensor that will be read one by one; peers learn them with the metadata."""
+        """Number the rows of a tensor, which are read one by one; peers learn the numbers with the metadata."""
         block = block_of(tensor)
         if self._shared is None or self._mode == "packed" or block is None:
             return
@@ -322,7 +322,7 @@ class NixlCommunicator(EplbCommunicator):
                 out.sums = checksums(tensors, sample=self._options.verify == "sample")
 
     def _compare_sums(self, incoming: Mapping[int, Incoming]) -> None:
-        """Raise `IntegrityError` if a source's checksums differ from those of what arrived; it names all that do."""
+        """Raise `IntegrityError`, naming all of them, for received tensors whose checksums differ from the source's."""
         wrong: list[tuple[int, int]] = []
         for peer, arrived in incoming.items():
             with on_stream(self._device, self._stream):
@@ -335,7 +335,7 @@ class NixlCommunicator(EplbCommunicator):
         if wrong:
             peers = sorted({peer for peer, _ in wrong})
             raise IntegrityError(
-                f"{len(wrong)} tensors from {ranks_text(peers)} arrived with other bytes than were sent",
+                f"{len(wrong)} tensors from {ranks_text(peers)} arrived with different bytes than were sent",
                 peers=peers,
                 phase="verify",
                 where="source rank and number of the receive with bytes, from 0: "
@@ -345,7 +345,7 @@ class NixlCommunicator(EplbCommunicator):
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
-        """After an error that leaves READs or peers in an unknown state, refuse everything but `close()`."""
+        """After an error that leaves READs or peers in an unknown state, refuse everything except `close()`."""
         try:
             yield
         except TransferError as error:
@@ -400,9 +400,9 @@ class NixlCommunicator(EplbCommunicator):
         error: EplbError | None = None
         shared, _ = self._connected()
         send_window, receive_window = shared.send_window, shared.receive_window
-        shared.peers.proven.update(range(world_size))  # or else this raises
+        shared.peers.proven.update(range(world_size))  # if one is not, this raises
         try:
-            # For once the windows themselves are read from and into, and nothing may be packed into them.
+            # This time the windows themselves are source and destination, so nothing may be packed into them.
             self._mode = "direct"
             self._registered.add(*allocation_of(send_window.buffer))
             self._landing.add(*allocation_of(receive_window.buffer))
@@ -410,7 +410,7 @@ class NixlCommunicator(EplbCommunicator):
         except EplbError as caught:
             error = caught
         self._registered, self._landing, self._mode = Regions(), Regions(), self._options.mode
-        shared.peers.places = LandingPieces()  # the window is no landing memory for anybody else
+        shared.peers.places = LandingPieces()  # nothing else may land in the window
         _agree_on_step(self._control, "self-test", error, "", self._timeout_s)
 
     def _connected(self) -> tuple[Shared, Engine]:
@@ -420,7 +420,7 @@ class NixlCommunicator(EplbCommunicator):
 
 
 class _Pending(PendingTransfer):
-    """A transfer that is under way."""
+    """A transfer in flight."""
 
     def __init__(
         self,
@@ -442,11 +442,11 @@ class _Pending(PendingTransfer):
         self.work: Iterator[object] = iter(())
 
     def use_idle_time(self, work: Iterator[object]) -> None:
-        """Let `wait()` advance `work` while READs are in flight and no peer has said anything."""
+        """Let `wait()` advance `work` while READs are in flight and no notification arrives."""
         self.work = work
 
     def wait(self) -> TransferStats:
-        """Return when everything is read on both sides."""
+        """Wait until everything is read on both sides."""
         return self._communicator.finish(self)
 
 
@@ -457,7 +457,7 @@ def _nbytes(payloads: Payloads) -> int:
 def _agree_on_step(
     control: ControlPlane, step: str, problem: EplbError | None, value: str, timeout_s: float
 ) -> list[str]:
-    """Return every rank's `value`, or raise on every rank if `problem` is set on any: its own error there."""
+    """Return every rank's `value`. If `problem` is set on any rank, raise on all; there, the problem itself."""
     try:
         answers = all_say(control, f"the step '{step}'", timeout_s, value=value.encode(), problem=problem)
     except ControlPlaneError as error:
@@ -474,7 +474,7 @@ def _agree_on_step(
 
 @contextlib.contextmanager
 def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds that the block takes to a phase, which profilers see as a range too."""
+    """Add the duration of the block to a phase, which is also a range for profilers."""
     began = time.perf_counter()
     try:
         with torch.profiler.record_function(f"eplb::{name}"):

@@ -1,4 +1,4 @@
-"""Drives the rounds that are under way: polls, hands notifications out, and gives up when a peer does nothing."""
+"""Drives the rounds in flight: polls, dispatches notifications, and gives up if a peer does nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from eplb_backends.nixl.round import Round
 from eplb_core.errors import EplbError, PeerLostError, TransferError, TransferTimeoutError
 from eplb_core.words import ranks_text
 
-_POLLS = 4  # in a row that bring nothing, before other work is done meanwhile
+_POLLS = 4  # polls in a row without a notification, before other work is done meanwhile
 _SPINS = 20  # polls in a row before the first nap
 _NAP_S = 20e-6
-_LONGEST_NAP_S = 500e-6  # while nothing happens a rank leaves the core to those that have work
+_LONGEST_NAP_S = 500e-6  # while nothing happens, an idle rank leaves the core to others
 _NO_MORE = object()
-_LOOK_S = 0.05  # between two looks at who is late
-_ANSWER_S = 1.0  # how long a suspect may take to say that it is alive, and then half of it to say who is to blame
-_LAST_WORDS_S = 0.02  # how long to look for what a rank said before it was gone
+_LOOK_S = 0.05  # between two checks for late peers
+_ANSWER_S = 1.0  # how long a suspect may take to answer, and then half of it to name the rank to blame
+_LAST_WORDS_S = 0.02  # how long to look for messages that a rank sent before it was gone
 
 
 class Engine:
@@ -66,7 +66,7 @@ class Engine:
             look_at = time.monotonic() + _LOOK_S
             while not this.ended:
                 idle = 0 if self._advance() else idle + 1
-                # By the clock, since other peers may keep this rank busy for as long as they like.
+                # By the clock, since other peers may keep this rank busy indefinitely.
                 if time.monotonic() > look_at:
                     self._look(this)
                     look_at = time.monotonic() + _LOOK_S
@@ -77,7 +77,7 @@ class Engine:
         self._rounds.remove(this)
 
     def _advance(self) -> bool:
-        """Look at every notification and every round once; return whether anything had happened."""
+        """Process every notification and every round once; return whether anything happened."""
         happened = False
         for rank, message in self._peers.receive():
             happened = True
@@ -95,7 +95,7 @@ class Engine:
             case Kind.PONG:
                 self._answers[rank] = message.idle_s()
             case Kind.BYE:
-                pass  # `Peers` remembers who left
+                pass  # `Peers` remembers the ranks that left
             case Kind.FAILED:
                 self._gone[rank] = message
                 self._refuse_gone()
@@ -109,7 +109,7 @@ class Engine:
     # --- giving up --------------------------------------------------------------------------------------------------
 
     def _refuse_gone(self) -> None:
-        """Raise if a rank that takes part in a round has given up, in this round or in any other."""
+        """Raise if a rank that takes part in a round has given up, in this round or another one."""
         for rank, message in self._gone.items():
             if any(rank in this.partners for this in self._rounds):
                 raise self._gave_up(rank, message)
@@ -118,30 +118,30 @@ class Engine:
         blamed, text = message.failure()
         others = [other for other in blamed if other != self._peers.rank]
         if others:
-            what = f"{ranks_text(others)} failed, as rank {rank} found out"
+            what = f"{ranks_text(others)} failed, as rank {rank} reports"
             return PeerLostError(what, peers=others, phase="read", why=text)
         on_whom = " on this rank" if blamed else ""
         return TransferError(f"rank {rank} gave up{on_whom}", peers=[rank], phase="read", why=text)
 
     def _idle_s(self) -> float:
-        """Return the seconds since any rank did anything for any round."""
+        """Return the seconds since the last activity of any rank in any round."""
         return time.monotonic() - max(max(this.progress.values(), default=this.created_at) for this in self._rounds)
 
     def _look(self, this: Round) -> None:
-        """Give up on peers that have something to do and did nothing for too long, or on this rank's own stream."""
+        """Give up on peers that owe something and did nothing for too long, or on this rank's stream."""
         now = time.monotonic()
         late = {rank: r for rank, r in self._late().items() if now > self._ask_again.get(rank, 0.0)}
         if late:
             self._ask(late)
         if not this.begun and now > this.created_at + self._timeout_s:
             raise TransferTimeoutError(
-                f"what was enqueued before the transfer did not end within {self._timeout_s:g} s",
+                f"the work enqueued before the transfer did not end within {self._timeout_s:g} s",
                 phase="begin",
-                why="the stream of this rank is stuck, or very busy",
+                why="the stream of this rank is stuck or very busy",
             )
 
     def _late(self) -> dict[int, Round]:
-        """Return the peers that have something to do and did nothing for too long, with the round they are late in."""
+        """Return the peers that owe something and did nothing for too long, with the round they are late in."""
         oldest = time.monotonic() - self._timeout_s
         late: dict[int, Round] = {}
         for this in self._rounds:
@@ -151,14 +151,14 @@ class Engine:
         return late
 
     def _ask(self, late: dict[int, Round]) -> None:
-        """Ask the late peers whether they are there.
+        """Ping the late peers.
 
-        One that does not answer is to blame. One whose own transfers get on, or did until less than the timeout ago,
-        waits for somebody itself: it finds out who is to blame before this rank could, and tells (FAILED), so it is
-        asked again later. One that stands still as long as this rank has to tell at once.
+        A peer that does not answer is to blame. A peer whose own transfers make progress, or did less than the timeout
+        ago, is itself waiting: it learns earlier than this rank which one is to blame, and reports it (FAILED), so it
+        is asked again later. A peer that has been stuck as long as this rank must report at once.
 
         Raises:
-            TransferTimeoutError: it names the peers that do not answer, or else those that stand still.
+            TransferTimeoutError: it names the peers that do not answer, or else those that are stuck.
         """
         asked = time.monotonic()
         self._answers.clear()
@@ -179,7 +179,7 @@ class Engine:
 
     def _advance_until(self, deadline: float, done: Callable[[], bool]) -> None:
         while time.monotonic() < deadline and not done():
-            self._advance()  # raises if a peer says FAILED, which names the rank that is really to blame
+            self._advance()  # raises if a peer sends FAILED, which names the rank to blame
             time.sleep(_LONGEST_NAP_S)
 
     def _timed_out(self, late: Mapping[int, Round], named: Iterable[int], state: str) -> TransferTimeoutError:
@@ -194,7 +194,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:
-        """When this rank gives up, say so to all that it knows: they may be waiting for it, now or in a later round."""
+        """When this rank gives up, inform all known peers: they may be waiting for it, now or in a later round."""
         try:
             yield
         except PeerLostError as error:
@@ -208,7 +208,7 @@ class Engine:
             raise
 
     def _last_words(self, lost: PeerLostError) -> TransferError:
-        """Return who a lost peer blamed before it left, if it did; a connection may end before that is looked at."""
+        """Return which ranks a lost peer blamed before it left, if any; its message may still be unread."""
         deadline = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < deadline:
             with contextlib.suppress(TransferError):
@@ -219,7 +219,7 @@ class Engine:
         return lost
 
     def _leave(self, error: BaseException) -> None:
-        """Tell all others why, and let go of the rounds."""
+        """Send the reason to all others, and release the rounds."""
         blamed = error.peers if isinstance(error, TransferError) else ()
         self._peers.lost.update(blamed)
         text = error.what if isinstance(error, EplbError) else f"{type(error).__name__}: {error}"
@@ -228,7 +228,7 @@ class Engine:
         self._rounds.clear()
 
     def _tell(self, ranks: Iterable[int], raw: bytes) -> None:
-        """Send to each rank, as far as that is possible."""
+        """Send to each rank that can be reached."""
         for rank in ranks:
             with contextlib.suppress(NixlError, TransferError):
                 self._peers.send(rank, raw)

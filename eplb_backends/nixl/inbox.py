@@ -1,4 +1,4 @@
-"""The receiving half of a round: reads what the sources announce, into place or through the receive window."""
+"""The receiving half of a round: reads the announced messages, in place or through the receive window."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Piece = tuple[int, torch.Tensor]
 
 @dataclass(slots=True, eq=False)
 class Incoming:
-    """What one source sends.
+    """The messages from one source.
 
     Attributes:
-        count: messages, those without bytes included.
+        count: messages, including those without bytes.
         digest: 16 bytes over their sizes and dtypes.
         messages: those with bytes, in order.
         in_place: whether each of them may be read into directly.
-        places: their numbers, -1 for none; left out, none has one.
+        places: their numbers, -1 for none; if omitted, none has one.
     """
 
     count: int
@@ -60,13 +60,13 @@ class Incoming:
     left_bytes: int = 0
 
     def __post_init__(self) -> None:
-        """Note the sizes."""
+        """Record the sizes."""
         self.places = self.places or [-1] * len(self.messages)
         self.lengths = np.array([message.nbytes for message in self.messages], np.int64)
         self.left_bytes = int(self.lengths.sum())
 
     def target(self, message: int) -> torch.Tensor:
-        """Return where a message belongs, as uint8 `[bytes]`."""
+        """Return the destination of a message, as uint8 `[bytes]`."""
         return as_bytes(self.messages[message].tensor)
 
 
@@ -77,9 +77,9 @@ class _PendingRead:
     source: int
     remote: IntArray  # addresses of the pieces
     lengths: IntArray  # and their bytes
-    local: IntArray | None  # where they belong; None if they are read through a slot
-    targets: list[torch.Tensor] = field(default_factory=list)  # where they belong then
-    sequence: int | None = None  # of the chunk that it empties, if it does
+    local: IntArray | None  # their destinations; None if they are read through a slot
+    targets: list[torch.Tensor] = field(default_factory=list)  # their destinations in that case
+    sequence: int | None = None  # of the chunk that it reads, if any
     proves: bool = False  # it reads the page that every rank offers
     numbers: tuple[IntArray, IntArray] | None = None  # of the pieces, at the source and here
     slot: Slot | None = None
@@ -95,14 +95,14 @@ class Inbox:
     """Receives from several sources through one pool of slots.
 
     Args:
-        peers: source -> what it sends.
+        peers: source -> its messages.
         pool: the receive window.
-        others: the other ranks' agents, and this one's, which posts the READs.
+        others: the agents of the other ranks, and of this rank, which posts the READs.
         writer: writes this round's notifications.
         send: sends one notification to a rank.
-        device: where the tensors lie.
+        device: the device of the tensors.
         stream: where unpacking is enqueued; None means the current stream.
-        on_read: told source, bytes and seconds of every READ that ended.
+        on_read: called with source, bytes and seconds of every finished READ.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class Inbox:
         return {job.source for job, _ in self._reading}
 
     def announce(self, source: int, addresses: IntArray) -> bool:
-        """Take a part of READY, addresses or `~number` of rows; return whether that was the last.
+        """Take a part of READY, addresses or `~number` of rows; return whether it was the last.
 
-        The first time that a source is heard of, its page is read first and compared.
+        On first contact with a source, its page is read first and compared.
 
         Raises:
             ValueError: there are more addresses than messages, or rows that the source has not published.
@@ -178,12 +178,12 @@ class Inbox:
         return True
 
     def chunk(self, source: int, sequence: int, address: int, nbytes: int) -> None:
-        """Take a CHUNK: a slot's worth of the packed messages, or what is left of them, lies at `address`.
+        """Take a CHUNK: a slot's worth of the packed messages, or the rest of them, is at `address`.
 
         Chunks may come out of order: the copies into the source's slots do not end in the order of their numbers.
 
         Raises:
-            ValueError: it is not what was announced.
+            ValueError: it differs from the announcement.
         """
         incoming = self._peers[source]
         if incoming.stream is None or sequence in incoming.chunks:
@@ -203,7 +203,7 @@ class Inbox:
         self._waiting.append(_job(source, pieces, through_slot=scattered or not in_place, sequence=sequence))
 
     def advance(self) -> set[int]:
-        """Finish READs that are done and post those that can be; return the sources for which something happened."""
+        """Finish completed READs and post possible ones; return the sources for which something happened."""
         touched: set[int] = set()
         for entry in list(self._reading):
             job, read = entry
@@ -224,7 +224,7 @@ class Inbox:
         return job.slot is not None
 
     def _cut(self, source: int, pieces: list[Piece]) -> None:
-        """Cut what has to go through the window into READs of one slot each."""
+        """Split the messages that must go through the window into READs of one slot each."""
         part: list[Piece] = []
         room = self._pool.slot_bytes
         for address, target in pieces:
@@ -297,7 +297,7 @@ class Inbox:
 def _job(
     source: int, pieces: Sequence[Piece], *, through_slot: bool, sequence: int | None = None, proves: bool = False
 ) -> _PendingRead:
-    """Return a READ of pieces, into place or through a slot."""
+    """Return a READ of pieces, in place or through a slot."""
     targets = [target for _, target in pieces]
     return _PendingRead(
         source,

@@ -1,4 +1,4 @@
-"""Decides for every queued tensor how it travels: in place, packed, or refused."""
+"""Decides for every queued tensor whether it is read in place, packed, or refused."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from eplb_core.transport.coalesce import as_bytes
 _NONE_IS_AS_LARGE = 1 << 63
 
 FEW_SMALL = {"DRAM": 0, "VRAM": 128}
-"""Up to so many small tensors of a pair are read in place. Packing takes a launch, a wait for it on both sides and two
-messages more: where 4 ranks shared an H200, reading every scale in place moved 176 instead of 128 GB/s, and 82 instead
-of 53 with small experts."""
+"""Up to this many small tensors per pair are read in place. Packing costs a launch, a wait for it on both sides and two
+more messages: with 4 ranks on one H200, reading every scale in place moved 176 instead of 128 GB/s, and 82 instead of
+53 with small experts."""
 
 
 def outgoing(sends: Payloads, registered: Regions, rows: Rows, mode: str, few_small: int = 0) -> dict[int, Outgoing]:
-    """Return destination -> what it is sent.
+    """Return destination -> its messages.
 
-    Registered tensors are announced by their number, or else by their address. The others are packed, and with
-    `mode=auto` so are small ones, if a pair has more than `few_small`: descriptors would cost more than the copy.
+    Registered tensors are announced by their number, or else by their address. The others are packed. With `mode=auto`
+    so are small ones, if a pair has more than `few_small`: descriptors would cost more than the copy.
     """
     plan: dict[int, Outgoing] = {}
     for peer, payloads in sends.items():
@@ -52,7 +52,7 @@ def outgoing(sends: Payloads, registered: Regions, rows: Rows, mode: str, few_sm
 
 
 def incoming(recvs: Payloads, landing: Regions, places: LandingPieces) -> dict[int, Incoming]:
-    """Return source -> what it sends. Only declared landing memory is read into directly."""
+    """Return source -> its messages. Only declared landing memory is read into directly."""
     plan: dict[int, Incoming] = {}
     for peer, payloads in recvs.items():
         with_bytes = [payload for payload in payloads if payload.nbytes]
@@ -69,13 +69,13 @@ def incoming(recvs: Payloads, landing: Regions, places: LandingPieces) -> dict[i
 
 
 def unregistered(sends: Payloads, registered: Regions) -> TransferError | None:
-    """Return the reason why `mode=direct` refuses these sends, or None if it does not."""
+    """Return why `mode=direct` refuses these sends, or None if it does not."""
     missing = [peer for peer, each in sends.items() for p in each if p.nbytes and not registered.contain(*p.place)]
     if not missing:
         return None
     total = sum(map(len, sends.values()))
     return TransferError(
-        f"{len(missing)} of {total} tensors to send are not registered, and mode=direct sends no other",
+        f"{len(missing)} of {total} tensors to send are not registered, but mode=direct sends no others",
         peers=set(missing),
         phase="pack",
         usable=True,

@@ -1,7 +1,7 @@
-"""What the link to each peer is: where both ends are, what that should mean, and how fast it turned out to be.
+"""The link to each peer: the location of both ends, the expected path, and the measured rate.
 
-UCX falls back to tcp without a word, up to 2000 times slower. So where two ranks are is compared with how fast the
-bytes really come, and what is wrong is said once, with the remedy.
+UCX falls back to tcp silently, up to 2000 times slower. So the locations of two ranks are compared with the measured
+rate, and a fault is reported once, with its remedy.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from eplb_core.transport import HostIdentity
 logger = logging.getLogger(__name__)
 
 _FLOOR_GBPS = {"DRAM": 0.05, "VRAM": 5.0}
-"""Between two ranks of one host anything below this is not what the link should be, in GB/s. Over DRAM, tcp can be as
-fast as shared memory on a busy machine, so there it is the places of the ranks that tell."""
+"""The lowest rate expected between two ranks of one host, in GB/s. For DRAM, tcp can be as fast as shared memory on a
+busy machine, so there the locations of the ranks decide."""
 
 _SAMPLES = 3
-"""READs after which a link is judged, by the fastest of them: the first ones may meet a busy machine."""
+"""READs after which a link is judged, by the fastest of them: the machine may be busy during the first ones."""
 
 _TELLING_BYTES = 1 << 20
 """Smaller READs say nothing about the rate."""
@@ -44,13 +44,13 @@ _LOCAL_TRANSPORTS = (
 
 
 class Place(msgspec.Struct, array_like=True, frozen=True):
-    """Where a rank runs.
+    """The location of a rank.
 
     Attributes:
         host: its name, for people.
         boot: identifies the running kernel.
-        pid_namespace: identifies the container; ranks of different ones cannot read each other's memory.
-        transports: `UCX_TLS` as it is set there.
+        pid_namespace: identifies the container; ranks in different ones cannot read each other's memory.
+        transports: the value of `UCX_TLS` there.
     """
 
     host: str
@@ -60,7 +60,7 @@ class Place(msgspec.Struct, array_like=True, frozen=True):
 
     @classmethod
     def here(cls) -> Place:
-        """Return this process's place."""
+        """Return the location of this process."""
         here = HostIdentity.here()
         namespace = f"pid:[{here.pid_namespace}]" if here.pid_namespace else ""
         return cls(here.name, here.boot, namespace, os.environ.get("UCX_TLS", ""))
@@ -71,8 +71,8 @@ class Link:
     """One peer, seen from here.
 
     Attributes:
-        kind: what it should be: `same host, shared memory`, `same host, CUDA IPC` or `network to HOST`.
-        obstacle: why the fast way cannot work, and the remedy, or an empty text.
+        kind: the expected path: `same host, shared memory`, `same host, CUDA IPC` or `network to HOST`.
+        obstacle: why the fast path cannot work, and the remedy, or an empty text.
         gbps: measured rate in GB/s (1e9 bytes), or None before the first large transfer.
     """
 
@@ -94,9 +94,7 @@ def link_between(here: Place, there: Place, memory: str) -> Link:
     for place in (here, there):
         chosen = place.transports.lstrip("^")
         if chosen and not place.transports.startswith("^") and not _names_local(chosen):
-            return Link(
-                f"same host, over {chosen}", f"UCX_TLS={place.transports} leaves no way but the network; unset it"
-            )
+            return Link(f"same host, over {chosen}", f"UCX_TLS={place.transports} allows only the network; unset it")
     if memory == "DRAM" and here.pid_namespace != there.pid_namespace:
         return Link("same host, other container", "the ranks are in different PID namespaces; start them in one")
     return Link(kind, "")
@@ -119,19 +117,19 @@ class Links:
 
     @property
     def boot(self) -> str:
-        """What identifies the running kernel of this rank's host."""
+        """The identifier of the running kernel of this rank's host."""
         return self._here.boot
 
     def add(self, rank: int, place: Place) -> None:
-        """Note where a rank is."""
+        """Record the location of a rank."""
         self._links[rank] = link_between(self._here, place, self._memory)
 
     def describe(self, rank: int) -> str:
-        """Return a line about a rank's link."""
+        """Return a line on a rank's link."""
         return str(self._links.get(rank, "UCX"))
 
     def measured(self, rank: int, nbytes: int, seconds: float) -> None:
-        """Note how fast a READ from a rank was, and complain once if that is too slow.
+        """Record the rate of a READ from a rank, and warn once if it is too slow.
 
         Raises:
             TransferError: it is slower than `min_gbps`.

@@ -1,4 +1,4 @@
-"""Which memory peers can reach in place, and the windows that everything else is staged in."""
+"""The memory that peers can read in place, and the windows that stage everything else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eplb_backends.nixl.agent import Agent
 from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.transport.streams import ordinal_of
 
-_ALIGNMENT = 256  # bytes; what CUDA's copies like best
+_ALIGNMENT = 256  # bytes; best for CUDA's copies
 _LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
 _SLOTS = 4  # of a window: enough to pack, read and unpack at the same time
 _LEAST_WINDOW = 1 << 20
@@ -20,7 +20,7 @@ _WINDOW_SHARE = 8  # either window has one part in so many of the staging memory
 
 
 class Regions:
-    """Ranges of memory, `(address, bytes)`. They may overlap: storages made from slices of one array do."""
+    """Ranges of memory, `(address, bytes)`. They may overlap, as storages made from slices of one array do."""
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
@@ -34,13 +34,13 @@ class Regions:
         self._reach = list(itertools.accumulate((end for _, end in self._ranges), max))
 
     def contain(self, address: int, nbytes: int) -> bool:
-        """Return whether one range holds all of these bytes."""
+        """Return whether one range contains all of these bytes."""
         at = bisect.bisect(self._starts, address) - 1
-        # The range that reaches furthest, of those that start at or before the address.
+        # The range with the highest end among those that start at or before the address.
         return at >= 0 and address + nbytes <= self._reach[at]
 
     def overlap(self, address: int, nbytes: int) -> bool:
-        """Return whether a range holds any of these bytes."""
+        """Return whether a range contains any of these bytes."""
         at = bisect.bisect_left(self._starts, address + nbytes) - 1
         return at >= 0 and self._reach[at] > address
 
@@ -52,10 +52,10 @@ def allocation_of(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def expandable_segments(device: torch.device) -> Regions:
-    """Return the memory that torch's allocator maps in chunks (`expandable_segments`), as far as there is any.
+    """Return the memory that torch's allocator maps in chunks (`expandable_segments`), if there is any.
 
-    UCX reads such memory over tcp, if at all, and wrong bytes are reported where it has several chunks. What counts is
-    how the allocator got it: the setting can be changed while the process runs.
+    UCX reads such memory over tcp, if at all, and wrong bytes have been reported if it has several chunks. What counts
+    is how the allocator got it: the setting can be changed while the process runs.
     """
     regions = Regions()
     if device.type != "cpu":
@@ -66,7 +66,7 @@ def expandable_segments(device: torch.device) -> Regions:
 
 
 def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return disjoint ranges `(address, bytes)` that cover the same bytes: those that overlap are joined."""
+    """Return disjoint ranges `(address, bytes)` that cover the same bytes: overlapping ones are merged."""
     disjoint: list[tuple[int, int]] = []
     for address, nbytes in sorted(ranges):
         if disjoint and address < sum(disjoint[-1]):
@@ -78,7 +78,7 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def left_for_staging(staging_bytes: int) -> int:
-    """Return what the two windows, and the page that peers read first, leave of a rank's staging memory, in bytes."""
+    """Return the bytes of a rank's staging memory that the two windows and the first page leave."""
     return staging_bytes - 2 * (staging_bytes // _WINDOW_SHARE) - PAGE_BYTES
 
 
@@ -99,7 +99,7 @@ class Slot:
 
     Attributes:
         memory: uint8 `[slot bytes]`.
-        copied: recorded behind the last copies in or out of it on a GPU; None if there are none under way.
+        copied: recorded after the last copies into or out of it on a GPU; None if none are pending.
     """
 
     __slots__ = ("copied", "memory")
@@ -109,7 +109,7 @@ class Slot:
         self.copied: torch.cuda.Event | None = None
 
     def settled(self) -> bool:
-        """Return whether the last copies in or out of it are done."""
+        """Return whether the last copies into or out of it are done."""
         if self.copied is not None and self.copied.query():
             self.copied = None
         return self.copied is None
@@ -118,17 +118,17 @@ class Slot:
 class SlotPool:
     """A window: a bounded staging buffer that peers can reach, in slots of one size.
 
-    It is allocated at once and kept to the end. A peer is never told that memory is not registered any more, and NIXL
-    gets lost when other memory is registered later at the same address.
+    It is allocated at the start and kept to the end. A peer is never informed that memory is no longer registered, and
+    NIXL fails if the same address is registered again for other memory.
 
     Args:
         agent: registers the memory.
         staging_bytes: the staging memory of the rank, of which this takes its share.
-        device: where it lies.
+        device: its device.
 
     Attributes:
         buffer: all of it, uint8.
-        slot_bytes: the size of a slot; the same on every rank that has the same staging memory.
+        slot_bytes: the size of a slot; the same on all ranks with the same staging memory.
     """
 
     def __init__(self, agent: Agent, staging_bytes: int, device: torch.device) -> None:
@@ -141,7 +141,7 @@ class SlotPool:
         self._unsettled: list[Slot] = []
 
     def acquire(self) -> Slot | None:
-        """Return a slot that nobody uses, or None if there is none now."""
+        """Return a free slot, or None if there is none now."""
         if self._unsettled:
             settled = [slot for slot in self._unsettled if slot.settled()]
             self._unsettled = [slot for slot in self._unsettled if slot.copied is not None]
@@ -149,7 +149,7 @@ class SlotPool:
         return self._free.pop() if self._free else None
 
     def release(self, slot: Slot) -> None:
-        """Give a slot back; it is handed out again once copies in and out of it are done."""
+        """Give a slot back; it is reused once copies into and out of it are done."""
         if slot.settled():
             self._free.append(slot)
         else:

@@ -11,7 +11,7 @@ offset  bytes  field
 READY   uint32 version of the source's metadata, uint32 number of messages, 16 bytes digest of their sizes and
 dtypes, then for each that has bytes an int64: its address, `~number` of a row that was published with the
         metadata, or 0 where the message comes in packed chunks
-CHUNK   uint32 sequence number, uint64 address, uint64 bytes: the next piece of the packed messages is there
+CHUNK   uint32 sequence number, uint64 address, uint64 bytes: the next piece of the packed messages
 TAKEN   uint32 sequence number: that chunk was read, its slot is free
 DONE    nothing: all was read
 SUMS    int64 checksums of the messages that have bytes, in order
@@ -44,7 +44,7 @@ _LONGEST_TEXT = 1500
 
 
 class Kind(IntEnum):
-    """What a notification says."""
+    """The kind of a notification."""
 
     READY = 1
     CHUNK = 2
@@ -60,7 +60,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A notification of this communicator; its payload has the size that its kind asks for."""
+    """A notification of this communicator; its payload has the size that its kind requires."""
 
     epoch: int
     kind: Kind
@@ -108,7 +108,7 @@ class Writer:
         self._epoch = epoch
 
     def ready(self, version: int, count: int, digest: bytes, addresses: IntArray) -> Iterator[bytes]:
-        """Return READY in parts; at least one, also without addresses."""
+        """Return READY in parts; at least one, even without addresses."""
         for part, chunk in _parts(addresses):
             yield self._write(Kind.READY, _READY.pack(version, count, digest) + chunk, part)
 
@@ -156,7 +156,7 @@ class Writer:
 
 
 def parse(token: bytes, raw: bytes) -> Message | None:
-    """Return the message, or None if it is not a well-formed one of this communicator's."""
+    """Return the message, or None if it is not a well-formed message of this communicator."""
     if len(raw) < _HEADER.size:
         return None
     theirs, epoch, kind, zero, part = _HEADER.unpack_from(raw)

@@ -1,4 +1,4 @@
-"""Puts the rank that it is about into every error of NIXL."""
+"""Adds the rank concerned to every error of NIXL."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Keeps the libnl that NIXL's wheel brings apart from the system's, so that a process that used NIXL can end.
+"""Keeps the libnl of NIXL's wheel apart from the system's, so that a process that used NIXL exits cleanly.
 
-UCX's module for EFA needs the system's `libefa.so.1`, and that the system's libibverbs and libnl, where rdma-core is
-installed. NIXL's wheel brings a libnl of its own, under another file name. When the loader opens the module, it binds
-the system's libnl to the wheel's symbols, so the system's constructors enter their objects into the wheel's lists; the
-wheel's objects of the same names are there already, so they are refused; and the system's destructors then remove
-objects that were never entered: SIGSEGV at the end of the process (seen with NIXL 1.5.1 and rdma-core 44).
+UCX's module for EFA needs the system's `libefa.so.1`, which needs the system's libibverbs and libnl, if rdma-core is
+installed. NIXL's wheel brings another libnl, under a different file name. When the loader opens the module, it binds
+the system's libnl to the wheel's symbols, so the system's constructors enter their objects into the wheel's lists.
+Objects of the same names are already there, so they are refused; and the system's destructors then remove objects that
+were never entered: SIGSEGV at the end of the process (seen with NIXL 1.5.1 and rdma-core 44).
 
-A libnl that is loaded before, by itself and not for all (`RTLD_LOCAL`), is bound to itself. Nothing else changes: NIXL
-uses its own libnl as before, and RDMA devices stay usable. `LD_PRELOAD` would not do: it binds the wheel's libnl to the
-system's, and the process crashes likewise.
+A libnl that is loaded earlier, separately and not globally (`RTLD_LOCAL`), is bound to itself. Nothing else changes:
+NIXL uses its own libnl as before, and RDMA devices stay usable. `LD_PRELOAD` does not help: it binds the wheel's libnl
+to the system's, and the process crashes as well.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REMEDY = f'call ctypes.CDLL("{SYSTEM_LIBRARY}") before the first NIXL agent of t
 
 
 def keep_apart() -> str:
-    """Load the system's libnl, if there is one, before UCX does; return what is wrong if UCX was first, else ""."""
+    """Load the system's libnl, if there is one, before UCX does; return the problem if UCX was first, else ""."""
     entangled = entangled_libraries(loaded_libraries()) if _may_be_entangled() else None
     if not entangled:
         try:
@@ -70,8 +70,8 @@ _Library._fields_ = (
 def loaded_libraries() -> list[str]:
     """Return the paths of the libraries in this process, in the order in which they were loaded.
 
-    The loader's own list is read. `dl_iterate_phdr` would hold the loader's lock while it calls back into Python, and
-    another thread that loads a library with Python's lock held would wait for it for ever.
+    It reads the loader's own list. `dl_iterate_phdr` would hold the loader's lock while it calls back into Python, and
+    another thread that loads a library while holding the GIL would wait forever.
     """
     try:
         library = ctypes.cast(ctypes.CDLL(None)._handle, ctypes.POINTER(_Library))
@@ -85,7 +85,7 @@ def loaded_libraries() -> list[str]:
 
 
 def _may_be_entangled() -> bool:
-    """Whether both are in this process, which is seldom: only then is it worth a look at their order."""
+    """Whether both are loaded in this process, which is rare: only then does their order matter."""
     try:
         mapped = _MAPS.read_bytes()
     except OSError:

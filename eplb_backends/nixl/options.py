@@ -1,4 +1,4 @@
-"""The options of the `nixl` backend, as they stand in a config string."""
+"""The options of the `nixl` backend, as written in a config string."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ class NixlOptions(CommonOptions):
     """Options of the `nixl` backend.
 
     Attributes:
-        window: bytes of staging memory that a rank may use: send window, receive window, and what a rearrangement
-            receives into, together.
+        window: bytes of staging memory that a rank may use, for the send window, the receive window and the window of
+            a rearrangement together.
         mode: `direct` reads from registered memory without a copy and refuses other tensors; `packed` copies every sent
             tensor into the send window first; `auto` reads large registered tensors directly and packs the rest.
-        progress: whether NIXL runs a progress thread of its own. `auto` is off: a rank that executes polls anyway,
-            and on few cores the thread competes with that (measured two to three times slower on 2 cores).
+        progress: whether NIXL runs a progress thread. `auto` is off: an executing rank polls anyway, and on few cores
+            the thread competes with that (measured two to three times slower on 2 cores).
         verify: compare a checksum computed at the source with one at the destination: of 64 blocks of each message
             (`sample`), or of all bytes (`full`).
-        min_gbps: a link that is slower than this, in GB/s, is an error; 0 means that it is only warned of.
+        min_gbps: a link slower than this, in GB/s, is an error; 0 means that a slow link only causes a warning.
     """
 
     window: ByteSize = field(

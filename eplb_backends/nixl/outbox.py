@@ -1,4 +1,4 @@
-"""The sending half of a round: says where everything lies, and packs what cannot be read in place, slot by slot."""
+"""The sending half of a round: announces addresses, and packs what cannot be read in place, slot by slot."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from eplb_core.transport.streams import on_stream
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """What one destination is sent.
+    """The messages to one destination.
 
     Attributes:
-        count: messages, those without bytes included.
+        count: messages, including those without bytes.
         digest: 16 bytes over their sizes and dtypes.
-        addresses: int64 `[messages with bytes]`, 0 where the message is packed, `~number` for a row that has one.
+        addresses: int64 `[messages with bytes]`, 0 if the message is packed, `~number` for a numbered row.
         packed: the packed ones as uint8 tensors, in order.
         sums: checksums of the messages with bytes, or None.
     """
@@ -47,11 +47,11 @@ class Outbox:
     """Sends to several destinations through one pool of slots.
 
     Args:
-        peers: destination -> what it is sent.
+        peers: destination -> its messages.
         pool: the send window.
         writer: writes this round's notifications.
         send: sends one notification to a rank.
-        device: where the tensors lie.
+        device: the device of the tensors.
         stream: where packing is enqueued; None means the current stream.
     """
 
@@ -75,7 +75,7 @@ class Outbox:
         self._unpacked = {peer for peer, outgoing in peers.items() if outgoing.packed}
 
     def announce(self, version: int) -> None:
-        """Tell every destination where its messages lie. `version` is that of this rank's metadata."""
+        """Announce the addresses of its messages to every destination. `version` is that of this rank's metadata."""
         for peer, outgoing in self._peers.items():
             if outgoing.sums is not None:  # first: a destination may be done as soon as it knows the addresses
                 for raw in self._writer.sums(outgoing.sums):
@@ -89,13 +89,13 @@ class Outbox:
         return not self._unpacked
 
     def advance(self, may_pack: bool) -> set[int]:
-        """Announce slots that are packed, and fill free ones in turn for each destination.
+        """Announce packed slots, and fill free ones for the destinations in turn.
 
         Args:
             may_pack: whether slots may be taken.
 
         Returns:
-            The destinations that something was done for.
+            The destinations for which something was done.
         """
         touched: set[int] = set()
         for entry in list(self._packing):

@@ -1,7 +1,7 @@
-"""Who the other ranks are to NIXL: looked up when they are first needed, again when they have registered more.
+"""The NIXL agents of the other ranks: looked up on first use, and again when they have registered more memory.
 
-Each rank publishes its identity in the control plane's store under a version number. Nobody talks to ranks that it
-exchanges no experts with.
+Each rank publishes its identity in the control plane's store under a version number. A rank contacts only ranks that
+it exchanges experts with.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from eplb_core.arrays import IntArray
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import ControlPlaneError, TransferError, TransferTimeoutError
 
-_PARTING_S = 1.0  # how long a rank that closes waits for the others to do so too
+_PARTING_S = 1.0  # how long a closing rank waits for the others to close too
 _NAP_S = 1e-3
 _HIGHEST_DEVICE_NUMBER = 1 << 16
 
 
 class Identity(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank tells its peers about its agent.
+    """The description of an agent that a rank publishes.
 
     Attributes:
         name: the agent's name, unique for every incarnation.
         metadata: NIXL's serialised metadata: how to connect, and which memory is registered.
         digest: SHA-256 of the metadata.
-        memory: what kind of memory it moves: `DRAM` or `VRAM`.
-        device_number: of the device that holds it, as the rank's own process counts its devices.
-        starts: addresses at which pieces of its registered memory start.
+        memory: the kind of memory it moves: `DRAM` or `VRAM`.
+        device_number: of the device that holds it, as numbered in the rank's process.
+        starts: start addresses of its registered memory regions.
         place: where the rank runs.
         page: address of a page with known bytes, to be read before anything else.
-        rows: pieces of the memory that have numbers.
+        rows: the numbered pieces of the memory.
     """
 
     name: str
@@ -54,20 +54,20 @@ class Identity(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Peers:
-    """The agents of all ranks, as far as they are known, and the notifications between them.
+    """The known agents of all ranks, and the notifications between them.
 
     Args:
         agent: this rank's.
         control: where identities are published.
-        links: told where each peer is.
+        links: receives the location of each peer.
         timeout_s: how long a peer may take to publish its identity, in seconds.
         page: address of this rank's page with known bytes.
 
     Attributes:
-        own_rows: what others may read of this rank by number.
-        places: where this rank reads into by number.
-        lost: ranks that nobody should wait for any more.
-        proven: ranks from which right bytes were read.
+        own_rows: rows of this rank that others may read by number.
+        places: pieces that this rank reads into by number.
+        lost: ranks that no rank should wait for any more.
+        proven: ranks from which correct bytes were read.
     """
 
     def __init__(self, agent: Agent, control: ControlPlane, links: Links, timeout_s: float, page: int) -> None:
@@ -90,12 +90,12 @@ class Peers:
         self.proven: set[int] = set()
 
     def meet(self, names: list[str]) -> None:
-        """Learn all agents' names, in rank order; they make the token that marks this communicator's messages."""
+        """Record all agents' names, in rank order; they form the token of this communicator's messages."""
         self.token = hashlib.blake2b("\n".join(names).encode(), digest_size=8).digest()
         self._ranks = {name: rank for rank, name in enumerate(names)}
 
     def publish(self) -> None:
-        """Publish what is registered here now, as a new version."""
+        """Publish the current registrations as a new version."""
         self.version += 1
         metadata = self.agent.metadata()
         digest = hashlib.sha256(metadata).digest()
@@ -125,11 +125,11 @@ class Peers:
                 raw = self._control.fetch(rank, f"identity/{version}", self._timeout_s)
                 identity = msgspec.msgpack.decode(raw, type=Identity)
                 if self._ranks.get(identity.name) != rank:
-                    raise NixlError(f"agent {identity.name} is not that of rank {rank}")
+                    raise NixlError(f"agent {identity.name} does not belong to rank {rank}")
                 if hashlib.sha256(identity.metadata).digest() != identity.digest:
                     raise NixlError("it arrived damaged", why=f"{len(identity.metadata)} bytes, wrong digest")
                 if identity.memory != self.agent.memory_type:
-                    raise NixlError(f"it moves {identity.memory}, and this rank {self.agent.memory_type}")
+                    raise NixlError(f"it moves {identity.memory}, but this rank moves {self.agent.memory_type}")
                 rows = PeerRows(identity.name, identity.rows)
                 self.agent.add_peer(identity.name, identity.metadata, identity.device_number, identity.starts)
                 self._links.add(rank, identity.place)
@@ -147,29 +147,29 @@ class Peers:
         return self._identities[rank].name
 
     def name(self, rank: int) -> str:
-        """Return the name of a rank's agent, which is made known if it is not."""
+        """Return the name of a rank's agent, after loading its identity if necessary."""
         return self.know(rank, max(1, self._versions.get(rank, 0)))
 
     def page_to_read(self, rank: int) -> int | None:
-        """Return where the page of a rank that is known lies, or None if the way from it is proven."""
+        """Return the address of a known rank's page, or None if the path from it is proven."""
         return None if rank in self.proven else self._identities[rank].page
 
     def rows(self, rank: int) -> PeerRows:
-        """Return the rows that a rank which is known has published."""
+        """Return the published rows of a known rank."""
         return self._rows[rank]
 
     def starts(self, rank: int) -> tuple[IntArray, IntArray]:
-        """Return where pieces of memory start that a rank which is known has registered, and those of this rank."""
+        """Return the starts of the registered regions of a known rank, and those of this rank."""
         return self.agent.starts(self._identities[rank].name), self.agent.starts()
 
     def prepared(self, rank: int, rows: IntArray, places: IntArray) -> Numbered | None:
-        """Return lists of a rank's rows and of places here, or None while it does not pay to have them."""
+        """Return prepared lists of a rank's rows and of places here, or None while they do not pay."""
         local = self.places.prepared(self.agent, places)
         return None if local is None else Numbered(self._rows[rank].prepared(self.agent), rows, local, places)
 
     @property
     def known(self) -> set[int]:
-        """Return the ranks that this one has met."""
+        """Return the ranks that this one knows."""
         return set(self._identities)
 
     def send(self, rank: int, raw: bytes) -> None:
@@ -177,7 +177,7 @@ class Peers:
         self.agent.notify(self.name(rank), raw)
 
     def receive(self) -> list[tuple[int, Message]]:
-        """Return `(rank, message)` of all that came, in the order in which each rank sent them.
+        """Return `(rank, message)` of all received notifications, in the order in which each rank sent them.
 
         Raises:
             TransferError: NIXL failed.
@@ -197,9 +197,9 @@ class Peers:
         return arrived
 
     def part(self) -> None:
-        """Say goodbye to all that this rank has met, and wait a moment until they have said so too.
+        """Send BYE to all known ranks, and wait a moment for theirs.
 
-        Until then one of them may be reading memory of this rank, or wait for progress that only polling here makes.
+        Until then one of them may be reading memory of this rank, or waiting for progress that only polling here makes.
         """
         for rank in self.known:
             with contextlib.suppress(NixlError, TransferError):

@@ -1,4 +1,4 @@
-"""Arithmetic on pieces of memory: joining neighbours, cutting to size, mapping a byte stream to messages."""
+"""Arithmetic on pieces of memory: merging neighbours, splitting, mapping a byte stream to messages."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def merge(
     remote_starts: IntArray = _NOWHERE,
     local_starts: IntArray = _NOWHERE,
 ) -> tuple[IntArray, IntArray, IntArray]:
-    """Join neighbours: pieces that follow one another on both sides become one descriptor.
+    """Merge neighbours: pieces that are adjacent on both sides become one descriptor.
 
-    Pieces of memory that was registered separately stay apart, also where one ends at the other's start, as tensors
-    from torch's CUDA allocator do: NIXL finds no registration that holds a descriptor across the two.
+    Pieces of separate registrations are not merged, even if they are adjacent, as tensors from torch's CUDA allocator
+    may be: NIXL finds no registration that contains a descriptor across the two.
 
     Args:
         remote: int64 `[n]`, addresses at the source, n > 0.
         local: int64 `[n]`, addresses here.
         lengths: int64 `[n]`, bytes, all positive.
-        remote_starts: int64, sorted, where each registration at the source starts.
-        local_starts: int64, sorted, the same here.
+        remote_starts: int64, sorted, the start of each registration at the source.
+        local_starts: int64, sorted, the same for this rank.
 
     Returns:
         The same three arrays with m <= n entries.
@@ -41,7 +41,7 @@ def merge(
 
 
 class ByteStream:
-    """Messages laid end to end, and what lies in any range of it.
+    """A byte stream of messages laid end to end.
 
     Args:
         lengths: int64 `[n]`, bytes of the messages, all positive.
@@ -53,11 +53,11 @@ class ByteStream:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Return `(message, first byte, last byte + 1)` of each message that lies in bytes `start` to `stop`."""
+        """Return `(message, first byte, last byte + 1)` of each message in bytes `start` to `stop`."""
         first = int(np.searchsorted(self.ends, start, side="right"))
         last = int(np.searchsorted(self.starts, stop, side="left"))
         return [

@@ -1,9 +1,9 @@
-"""Pieces of registered memory by number, so that a READ is made from lists that NIXL has checked already.
+"""Pieces of registered memory by number, so that a READ uses lists that NIXL has already checked.
 
 A source numbers the rows of its registered tensors and publishes the table with its metadata; then it announces numbers
-instead of addresses. A destination numbers the places that it reads into as it meets them. With the numbers of both
-sides at hand, a request costs 5 to 14 us where NIXL takes 18 to 61 us to look 4 to 64 pieces up. Looking the numbers up
-for the READ would cost more than that, so they come out of the look-ups that had to be made anyway.
+instead of addresses. A destination numbers the places that it reads into on first use. With the numbers of both sides,
+a request costs 5 to 14 us; without them NIXL takes 18 to 61 us to look up 4 to 64 pieces. Looking up the numbers for
+each READ would cost more than that, so they come from look-ups that are necessary anyway.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eplb_backends.nixl.agent import Agent
 from eplb_core.arrays import IntArray
 
 MOST_PIECES = 1 << 14
-"""How many rows, and how many places, have numbers; 100 to 200 bytes each. What comes later is read by address."""
+"""The most rows, and the most places, that have numbers; 100 to 200 bytes each. Others are read by address."""
 
 Block = tuple[int, int, int, int]
 """Pieces at equal distances: address of the first, bytes of each, distance, count."""
@@ -28,7 +28,7 @@ class Rows:
     """The rows of this rank's registered tensors, numbered in the order in which they were added.
 
     Attributes:
-        blocks: what peers have to know.
+        blocks: what peers must know.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Rows:
         self._count = 0
 
     def add(self, block: Block) -> bool:
-        """Number pieces; return whether that was done. It is not if they have numbers, or there is no room."""
+        """Number pieces; return False if they already have numbers, or there is no room."""
         address, nbytes, distance, count = block
         pieces = [(address + row * distance, nbytes) for row in range(min(count, MOST_PIECES + 1))]
         if self._count + count > MOST_PIECES or all(piece in self._numbers for piece in pieces):
@@ -48,12 +48,12 @@ class Rows:
         return True
 
     def number(self, place: tuple[int, int]) -> int:
-        """Return the number of the row at `(address, bytes)`, or -1 if this is none."""
+        """Return the number of the row at `(address, bytes)`, or -1 if there is none."""
         return self._numbers.get(place, -1)
 
 
 def block_of(tensor: torch.Tensor) -> Block | None:
-    """Return the rows of a tensor along its first dimension, or None where their bytes do not lie together."""
+    """Return the rows of a tensor along its first dimension, or None if their bytes are not contiguous."""
     if not tensor.nbytes:
         return None
     if tensor.dim() < 2:
@@ -72,7 +72,7 @@ class PeerRows:
         blocks: its table.
 
     Raises:
-        ValueError: that is no table of at most `MOST_PIECES` rows.
+        ValueError: it is not a table of at most `MOST_PIECES` rows.
     """
 
     def __init__(self, peer: str, blocks: Sequence[Block]) -> None:
@@ -87,7 +87,7 @@ class PeerRows:
         self._list: Any = None
 
     def addresses(self, numbers: IntArray, nbytes: IntArray) -> IntArray:
-        """Return where rows lie; all three are int64 `[rows]`, the numbers from 0.
+        """Return the addresses of rows; all three arrays are int64 `[rows]`, the numbers from 0.
 
         Raises:
             ValueError: there is no such row, or it has other bytes.
@@ -97,7 +97,7 @@ class PeerRows:
             wrong = self._lengths[numbers] != nbytes
         if wrong.any():
             number, size = int(numbers[wrong][0]), int(nbytes[wrong][0])
-            raise ValueError(f"row {number} of {size} bytes is none of {len(self._addresses)} that were published")
+            raise ValueError(f"row {number} of {size} bytes is not among the {len(self._addresses)} published rows")
         return self._addresses[numbers]
 
     def prepared(self, agent: Agent) -> Any:
@@ -107,14 +107,14 @@ class PeerRows:
         return self._list
 
     def drop(self, agent: Agent) -> None:
-        """Release the list. READs that were made from it go on."""
+        """Release the list. READs made from it continue."""
         if self._list is not None:
             agent.drop(self._list)
             self._list = None
 
 
 class LandingPieces:
-    """Pieces of this rank's landing memory, numbered as they are met.
+    """Pieces of this rank's landing memory, numbered on first use.
 
     Attributes:
         numbers: (address, bytes) -> number.
@@ -127,15 +127,15 @@ class LandingPieces:
         self._missed = 0
 
     def add(self, address: int, nbytes: int) -> int:
-        """Return the number of a piece that lies in landing memory; -1 if there is no room for one."""
+        """Return the number of a piece in landing memory; -1 if there is no room for it."""
         if len(self.numbers) >= MOST_PIECES:
             return self.numbers.get((address, nbytes), -1)
         return self.numbers.setdefault((address, nbytes), len(self.numbers))
 
     def prepared(self, agent: Agent, numbers: Sequence[int] | IntArray) -> Any:
-        """Return a list that holds pieces, or None while it does not pay to make one.
+        """Return a prepared list with the pieces, or None while making one does not pay.
 
-        A new list costs in proportion to all the pieces in it, so there is one when as many as that were missed.
+        A new list costs in proportion to all its pieces, so it is made once that many look-ups have missed.
         """
         if self._list is None or np.max(numbers) >= self._prepared:
             self._missed += len(numbers)

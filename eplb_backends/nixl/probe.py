@@ -18,7 +18,7 @@ def probe(device_type: str) -> ProbeResult:
     """Register memory of `device_type`, read a MiB of random bytes, and compare it; a `BackendProbe`."""
     if device_type == "cuda" and not torch.cuda.is_available():
         return ProbeResult(False, "torch sees no CUDA device")
-    device = torch.device(device_type)  # of CUDA's the current one
+    device = torch.device(device_type)  # for CUDA, the current one
     source, reader = (Agent(f"eplb-probe-{side}", device, progress_thread=False) for side in ("source", "reader"))
     try:
         expected = torch.randint(0, 256, (_BYTES,), dtype=torch.uint8, device=device)

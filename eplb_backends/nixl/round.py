@@ -1,4 +1,4 @@
-"""One round: everything that one transfer sends and receives. Pairwise; several rounds may be under way.
+"""One round: all sends and receives of one transfer. Pairwise; several rounds may be in flight.
 
 source                                   destination
 READY  where the messages lie    ---->   compares sizes and dtypes
@@ -28,14 +28,14 @@ from eplb_core.errors import TransferError, TransferMismatchError
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all rounds of a communicator share.
+    """State shared by all rounds of a communicator.
 
     Attributes:
         peers: the other ranks.
         send_window: where sent tensors are packed.
-        receive_window: where what cannot be read into place is read to.
-        device: where the tensors lie.
-        on_read: told source, bytes and seconds of every READ that ended.
+        receive_window: where messages are read to that cannot be read in place.
+        device: the device of the tensors.
+        on_read: called with source, bytes and seconds of every finished READ.
     """
 
     peers: Peers
@@ -51,11 +51,11 @@ class Round:
     Args:
         shared: what all rounds share.
         epoch: the number of this round.
-        outgoing: destination -> what it is sent.
-        incoming: source -> what it sends.
+        outgoing: destination -> its messages.
+        incoming: source -> its messages.
         stream: where copies are enqueued; None means the current stream.
         after: the round begins when this event is done; None begins it at once.
-        expects: describes what is expected from a rank, for the error when something else is announced.
+        expects: describes what is expected from a rank, for the error if the announcement differs.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Round:
         self._expects = expects
         self._after = after
         self.begun = False
-        # Not a method of this round: a cycle would keep tensors, and device memory, until the next garbage collection.
+        # Not a method of this round: a reference cycle would keep tensors alive until the next garbage collection.
         send = functools.partial(_send, shared.peers)
         self._outbox = Outbox(outgoing, shared.send_window, self.writer, send, shared.device, stream)
         self._inbox = Inbox(
@@ -95,7 +95,7 @@ class Round:
 
     @property
     def waits_for(self) -> set[int]:
-        """Return the ranks without which this round cannot end; none before it has begun."""
+        """Return the ranks that this round waits for; none before it has begun."""
         return self._inbox.unread | self._outbox.unconfirmed if self.begun else set()
 
     @property
@@ -110,7 +110,7 @@ class Round:
 
     @property
     def descriptors(self) -> tuple[int, int]:
-        """Pieces that were read, before and after neighbours were joined."""
+        """The number of pieces read, before and after merging neighbours."""
         return self._inbox.descriptors, self._inbox.merged_descriptors
 
     def advance(self, may_pack: bool) -> bool:
@@ -137,7 +137,7 @@ class Round:
         match message.kind:
             case Kind.DIFFER:
                 raise TransferMismatchError(
-                    f"rank {rank} expects something else than it is sent",
+                    f"rank {rank} expects something different from what it is sent",
                     peers=[rank],
                     phase="agree",
                     why=message.text(),
@@ -154,7 +154,7 @@ class Round:
         _send(self._peers, rank, raw)
 
     def undone(self, rank: int) -> tuple[str, str]:
-        """Return the phase that a rank is late in, and what it has not done, in words."""
+        """Return the phase in which a rank is late, and what it has not done, in words."""
         incoming = self._incoming.get(rank)
         if incoming is not None and not incoming.announced:
             return "ready", f"rank {rank} did not announce what it sends"
@@ -165,7 +165,7 @@ class Round:
         return "done", f"rank {rank} did not confirm that it has read"
 
     def _receive(self, rank: int, message: Message) -> None:
-        """Take what a source says."""
+        """Take a message from a source."""
         incoming = self._incoming.get(rank)
         if incoming is None:
             raise self._refusal(rank, "nothing")
@@ -189,7 +189,7 @@ class Round:
     def _refusal(self, rank: int, expected: str) -> TransferMismatchError:
         self.send(rank, self.writer.differ(f"it expects {expected}"))
         return TransferMismatchError(
-            f"rank {rank} sends something else than is expected from it",
+            f"rank {rank} sends something different from what is expected",
             peers=[rank],
             phase="agree",
             why=f"this rank expects {expected}; none of it was read",

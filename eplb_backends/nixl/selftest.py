@@ -1,7 +1,7 @@
-"""What every rank does once at start: read a page and then a block from each peer, compare them, and time the block.
+"""The self-test at start: each rank reads a page and a block from each peer, compares them, and times the block.
 
-It proves the path and its bytes, and it warms the connections: the first READ from a peer costs 12 to 35 ms. In large
-groups a rank reads one small page of a peer instead, together with the first bytes that it wants from it.
+It proves the path and its bytes, and it warms up the connections: the first READ from a peer costs 12 to 35 ms. In
+large groups a rank only reads a small page of a peer, together with the first bytes that it needs from it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from eplb_core.errors import IntegrityError
 from eplb_core.transport.pattern import pattern
 
 LARGEST_WORLD = 16
-"""In larger groups links are opened when they are first used: nobody waits for peers that it never talks to."""
+"""In larger groups links are opened on first use: no rank waits for peers that it never contacts."""
 
 PAGE_BYTES = 1024
-"""Of the page that every rank offers to be read; it fits into the smallest slot."""
+"""Size of the page that every rank offers; it fits into the smallest slot."""
 
 _PAGE = 4096
-_BLOCK = 8 << 20  # enough to judge a link by; reading and comparing a whole window took most of a communicator's start
-_TIMES = 2  # that a block is read again only for its time; a link is judged by the fastest
+_BLOCK = 8 << 20  # enough to judge a link; reading and comparing a whole window took most of a communicator's start
+_TIMES = 2  # further reads of a block for timing; a link is judged by the fastest
 _POISON = 0xEE
 
 
 def read_from_every_peer(
     communicator: EplbCommunicator, source: torch.Tensor, landing: torch.Tensor, rank: int, world_size: int
 ) -> None:
-    """Exchange pages, then blocks, with one peer after the other; compare every byte, then read blocks for their time.
+    """Exchange pages, then blocks, with one peer after another; compare every byte, then read blocks for timing.
 
     Args:
         communicator: reads in place from `source` to `landing`.
@@ -37,7 +37,7 @@ def read_from_every_peer(
         world_size: the number of ranks.
 
     Raises:
-        IntegrityError: bytes came wrong; it names the rank.
+        IntegrityError: wrong bytes arrived; it names the rank.
         TransferError: a transfer failed.
     """
     block = min(_BLOCK, len(source))
@@ -67,9 +67,9 @@ def check_page(page: torch.Tensor, peer: int) -> None:
 
 
 def wrong_bytes(peer: int, phase: str) -> IntegrityError:
-    """Return the error for bytes of a probe that came wrong."""
+    """Return the error for wrong bytes in a self-test."""
     return IntegrityError(
-        f"the first bytes that were read from rank {peer} are wrong",
+        f"the first bytes read from rank {peer} are wrong",
         peers=[peer],
         phase=phase,
         remedy="memory that was allocated with expandable_segments is known to do this",

@@ -1,4 +1,4 @@
-"""How the `nixl` backend registers itself. Imports nothing heavy."""
+"""Registers the `nixl` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 

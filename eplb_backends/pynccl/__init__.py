@@ -1,1 +1,1 @@
-"""NCCL without torch.distributed: over the engine's own communicator, or one of its own made with nccl4py."""
+"""NCCL without torch.distributed: over the engine's communicator, or a new one made with nccl4py."""

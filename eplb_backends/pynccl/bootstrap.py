@@ -1,4 +1,4 @@
-"""Finds or makes the NCCL communicator that carries the bytes, the same kind of one on every rank."""
+"""Finds or makes the NCCL communicator that carries the bytes, of the same kind on every rank."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _OWN = b"own"
 
 
 def open_transport(context: BackendContext, options: PyNcclOptions) -> Transport:
-    """Return the engine's communicator, or one of our own. Every rank has to call it.
+    """Return the engine's communicator, or one of our own. Every rank must call it.
 
     Raises:
-        BackendNotInstalledError: it takes nccl4py, which is not installed.
+        BackendNotInstalledError: nccl4py is needed, but not installed.
         BackendUnavailableError: the engine's communicator is not usable, the ranks have different ones, or NCCL does
             not connect them.
     """
@@ -65,12 +65,12 @@ def open_transport(context: BackendContext, options: PyNcclOptions) -> Transport
         raise _unavailable(
             "NCCL could not connect the ranks",
             f"{type(error).__name__}: {error}",
-            remedy="NCCL_DEBUG=WARN says more; every rank needs a GPU of its own",
+            remedy="set NCCL_DEBUG=WARN for details; every rank needs a separate GPU",
         ) from error
 
 
 def _engine_communicator(context: BackendContext, options: PyNcclOptions) -> EngineCommunicator | None:
-    """Return the engine's communicator, or None if our own shall be used."""
+    """Return the engine's communicator, or None to use our own."""
     if options.communicator == "own":
         return None
     found = getattr(context.device_communicator, "pynccl_comm", None)
@@ -86,15 +86,15 @@ def _engine_communicator(context: BackendContext, options: PyNcclOptions) -> Eng
     if engine.disabled or not engine.available:
         raise _unavailable(
             f"the engine's NCCL communicator is {'disabled' if engine.disabled else 'not available'}",
-            "its own attributes say so",
+            "according to its own attributes",
             remedy="enable it in the engine, or use pynccl?communicator=own, which makes its own",
         )
     size = getattr(engine, "world_size", context.world_size)
     rank = getattr(engine, "rank", context.rank)
     if (size, rank) != (context.world_size, context.rank):
         raise _unavailable(
-            "the engine's NCCL communicator is another group's",
-            f"it says rank {rank} of {size}, and this is rank {context.rank} of {context.world_size}",
+            "the engine's NCCL communicator belongs to another group",
+            f"it is rank {rank} of {size}, but this is rank {context.rank} of {context.world_size}",
         )
     return engine
 
@@ -106,14 +106,14 @@ def _need_nccl4py() -> None:
         found = False
     if not found:
         raise BackendNotInstalledError(
-            "the group coordinator carries no NCCL communicator, and nccl4py, which would make one, is not installed",
+            "the group coordinator carries no NCCL communicator, and nccl4py, which could make one, is not installed",
             name="pynccl",
             remedy='pip install "eplb[nccl]"',
         )
 
 
 def _same_kind(answers: Sequence[Answer]) -> list[bytes]:
-    """Return what the ranks say, if all use the same kind and none has a problem."""
+    """Return the ranks' answers, if all use the same kind and none has a problem."""
     for rank in failed_ranks(answers):
         raise _unavailable(f"rank {rank} has no NCCL communicator", answers[rank].problem)
     said = [answer.value for answer in answers]

@@ -1,9 +1,9 @@
-"""The `pynccl` communicator: ncclSend and ncclRecv in one group for each `execute()`.
+"""The `pynccl` communicator: ncclSend and ncclRecv in one group per `execute()`.
 
-The group is opened after the ranks have compared what they queued, not at the first `add_send`. NCCL launches a group
-when it is closed and offers no way to discard one, so a mismatch that is noticed with the group open could not keep
-bytes from moving; and a group is a state of the thread, so whatever else the engine does over NCCL between adding and
-executing would be drawn into it.
+The group is opened after the ranks have compared their queues, not at the first `add_send`. NCCL launches a group when
+it is closed and cannot discard one, so a mismatch found while the group is open could not keep bytes from moving. And
+a group is a state of the thread, so any other NCCL call of the engine between adding and executing would become part
+of it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def create(
     """
     if context.device.type != "cuda":
         raise BackendUnavailableError(
-            "pynccl moves tensors on CUDA-like devices only", name="pynccl", why=f"these lie on {context.device.type}"
+            "pynccl moves tensors on CUDA-like devices only", name="pynccl", why=f"these are on {context.device.type}"
         )
     refused = unsupported(tensor.dtype for tensor in expert_weights) if options.reinterpret == "off" else []
     if refused:
@@ -63,7 +63,7 @@ class PyNcclCommunicator(QueuedCommunicator):
     Args:
         context: the group.
         options: the options of the config string.
-        transport: the NCCL communicator; it is closed with this.
+        transport: the NCCL communicator; closed with this one.
         lane: the stream that NCCL's kernels run on.
     """
 
@@ -77,7 +77,7 @@ class PyNcclCommunicator(QueuedCommunicator):
         self._exchange = NcclExchange(transport, lane, context.device, self.timeout_s, abort=options.abort)
 
     def warm_up(self) -> None:
-        """Connect this rank with every other one; raises `TransferError` if that fails."""
+        """Connect this rank to every other one; raises `TransferError` if that fails."""
         self._exchange.warm_up(self.context.rank, self.context.world_size)
 
     def add_send(self, tensor: torch.Tensor, dst_rank: int) -> None:

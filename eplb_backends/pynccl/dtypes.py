@@ -1,7 +1,7 @@
-"""Which dtypes NCCL has a number for.
+"""The dtypes that NCCL supports.
 
-A send and a receive calculate nothing, so on the wire everything is bytes. The list decides what is accepted, as the
-original interface does: who later runs a collective on the same tensors meets NCCL's limits there.
+A send and a receive compute nothing, so on the wire everything is bytes. The list only decides what is accepted, as in
+the original interface: a later collective on the same tensors would be subject to NCCL's limits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NCCL_DTYPES = frozenset(getattr(torch, name) for name in spec.NCCL_DTYPES)
 
 
 def unsupported(dtypes: Iterable[torch.dtype]) -> list[str]:
-    """Return the names of those that NCCL cannot carry, sorted, each once."""
+    """Return the names of the dtypes that NCCL cannot carry, sorted, each once."""
     return sorted({name_of(dtype) for dtype in dtypes if dtype not in NCCL_DTYPES})
 
 

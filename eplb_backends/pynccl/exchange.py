@@ -1,4 +1,4 @@
-"""One group of messages on a stream of its own, with a deadline."""
+"""One group of messages on a separate stream, with a deadline."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ _LATER_S = 1.5
 
 
 class Lane(Protocol):
-    """Where NCCL's kernels run, beside the stream that the caller works on."""
+    """The stream for NCCL's kernels, beside the caller's stream."""
 
     @property
     def stream(self) -> torch.cuda.Stream | None:
-        """What NCCL is given."""
+        """The stream handle for NCCL."""
 
     def enter(self) -> None:
-        """Let what is launched here see all that was enqueued on the current stream."""
+        """Order later work here after all work enqueued on the current stream."""
 
     def mark(self) -> None:
-        """Remember what was launched up to now."""
+        """Mark the work launched so far."""
 
     def finished(self) -> bool:
-        """Whether what was marked is done."""
+        """Whether the marked work is done."""
 
     def leave(self) -> None:
-        """Let the current stream see what was launched here."""
+        """Order later work on the current stream after the work here."""
 
     def keep(self, tensor: torch.Tensor) -> None:
-        """See to it that the tensor's memory is not given to others before all that was launched here is done."""
+        """Keep the tensor's memory from being reused before all work launched here is done."""
 
 
 class CudaLane:
-    """A CUDA stream of its own: a transfer that is stuck there does not block the stream of the caller.
+    """A separate CUDA stream: a stuck transfer on it does not block the caller's stream.
 
     Args:
         device: the CUDA device.
@@ -67,11 +67,11 @@ class CudaLane:
         self._marked.record(self._stream)
 
     def finished(self) -> bool:
-        """Ask the event."""
+        """Query the event."""
         return bool(self._marked.query())
 
     def leave(self) -> None:
-        """Let the current stream wait for the event, on the device."""
+        """Make the current stream wait for the event, on the device."""
         torch.cuda.current_stream(self._device).wait_event(self._marked)
 
     def keep(self, tensor: torch.Tensor) -> None:
@@ -86,7 +86,7 @@ class NcclExchange:
         transport: issues it.
         lane: where it runs.
         device: the device of all messages.
-        timeout_s: for each group, in seconds, work that is ahead of it on the stream included.
+        timeout_s: for each group, in seconds, including earlier work on the stream.
         abort: whether a group that does not end is aborted.
     """
 
@@ -100,7 +100,7 @@ class NcclExchange:
         self._abort = abort
 
     def warm_up(self, rank: int, world_size: int) -> None:
-        """Connect this rank with every other one: each sends one number to each. Every rank has to call it.
+        """Connect this rank to every other one: each sends one number to each. Every rank must call it.
 
         Raises:
             TransferTimeoutError: a rank did not take part in time.
@@ -116,7 +116,7 @@ class NcclExchange:
                 self.run(sends, [Message(landing[at : at + 1], other) for at, other in enumerate(others)])
 
         try:
-            # The deadline inside holds once NCCL has launched; this one, a little later, while it still connects.
+            # The inner deadline applies once NCCL has launched; this one, a little later, while it is connecting.
             call_within(self._timeout_s + _LATER_S, connect)
         except TransferError:
             raise
@@ -140,7 +140,7 @@ class NcclExchange:
         self._lane.enter()
         try:
             self._transport.launch(sends, recvs, self._lane.stream)
-        except Exception as error:  # each binding has exceptions of its own
+        except Exception as error:  # each binding has different exceptions
             self._let_go(messages)
             raise _broken(peers, f"{type(error).__name__}: {error}") from error
         self._lane.mark()
@@ -163,7 +163,7 @@ class NcclExchange:
             message.unpack()
 
     def _let_go(self, messages: Sequence[Message]) -> bool:
-        """Abort, and keep the memory of a transfer that may still be running from being given to others."""
+        """Abort, and keep the memory of a transfer that may still be running from being reused."""
         for message in messages:
             self._lane.keep(message.payload)
         return self._abort and self._transport.abort()
@@ -173,7 +173,7 @@ class NcclExchange:
             f"the NCCL transfer with {ranks_text(peers)} did not end within {self._timeout_s:g} s",
             peers=peers,
             phase="transfer",
-            why="a rank is dead, stopped or did not launch its part, or work ahead on the stream does not end",
+            why="a rank is dead, stopped or did not launch its part, or earlier work on the stream does not end",
             remedy="make a new communicator"
             if aborted
             else "the transfer is still on the GPU: abort the NCCL communicator that carries it, then make new ones",
@@ -186,5 +186,5 @@ def _broken(peers: Sequence[int], reason: str) -> PeerLostError:
         peers=peers,
         phase="transfer",
         why=reason,
-        remedy="NCCL_DEBUG=WARN says more; make a new communicator",
+        remedy="set NCCL_DEBUG=WARN for details; make a new communicator",
     )

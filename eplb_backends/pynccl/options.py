@@ -1,4 +1,4 @@
-"""The options of the `pynccl` backend, as they stand in a config string."""
+"""The options of the `pynccl` backend, as written in a config string."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from eplb_core.contract.option_types import ByteSize, CommonOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PyNcclOptions(CommonOptions):
-    """Options of the `pynccl` backend. It knows those of `torch_nccl`, for which it stands in in stateless groups.
+    """Options of the `pynccl` backend. It accepts those of `torch_nccl`, which it replaces in stateless groups.
 
     Attributes:
-        communicator: whose NCCL communicator carries the bytes: `engine` is the one that the group coordinator
-            carries, `own` is made with nccl4py, `auto` takes the engine's where there is one.
-        reinterpret: what becomes of dtypes that NCCL has no number for: `off` refuses them, `bytes` moves the bytes.
-        coalesce: tensors below this size travel together, one message for each peer; 0B joins none.
-        warm_up: what is connected when the communicator is made: every pair of ranks (`peers`), or nothing more than
-            NCCL does by itself (`group`, `off`). NCCL connects a pair at its first transfer otherwise, and that has
-            no deadline.
-        abort: whether a transfer that timed out aborts an `own` communicator, so that its kernels leave the GPU.
-            Nobody but its engine can abort the engine's.
+        communicator: which NCCL communicator carries the bytes: `engine` is that of the group coordinator, `own` is
+            made with nccl4py, `auto` takes the engine's if there is one.
+        reinterpret: how to treat dtypes that NCCL does not support: `off` refuses them, `bytes` moves the bytes.
+        coalesce: tensors below this size are joined into one message per peer; 0B joins none.
+        warm_up: what is connected when the communicator is made: every pair of ranks (`peers`), or only what NCCL
+            connects by itself (`group`, `off`). Otherwise NCCL connects a pair at its first transfer, which has no
+            deadline.
+        abort: whether a transfer that timed out aborts an `own` communicator, so that its kernels leave the GPU. Only
+            the engine can abort its communicator.
     """
 
     communicator: Literal["auto", "engine", "own"] = field(

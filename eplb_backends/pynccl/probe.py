@@ -1,4 +1,4 @@
-"""Whether `pynccl` works here without an engine: a communicator of one rank that sends to itself."""
+"""Tests whether `pynccl` works here without an engine: a communicator of one rank sends to itself."""
 
 from __future__ import annotations
 

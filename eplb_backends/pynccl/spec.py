@@ -1,11 +1,11 @@
-"""How the `pynccl` backend registers itself. Imports nothing heavy."""
+"""Registers the `pynccl` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from eplb_core.contract.backend import PLUGIN_API_VERSION, BackendSpec, Capabilities
 
 NCCL_DTYPES = (
-    "bool",  # NCCL's uint8, as torch.distributed has it
+    "bool",  # NCCL's uint8, as in torch.distributed
     "int8",
     "uint8",
     "int32",
@@ -19,7 +19,7 @@ NCCL_DTYPES = (
     "float8_e4m3fn",
     "float8_e5m2",
 )
-"""The dtypes that NCCL has a number for, by torch's names. With `reinterpret=bytes` it moves all others too."""
+"""The dtypes that NCCL supports, by torch's names. With `reinterpret=bytes` all others are moved too."""
 
 BACKEND = BackendSpec(
     name="pynccl",

@@ -1,4 +1,4 @@
-"""The NCCL communicators that `pynccl` can use: the engine's, and one of its own. Both issue one group at a time."""
+"""The NCCL communicators that `pynccl` can use: the engine's, and a new one. Both issue one group at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from eplb_core.transport.coalesce import Message
 from eplb_core.transport.deadline import call_within
 
-_ABORT_S = 1.0  # ncclCommAbort itself can hang; what is left of it stays behind in a thread
+_ABORT_S = 1.0  # ncclCommAbort itself can hang; it is then abandoned in a thread
 _CLOSE_S = 5.0  # destroying waits for the other ranks of the node, which may close later or be gone
 _IN_PROGRESS = 7  # ncclInProgress
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCommunicator(Protocol):
-    """What an engine's coordinator carries as `device_communicator.pynccl_comm`."""
+    """The interface of the coordinator's `device_communicator.pynccl_comm`."""
 
     disabled: bool
     available: bool
@@ -39,7 +39,7 @@ class EngineCommunicator(Protocol):
         """Open a group."""
 
     def group_end(self) -> None:
-        """Close the group and launch what is in it."""
+        """Close the group and launch its contents."""
 
 
 class Transport(ABC):
@@ -49,27 +49,27 @@ class Transport(ABC):
     def launch(self, sends: Sequence[Message], recvs: Sequence[Message], stream: torch.cuda.Stream | None) -> None:
         """Enqueue all of them on `stream` as one group.
 
-        The group is closed whatever happens. NCCL launches nothing of a group in which a call failed.
+        The group is always closed. NCCL launches nothing of a group in which a call failed.
         """
 
     @abstractmethod
     def failure(self) -> str:
-        """Return the error that NCCL reports for work under way, or an empty text."""
+        """Return the error that NCCL reports for pending work, or an empty text."""
 
     @abstractmethod
     def abort(self) -> bool:
-        """End what is under way, without the other ranks; return whether that is known to have worked."""
+        """Abort pending work, without the other ranks; return whether that is known to have worked."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let the communicator go, if it is ours."""
+        """Release the communicator, if it is ours."""
 
 
 class EngineTransport(Transport):
-    """Uses the engine's communicator, which stays the engine's.
+    """Uses the engine's communicator, which the engine keeps.
 
     Args:
-        communicator: what the group coordinator carries.
+        communicator: the one that the group coordinator carries.
     """
 
     def __init__(self, communicator: EngineCommunicator) -> None:
@@ -85,19 +85,19 @@ class EngineTransport(Transport):
                 self._communicator.send(message.payload, message.peer, stream=stream)
 
     def failure(self) -> str:
-        """Nothing: its interface does not tell."""
+        """Return nothing: its interface does not report errors."""
         return ""
 
     def abort(self) -> bool:
-        """Do nothing: its interface offers none, and the engine uses it for other things."""
+        """Do nothing: its interface offers no abort, and the engine uses it for other things."""
         return False
 
     def close(self) -> None:
-        """Do nothing: it is the engine's."""
+        """Do nothing: it belongs to the engine."""
 
 
 class OwnTransport(Transport):
-    """Uses a communicator of its own, made with nccl4py. Bootstrapping needs the unique id and nothing else.
+    """Uses a new communicator, made with nccl4py. Bootstrapping needs only the unique id.
 
     Args:
         unique_id: 128 bytes that `unique_id()` returned on one of the ranks.
@@ -128,7 +128,7 @@ class OwnTransport(Transport):
         """Return a new id; its holder listens on a port until all ranks have met.
 
         Raises:
-            Exception: what nccl4py raises where it finds no NCCL.
+            Exception: what nccl4py raises if it finds no NCCL.
         """
         import nccl.core
 
@@ -156,7 +156,7 @@ class OwnTransport(Transport):
         return self._leave("abort", _ABORT_S)
 
     def close(self) -> None:
-        """Destroy the communicator, waiting a few seconds for the other ranks of the node at most."""
+        """Destroy the communicator, waiting at most a few seconds for the other ranks of the node."""
         self._leave("destroy", _CLOSE_S)
 
     def _leave(self, how: str, timeout_s: float) -> bool:
@@ -171,7 +171,7 @@ class OwnTransport(Transport):
         try:
             call_within(timeout_s, leave)
         except TimeoutError:
-            logger.warning("NCCL did not %s a communicator within %g s; it goes on in the background", how, timeout_s)
+            logger.warning("NCCL did not %s a communicator within %g s; it continues in the background", how, timeout_s)
             return False
         except Exception as error:  # noqa: BLE001 - closing releases the rest all the same
             logger.warning("NCCL failed to %s a communicator: %s", how, error)
@@ -181,11 +181,11 @@ class OwnTransport(Transport):
 
 @contextlib.contextmanager
 def closing_group(end: Callable[[], None]) -> Any:
-    """Call `end` at the end of the block, also after an error, which then is the one that is raised."""
+    """Call `end` at the end of the block, also after an error, which then propagates."""
     try:
         yield
     except BaseException:
-        with contextlib.suppress(Exception):  # a group with a failed call fails once more when it is closed
+        with contextlib.suppress(Exception):  # a group with a failed call fails again when it is closed
             end()
         raise
     end()

@@ -1,1 +1,1 @@
-"""torch.distributed over gloo: works everywhere; tensors on a device are staged through pinned memory."""
+"""torch.distributed over gloo: works everywhere; device tensors are staged through pinned memory."""

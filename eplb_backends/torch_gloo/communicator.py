@@ -1,4 +1,4 @@
-"""The `torch_gloo` communicator: CPU tensors as they are, device tensors through host buffers that are reused."""
+"""The `torch_gloo` communicator: moves CPU tensors directly, and device tensors through reused host buffers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GlooCommunicator(QueuedCommunicator):
         context: the group.
         options: the options of the config string.
         cpu_group: the gloo process group.
-        staged: whether tensors go through host buffers; None means exactly those on a device.
+        staged: whether tensors go through host buffers; None means only device tensors.
     """
 
     path = "gloo"
@@ -78,7 +78,7 @@ class GlooCommunicator(QueuedCommunicator):
         return TransferStats(phases=phases)
 
     def release(self) -> None:
-        """Free the host buffers. The process group is the caller's."""
+        """Free the host buffers. The process group belongs to the caller."""
         self._send_buffer.release()
         self._receive_buffer.release()
 
@@ -90,13 +90,13 @@ class GlooCommunicator(QueuedCommunicator):
             messages = self._send_buffer.messages(sent)
             landing = self._receive_buffer.messages(received)
             _copy([pair for message in messages for pair in message.parts])
-            # gloo knows no streams: the copies have to be there before it reads them.
+            # gloo knows no streams: the copies must be complete before it reads them.
             synchronize(self.context.device, self._stream)
             packed = time.perf_counter()
             exchange(self._group, _payloads(messages), _payloads(landing), self.timeout_s)
             moved = time.perf_counter()
             _copy([(piece, slot) for message in landing for slot, piece in message.parts])
-            # The buffers are the next round's too, and that one is not ordered behind these copies.
+            # The next round uses the same buffers, and is not ordered after these copies.
             synchronize(self.context.device, self._stream)
             phases["pack"] += packed - began
             phases["transfer"] += moved - packed
@@ -109,5 +109,5 @@ def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def _payloads(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages without their parts, which are copied on the stream and not where gloo is called."""
+    """Return the messages without their parts, which are copied on the stream, not where gloo is called."""
     return [Message(message.payload, message.peer) for message in messages]

@@ -1,4 +1,4 @@
-"""The options of the `torch_gloo` backend, as they stand in a config string."""
+"""The options of the `torch_gloo` backend, as written in a config string."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How device tensors pass through bounded host buffers: in rounds, the k-th part for every peer in the k-th round.
+"""Moves device tensors through bounded host buffers, in rounds: the k-th part for every peer in the k-th round.
 
-Both ranks of a pair cut what they exchange alike, so nothing has to be told; and since every round waits for its own
-parts only, ranks with more rounds than others block nobody.
+Both ranks of a pair split their data in the same way, so no message about it is needed. Every round waits for its own
+parts only, so ranks with more rounds do not block others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Part = list[torch.Tensor]
 
 
 def cut(payloads: Payloads, part_bytes: int) -> list[dict[int, Part]]:
-    """Return the rounds: peer -> its part. Every part of a peer but its last is `part_bytes` long."""
+    """Return the rounds: peer -> its part. Every part of a peer except its last is `part_bytes` long."""
     rounds: list[dict[int, Part]] = []
     for peer, queued in payloads.items():
         filled = 0
@@ -33,7 +33,7 @@ def cut(payloads: Payloads, part_bytes: int) -> list[dict[int, Part]]:
 
 
 class HostBuffer:
-    """A host buffer that grows to what a round needs, up to a limit, and is reused.
+    """A reused host buffer that grows to the needs of a round, up to a limit.
 
     Args:
         limit: the most bytes that it may grow to.
@@ -51,14 +51,14 @@ class HostBuffer:
         return 0 if self._memory is None else self._memory.numel()
 
     def part_bytes(self, peers: int) -> int:
-        """Return how long the parts are of which one for each of so many peers fits."""
+        """Return the largest part size of which one per peer fits."""
         return max(self.limit // max(peers, 1), 1)
 
     def messages(self, parts: dict[int, Part]) -> list[Message]:
-        """Return a message for each part of a round, whose payloads lie in this buffer; pieces are the tensors'."""
+        """Return a message for each part of a round; payloads are in this buffer, pieces are views of the tensors."""
         sizes = [sum(map(len, part)) for part in parts.values()]
         if sum(sizes) > self.nbytes:
-            self._memory = None  # first give back, then take: not both at once
+            self._memory = None  # free first, then allocate: never hold both
             self._memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._pin)
         if self._memory is None:
             return []

@@ -1,1 +1,1 @@
-"""torch.distributed over NCCL, on the engine's own device group; the default backend."""
+"""torch.distributed over NCCL, on the engine's device group; the default backend."""

@@ -46,7 +46,7 @@ def create(
 
 
 class NcclCommunicator(QueuedCommunicator):
-    """Sends and receives over a process group, ordered on the communicator's stream. The group is the caller's.
+    """Sends and receives over the caller's process group, ordered on the communicator's stream.
 
     Args:
         context: the group.

@@ -1,9 +1,9 @@
-"""Moves messages over an NCCL process group with a deadline that holds for the host as well.
+"""Moves messages over an NCCL process group, with a deadline that also applies to the host.
 
-`Work.wait(timeout)` has one too, but polls only every millisecond, and when it expires it marks the work as failed:
-torch's watchdog thread then ends the whole process a minute later, in its default setting
-(`TORCH_NCCL_ASYNC_ERROR_HANDLING=3`). So this asks `Work.is_completed()` itself, and aborts the group as its owner
-would, which stops the watchdog first.
+`Work.wait(timeout)` has a deadline too, but polls only every millisecond, and on expiry marks the work as failed: in
+its default setting (`TORCH_NCCL_ASYNC_ERROR_HANDLING=3`) torch's watchdog thread then terminates the whole process a
+minute later. So this module polls `Work.is_completed()` itself, and aborts the group as its owner would, which stops
+the watchdog first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from eplb_core.transport.deadline import call_within, wait_until
 from eplb_core.transport.streams import on_stream
 from eplb_core.words import ranks_text
 
-_ABORT_S = 1.0  # ncclCommAbort itself can hang; what is left of it stays behind in a thread
+_ABORT_S = 1.0  # ncclCommAbort itself can hang; it is then abandoned in a thread
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class DeviceExchange:
     Args:
         group: a process group with an NCCL backend.
         device: the device of all messages.
-        timeout_s: for each batch, in seconds, work that is ahead of it on the stream included.
+        timeout_s: for each batch, in seconds, including earlier work on the stream.
         abort: whether a batch that does not end aborts the group.
     """
 
@@ -44,7 +44,7 @@ class DeviceExchange:
         self._abort = abort
 
     def warm_up(self, *, peers: bool) -> None:
-        """Connect the group, and with `peers` every pair of its ranks as well. Every rank has to call it.
+        """Connect the group, and with `peers` also every pair of its ranks. Every rank must call it.
 
         Raises:
             TransferTimeoutError: a rank did not take part in time.
@@ -99,7 +99,7 @@ class DeviceExchange:
         return [work for work in dist.batch_isend_irecv(operations) if work is not None]
 
     def _finish(self, works: Sequence[dist.Work], peers: Sequence[int], deadline: float) -> None:
-        """Wait on the host; only then let the current stream wait, so that a stuck transfer does not block it."""
+        """Wait on the host, then make the current stream wait, so that a stuck transfer does not block it."""
         if not wait_until(lambda: all(work.is_completed() for work in works), deadline - time.monotonic()):
             raise self._timed_out(peers)
         try:
@@ -114,7 +114,7 @@ class DeviceExchange:
             f"the NCCL transfer with {ranks_text(peers)} did not end within {self._timeout_s:g} s",
             peers=peers,
             phase="transfer",
-            why="a rank is dead, stopped or did not launch its part, or work ahead on the stream does not end",
+            why="a rank is dead, stopped or did not launch its part, or earlier work on the stream does not end",
             remedy="make a new device process group, then a new communicator"
             if aborted
             else "abort the device process group: the transfer is still on the GPU; then make new ones",
@@ -128,7 +128,7 @@ class DeviceExchange:
             peers=peers,
             phase="transfer",
             why=reason,
-            remedy="NCCL_DEBUG=WARN says more; make a new device process group, then a new communicator",
+            remedy="set NCCL_DEBUG=WARN for details; make a new device process group, then a new communicator",
         )
 
     def _abort_group(self) -> bool:

@@ -1,4 +1,4 @@
-"""The options of the `torch_nccl` backend, as they stand in a config string."""
+"""The options of the `torch_nccl` backend, as written in a config string."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from eplb_core.contract.option_types import ByteSize, CommonOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchNcclOptions(CommonOptions):
-    """Options of the `torch_nccl` backend. `pynccl`, which stands in for it in stateless groups, knows them too.
+    """Options of the `torch_nccl` backend. `pynccl`, which replaces it in stateless groups, accepts them too.
 
     Attributes:
-        coalesce: tensors below this size travel together, one message for each peer; 0B joins none.
-        warm_up: what is connected when the communicator is made, on a GPU: every pair of ranks, the group only, or
-            nothing. NCCL connects a pair at its first transfer otherwise, and that has no deadline.
+        coalesce: tensors below this size are joined into one message per peer; 0B joins none.
+        warm_up: what is connected when the communicator is made, on a GPU: every pair of ranks, only the group, or
+            nothing. Otherwise NCCL connects a pair at its first transfer, which has no deadline.
         abort: whether a transfer that timed out aborts the group's NCCL communicator, so that its kernels leave the
-            GPU. The engine cannot use that process group afterwards; without aborting it hangs there instead.
+            GPU. The engine cannot use that process group afterwards; without the abort it would hang there.
     """
 
     coalesce: ByteSize = field(

@@ -1,4 +1,4 @@
-"""How the `torch_nccl` backend registers itself. Imports nothing heavy."""
+"""Registers the `torch_nccl` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 

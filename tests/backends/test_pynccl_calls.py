@@ -292,7 +292,7 @@ def test_the_factory_lists_what_nccl_cannot_carry_sorted_and_once() -> None:
 
 
 def test_the_factory_refuses_other_devices_by_name() -> None:
-    with pytest.raises(BackendUnavailableError, match="CUDA-like devices only: these lie on cpu"):
+    with pytest.raises(BackendUnavailableError, match="CUDA-like devices only: these are on cpu"):
         create(context_of(), PyNcclOptions(), [])
 
 

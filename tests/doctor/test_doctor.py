@@ -283,7 +283,7 @@ def test_every_link_is_shown_with_its_rate_and_its_way(told: tuple[int, dict[str
 def test_tcp_on_one_host_is_warned_of_by_the_doctor_and_by_the_backend(told: tuple[int, dict[str, Any], str]) -> None:
     details = [finding["detail"] for finding in findings_of(told[1], "nixl?window=32MiB")]
     assert any("of one host go over tcp" in detail for detail in details)
-    assert any("UCX_TLS=tcp,self leaves no way but the network; unset it" in detail for detail in details)
+    assert any("UCX_TLS=tcp,self allows only the network; unset it" in detail for detail in details)
 
 
 def test_what_the_user_set_and_what_the_backend_set_are_told_apart(told: tuple[int, dict[str, Any], str]) -> None:

@@ -174,7 +174,7 @@ def test_memory_of_expandable_segments_is_packed_with_a_warning(
 ) -> None:
     one = unconnected("auto")
     one.register(plain_and_chunked, landing=landing)
-    assert "1 of 2 tensors lie in memory of expandable_segments" in caplog.text
+    assert "1 of 2 tensors are in memory of expandable_segments" in caplog.text
     assert [one._registered.contain(each.data_ptr(), 1000) for each in plain_and_chunked] == [True, False]
     assert [one._landing.contain(each.data_ptr(), 1000) for each in plain_and_chunked] == [landing, False]
 
