@@ -55,7 +55,7 @@ def open_recording(path: Path, model: ModelHints) -> Recording:
         raise InputError(
             "loads are not read from YAML",
             where=str(path),
-            why="TensorRT-LLM's YAML files hold placements",
+            why="a YAML file of TensorRT-LLM is a placement",
             remedy="give it as --placement, and the directory of its EXPERT_STATISTIC_PATH as LOADS",
         )
     return _of_content(read_content(path, "loads"), path, model)

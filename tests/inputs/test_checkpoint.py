@@ -397,7 +397,7 @@ def test_a_rank_that_sees_other_files_refuses_the_table(made: MakeCheckpoint) ->
     size = path.stat().st_size
     path.write_bytes(path.read_bytes() + b"?")
     with pytest.raises(
-        InputError, match=rf"not the one that rank 0 has read .*it has {size + 1} bytes here, {size} there"
+        InputError, match=rf"differs from the one that rank 0 has read .*it has {size + 1} bytes here, {size} there"
     ):
         decode_checkpoint(payload)
     path.unlink()

@@ -189,7 +189,7 @@ def a_stream_that_does_not_come_is_told_from_a_peer_that_does_not(context: RankC
     landing = torch.zeros(64, dtype=torch.uint8)
     if context.rank == late:
         communicator.add_send(torch.ones(64, dtype=torch.uint8), 1)
-        with raises(TransferTimeoutError, "own stream"):
+        with raises(TransferTimeoutError, "this rank's stream"):
             communicator.execute()
         released.set()
     elif context.rank == 1:
@@ -330,7 +330,7 @@ def a_mapping_that_shows_other_bytes_is_refused(context: RankContext) -> None:
     if context.rank == 0:
         HostMemory.read = lambda self, address, nbytes: bytes(nbytes)  # type: ignore[method-assign]
     try:
-        with raises(BackendUnavailableError, "rank 0 reads other bytes than rank 1 has written"):
+        with raises(BackendUnavailableError, "rank 0 reads different bytes than rank 1 has written"):
             context.create()
     finally:
         HostMemory.read = read  # type: ignore[method-assign]
@@ -346,7 +346,7 @@ def a_rank_without_memory_for_its_window_is_told_by_all(context: RankContext) ->
     if context.rank == 1:
         HostMemory.allocate = refuse  # type: ignore[method-assign]
     try:
-        with raises(BackendUnavailableError, "rank 1 has no memory to show: CUDA_ERROR_OUT_OF_MEMORY"):
+        with raises(BackendUnavailableError, "rank 1 has no memory to share: CUDA_ERROR_OUT_OF_MEMORY"):
             context.create()
     finally:
         HostMemory.allocate = allocate  # type: ignore[method-assign]

@@ -154,7 +154,7 @@ def test_what_is_no_message_ends_the_link(junk: bytes) -> None:
     link = Link(1, ours)
     theirs.sendall(junk)
     assert link.receive() == []
-    assert "no message" in link.lost
+    assert "an invalid message" in link.lost
     link.close()
     theirs.close()
 
@@ -197,7 +197,7 @@ def test_a_stranger_that_connects_is_left_out_and_the_absent_rank_is_named() -> 
 
 
 def test_who_listens_in_the_place_of_a_rank_is_refused() -> None:
-    with listen(4) as listener, pytest.raises(TransferTimeoutError, match="who listens there is not rank 0"):
+    with listen(4) as listener, pytest.raises(TransferTimeoutError, match="the listener there is not rank 0"):
         connect(1, listener, [listener.getsockname(), b""], [os.getpid() + 1, os.getpid()], 5.0)
 
 

@@ -234,7 +234,7 @@ def test_without_a_directory_the_exporter_says_what_is_missing(monkeypatch: pyte
         [sys.executable, "-m", "eplb_prometheus", "serve"], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
-    assert "PROMETHEUS_MULTIPROC_DIR has to name a directory" in done.stderr
+    assert "PROMETHEUS_MULTIPROC_DIR must name a directory" in done.stderr
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_the_readme_lists_exactly_the_metrics_that_there_are() -> None:
 
 def test_a_number_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPLB_PROMETHEUS_MOST_PEERS", "many")
-    with pytest.raises(ValueError, match="EPLB_PROMETHEUS_MOST_PEERS has to be a whole number, not 'many'"):
+    with pytest.raises(ValueError, match="EPLB_PROMETHEUS_MOST_PEERS must be a whole number, not 'many'"):
         PrometheusPlugin(CollectorRegistry())
 
 

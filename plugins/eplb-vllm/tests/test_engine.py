@@ -182,7 +182,7 @@ def test_rank_0_says_backend_ranks_and_layers_once_for_each_communicator(engine:
 
 
 def test_a_policy_of_eplb_decides_where_experts_go(engine: dict[str, Any]) -> None:
-    assert f"eplb decides where experts go: policy {POLICY}" in engine["log"]
+    assert f"eplb chooses the placements: policy {POLICY}" in engine["log"]
 
 
 # --- refreshes of the weights ----------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""Mappings of peers' GPU memory, by CUDA IPC, as a backend of `eplb`."""
+"""Peers' GPU memory, mapped by CUDA IPC, as a backend of `eplb`."""

@@ -1,9 +1,9 @@
-"""Many large copies in one call of the driver, dealt to several streams, which leaves the GPU's cores to inference.
+"""Many large copies in one driver call, spread over several streams, which leaves the GPU's cores to inference.
 
 Between two H200, 360 pieces of experts of 44 MB: one by one 272 GB/s and 6 to 8 ms of the caller's time, one batch
-346 GB/s, dealt to four streams 361 GB/s; the kernel 315. Of experts of 4.7 MB: 67, 223, 304 and 294.
+346 GB/s, spread over four streams 361 GB/s; the kernel 315. For experts of 4.7 MB: 67, 223, 304 and 294.
 
-The driver is called past NVIDIA's binding, which would turn every address into an object of Python's first.
+The driver is called directly, since NVIDIA's binding would first turn every address into a Python object.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 class _Location(ctypes.Structure):
-    """`CUmemLocation`; zero is none, for memory that CUDA has allocated."""
+    """`CUmemLocation`; zero is none, for memory allocated by CUDA."""
 
     _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
 
@@ -45,7 +45,7 @@ class _Attributes(ctypes.Structure):
 def batch_function(library: Any) -> tuple[Any, bool] | None:
     """Return the driver's `cuMemcpyBatchAsync`, and whether it is that of CUDA 13; None before CUDA 12.8.
 
-    CUDA 13 has it without the argument that names the copy that failed.
+    CUDA 13 dropped the argument that names the failed copy.
 
     Args:
         library: `libcuda`.
@@ -62,7 +62,7 @@ class CopyBatch:
 
     Args:
         driver: the binding of the driver.
-        library: `libcuda`; the one that is loaded by default.
+        library: `libcuda`; by default the loaded one.
 
     Raises:
         CudaError: the driver cannot copy in batches.
@@ -83,12 +83,12 @@ class CopyBatch:
 
     @contextlib.contextmanager
     def launched(self, copies: Copies, stream: int) -> Iterator[None]:
-        """Enqueue copies behind what is on `stream`; what is enqueued on it after the block waits for them.
+        """Enqueue copies after the work on `stream`; later work on it, after the block, waits for them.
 
-        What the block itself enqueues on the stream runs beside them. None of the copies is empty.
+        Work that the block itself enqueues on the stream runs beside them. None of the copies is empty.
 
         Raises:
-            CudaError: the driver refuses. None of the copies is under way then.
+            CudaError: the driver refuses. None of the copies has started then.
         """
         dealt = list(zip(_dealt(copies, STREAMS), self._streams, self._ends, strict=False))
         call(self._driver, "cuEventRecord", self._begin, stream)
@@ -106,7 +106,7 @@ class CopyBatch:
             raise
 
     def close(self) -> None:
-        """Give everything back; nothing is under way any more."""
+        """Release everything; nothing may be in flight."""
         for side in self._streams:
             call(self._driver, "cuStreamDestroy", side)
         for event in (self._begin, *self._ends):
@@ -129,7 +129,7 @@ class CopyBatch:
 
 
 def _dealt(copies: Copies, count: int) -> list[Copies]:
-    """Return the copies in `count` parts at most, of about the same bytes, neighbours together."""
+    """Return the copies in at most `count` parts of about equal bytes, keeping neighbours together."""
     ends = np.cumsum(copies.nbytes)
     part = ((ends - copies.nbytes / 2) * count / ends[-1]).astype(np.int64)
     borders = np.searchsorted(part, np.arange(count + 1))

@@ -1,4 +1,4 @@
-"""How functions of NVIDIA's bindings are called: results without codes, and errors that say what was asked."""
+"""Calls functions of NVIDIA's bindings: returns results without codes, and raises errors that name the call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eplb_core.errors import BackendUnavailableError
 
 
 class CudaError(RuntimeError):
-    """The driver refused something. The text says what, and its name for why."""
+    """The driver refused a call. The text names the call and the driver's error code."""
 
 
 def load_driver() -> Any:
@@ -33,11 +33,11 @@ def call(driver: Any, function: str, *arguments: Any) -> Any:
     """Call one function of a binding, and return its result, or results, without the error code.
 
     Raises:
-        CudaError: the code says that it failed, or there is no driver.
+        CudaError: the code reports a failure, or there is no driver.
     """
     try:
         code, *results = getattr(driver, function)(*arguments)
-    except RuntimeError as error:  # as the binding says that there is no libcuda
+    except RuntimeError as error:  # raised by the binding if there is no libcuda
         raise CudaError(f"{function}: {error}") from error
     if int(code):
         raise CudaError(f"{function}: {getattr(code, 'name', code)}")

@@ -1,4 +1,4 @@
-"""The `cuda_ipc` communicator: the receiver copies out of the sender's memory, which it has mapped."""
+"""The `cuda_ipc` communicator: the receiver maps the sender's memory and copies out of it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from eplb_cuda_ipc.shown import Shown
 from eplb_cuda_ipc.window import REGION, Window
 
 _MAX_IN_FLIGHT = 4
-_PART_S = 1.0  # how long closing waits for the peers, so that none maps what is freed
-_DEVICE_S = 30.0  # a device that has not done its copies, which wait for nothing, after this hangs
-_NEWS_S = 0.5  # another rank may have seen sooner that one is gone
+_PART_S = 1.0  # how long closing waits for the peers, so that none still maps freed memory
+_DEVICE_S = 30.0  # copies wait for nothing, so a device that needs longer than this hangs
+_NEWS_S = 0.5  # another rank may have noticed a lost rank earlier
 _SAMPLE_BYTES = 64
 
 
@@ -48,7 +48,7 @@ class CudaIpcCommunicator(EplbCommunicator):
     Args:
         context: the group.
         options: the options of the config string.
-        memory: this rank's; the communicator closes it.
+        memory: this rank's memory; the communicator closes it.
 
     Raises:
         BackendUnavailableError: the ranks cannot map each other's memory.
@@ -90,13 +90,13 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._queue.add_recv(tensor, src_rank)
 
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
-        """Let peers map the allocations behind these tensors, once; what lies there is then sent without packing.
+        """Let peers map the allocations behind these tensors, once; tensors in them are then sent without packing.
 
-        Peers can read, and write, all of such an allocation, with whatever else lies in it. That they are `landing`
-        makes no difference: to receive takes no registration, and weights that are received into are sent as well.
+        Peers can read and write the whole allocation, including other tensors in it. `landing` makes no difference:
+        receiving needs no registration, and weights that are received into are also sent.
 
         Raises:
-            InvalidTransferError: a tensor lies on another device.
+            InvalidTransferError: a tensor is on another device.
         """
         self._queue.check_open()
         elsewhere = next((tensor.device for tensor in tensors if tensor.device != self._device), None)
@@ -115,11 +115,11 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._queue.add_payloads(sends, recvs)
 
     def execute(self) -> None:
-        """Compare, say where everything lies, copy what the peers say, and wait until they have copied too."""
+        """Compare, announce all addresses, copy what the peers announce, and wait until they have copied too."""
         self.start().wait()
 
     def start(self) -> PendingTransfer:
-        """Compare and say where everything lies; copies go on in `wait()`, of this transfer or of an earlier one."""
+        """Compare and announce all addresses; copies continue in `wait()`, of this transfer or an earlier one."""
         began = time.perf_counter()
         sends, recvs = self._queue.take()
         with self._breaking():
@@ -157,7 +157,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._trusted = trusted
 
     def finish(self, round_: Round, began: float, stats: TransferStats, work: Iterator[object]) -> TransferStats:
-        """Wait for a round that began at this time, and advance `work` meanwhile; the pending transfer calls it."""
+        """Wait for a round that began at `began`, and advance `work` meanwhile; called by the pending transfer."""
         self._queue.check_open()
         called = time.perf_counter()
         with self._breaking():
@@ -175,41 +175,43 @@ class CudaIpcCommunicator(EplbCommunicator):
         return self._stats
 
     def rescue(self, rank: int) -> Rescue:
-        """Return what a rank that is gone had registered before it went.
+        """Return the registered tensors of a lost rank.
 
-        It has what this rank had mapped of it: all that was registered before the last `execute()`. Slots that a
-        rearrangement was writing when the rank died hold a mixture. This communicator moves nothing any more. Leave the
-        block when everything is rescued, and before `close()`:
+        Contains everything the lost rank had registered before its last `execute()`, if this rank had mapped it. Slots
+        that a rearrangement was writing when the rank died hold a mixture. This communicator moves nothing any more.
+        Leave the block when everything is rescued, and before `close()`:
 
             with communicator.rescue(3) as left:
                 expert = left.tensor(index, slot)
 
         Raises:
-            InvalidTransferError: it is no peer, or its process has not ended, or has closed its communicator first.
+            InvalidTransferError: it is not a peer, its process still runs, or it had closed its communicator.
             CommunicatorClosedError: after `close()`.
         """
         if self._closed or self._connected is None:
             raise CommunicatorClosedError("nothing is mapped any more", why="this communicator was closed")
         if rank not in self._links:
-            raise InvalidTransferError(f"cannot rescue what rank {rank!r} had", why="it is no peer of this rank")
+            raise InvalidTransferError(
+                f"cannot rescue the tensors of rank {rank!r}", why="it is not a peer of this rank"
+            )
         if not self._connected[1].died(rank, _NEWS_S):
             raise InvalidTransferError(
-                f"cannot rescue what rank {rank} has",
-                why="its process is there, or has closed its communicator and may have freed its memory",
+                f"cannot rescue the tensors of rank {rank}",
+                why="its process still runs, or it has closed its communicator and may have freed its memory",
             )
-        self._queue.close(f"what rank {rank} had was rescued")
+        self._queue.close(f"the tensors of rank {rank} were rescued")
         return Rescue(self._memory, self._device, rank, self._mapped[rank])
 
     def close(self) -> None:
-        """Wait for copies that are under way; unmap, tell the peers, wait a moment for them, and free the window.
+        """Wait for copies in flight; unmap, inform the peers, wait a moment for them, and free the window.
 
-        In this order, so that nobody frees what somebody else has mapped, as long as every rank closes.
+        In this order, so that no rank frees memory that another one has mapped, provided that every rank closes.
         """
         self._queue.close("it was closed")
         if self._closed:
             return
         self._closed = True
-        with contextlib.ExitStack() as in_turn:  # the last one first, and each though another one fails
+        with contextlib.ExitStack() as in_turn:  # the last one first, and each even if another one fails
             in_turn.callback(self._memory.close)
             in_turn.callback(self._shown.clear)
             for link in self._links.values():
@@ -222,27 +224,27 @@ class CudaIpcCommunicator(EplbCommunicator):
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
-        """False: it allocates nothing but its window."""
+        """False: it allocates only its window."""
         return False
 
     @property
     def may_land_late(self) -> bool:
-        """False: only this rank's own device writes, and an error is raised when it has done its copies."""
+        """False: only this rank's device writes, and an error is raised only when its copies are done."""
         return False
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the window that is packed in."""
+        """Bytes of the window for packing."""
         return 0 if self._window is None else self._window.nbytes
 
     @property
     def staging_limit_bytes(self) -> int:
-        """What the window that is packed in leaves of the `window` option to a rearrangement."""
+        """The part of the `window` option that the packing window leaves to a rearrangement."""
         return int(self._options.window) - int(self._options.packed)
 
     @property
     def last_stats(self) -> TransferStats | None:
-        """What the last finished `execute()` did."""
+        """Statistics of the last finished `execute()`."""
         return self._stats
 
     # --- connecting and failing -------------------------------------------------------------------------------------
@@ -258,20 +260,20 @@ class CudaIpcCommunicator(EplbCommunicator):
         }
         self._memory.meet([cards[peer].gpu for peer in self._links])
         self._mapped = {peer: Mapped(self._memory) for peer in self._links}
-        # Every rank sends before it answers here, so all windows are there to be mapped once all have answered.
+        # Every rank sends before it answers here, so all windows can be mapped once all have answered.
         problem = self._show_window(mine.sample)
         tell_problem(context, "that every rank has shown its window", problem, self._timeout_s)
         self._parts()[1].listen()
         tell_problem(context, "whether all ranks can read all windows", self._untrue(cards), self._timeout_s)
 
     def _show_window(self, sample: bytes) -> str:
-        """Make this rank's window and show it to the others; return what went wrong, or an empty text."""
+        """Make this rank's window and show it to the others; return the problem, or an empty text."""
         try:
             self._window = window = Window(self._memory, int(self._options.packed))
             self._memory.write(window.address, sample)
             regions = self._shown.add_allocation(window.address)
-        except RuntimeError as error:  # the driver's own
-            return f"rank {self._queue.rank} has no memory to show: {error}"
+        except RuntimeError as error:  # raised by the driver
+            return f"rank {self._queue.rank} has no memory to share: {error}"
         for link in self._links.values():
             link.send(Show(regions, []))
         shared = Shared(self._memory, self._links, self._mapped, self._shown, window)
@@ -279,7 +281,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         return "" if regions else f"the memory of rank {self._queue.rank} cannot be mapped by others"
 
     def _untrue(self, cards: list[Card]) -> str:
-        """Read from the window of every peer; return what went wrong, or an empty text."""
+        """Read from the window of every peer; return the problem, or an empty text."""
         for peer, mapped in self._mapped.items():
             try:
                 first = mapped.addresses(np.array([REGION]), np.zeros(1, np.int64), np.array([_SAMPLE_BYTES]))
@@ -287,7 +289,7 @@ class CudaIpcCommunicator(EplbCommunicator):
             except (MemoryMapError, ValueError) as error:
                 return f"rank {self._queue.rank} cannot read the memory of rank {peer}: {error}"
             if seen != cards[peer].sample:
-                return f"rank {self._queue.rank} reads other bytes than rank {peer} has written"
+                return f"rank {self._queue.rank} reads different bytes than rank {peer} has written"
         return ""
 
     def _parts(self) -> tuple[Shared, Exchange]:
@@ -296,14 +298,14 @@ class CudaIpcCommunicator(EplbCommunicator):
         return self._connected
 
     def _unmap(self) -> None:
-        # Unmapping what a copy still reads would be worse than leaving it mapped until this process ends.
+        # Unmapping memory that a copy still reads would be worse than leaving it mapped until this process ends.
         if self._connected is None or self._connected[1].quiesce(_DEVICE_S):
             for mapped in self._mapped.values():
                 mapped.let_go()
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
-        """After a failure amid a transfer, tell the peers who is to blame and refuse everything but `close()`."""
+        """After a failure amid a transfer, inform the peers who is to blame and refuse everything except `close()`."""
         try:
             yield
         except TransferError as error:
@@ -315,12 +317,12 @@ class CudaIpcCommunicator(EplbCommunicator):
                 "the device failed on this rank", phase="copy", why=f"{type(error).__name__}: {error}"
             )
             self._break(failure)
-            if isinstance(error, RuntimeError):  # torch's and the driver's own
+            if isinstance(error, RuntimeError):  # raised by torch or the driver
                 raise failure from error
             raise
 
     def _break(self, error: TransferError) -> None:
-        """Return when nothing lands in the tensors of this rank any more."""
+        """Wait until nothing lands in the tensors of this rank any more."""
         self._queue.close(f"an earlier transfer failed: {error.what}")
         if self._connected is not None:
             self._connected[1].give_up(error)
@@ -328,13 +330,13 @@ class CudaIpcCommunicator(EplbCommunicator):
 
 
 class _Pending(PendingTransfer):
-    """A transfer that goes on. Keeps its tensors alive until it has ended, and no longer.
+    """A transfer in flight. Keeps its tensors alive until it has ended, and no longer.
 
     Args:
-        communicator: whose it is.
+        communicator: its communicator.
         round_: its state.
         began: when it was started.
-        stats: what is known of it.
+        stats: its statistics so far.
         transfers: its tensors.
     """
 
@@ -355,14 +357,14 @@ class _Pending(PendingTransfer):
         self._work: Iterator[object] = iter(())
 
     def use_idle_time(self, work: Iterator[object]) -> None:
-        """Let `wait()` advance `work` while copies are under way."""
+        """Let `wait()` advance `work` while copies are in flight."""
         self._work = work
 
     def wait(self) -> TransferStats | None:
-        """Return when everything was copied, on both sides."""
+        """Wait until everything is copied, on both sides."""
         if self._round is not None:
             try:
-                work, self._work = self._work, iter(())  # it may hold whoever waits
+                work, self._work = self._work, iter(())  # it may hold a reference to the waiter
                 self._stats = self._communicator.finish(self._round, self._began, self._known, work)
             finally:
                 self._kept, self._round = [], None

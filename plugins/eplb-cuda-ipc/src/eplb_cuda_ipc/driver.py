@@ -1,10 +1,10 @@
-"""A GPU's memory, through NVIDIA's own binding of the CUDA driver: every call of CUDA that the package makes.
+"""A GPU's memory, through NVIDIA's binding of the CUDA driver: every CUDA call that the package makes.
 
-torch can share tensors between processes too, but keeps counts of their users in /dev/shm, where they stay after a
-SIGKILL, and never frees what a dead process has mapped. The driver's own functions have neither.
+torch can share tensors between processes too, but keeps reference counts in /dev/shm, where they stay after a SIGKILL,
+and never frees memory that a dead process had mapped. The driver's functions have neither problem.
 
-Addresses are copied, not tensors: torch would copy from another GPU's tensor on that GPU's stream, and make a context
-there, of some hundred MiB, in every process.
+Copies take addresses, not tensors: torch would copy from another GPU's tensor on that GPU's stream, and create a
+context there, of some hundred MiB, in every process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from eplb_cuda_ipc.kernel import CopyKernel
 from eplb_cuda_ipc.memory import HANDLE_BYTES, Allocation, Copies, Mark, MemoryMapError
 
 _PAGE_BYTES = 2 << 20
-_LARGE_BYTES = 1 << 20  # from here on copies in a batch are as fast as the kernel, and leave the cores to inference
+_LARGE_BYTES = 1 << 20  # from this size on batched copies are as fast as the kernel, and leave the cores to inference
 _LARGE_BYTES_ALONE = 8 << 20  # the same for copies one by one
 _NEVER = 1 << 62
 
@@ -50,8 +50,8 @@ class CudaMemory:
         self._device = torch.device("cuda", self._ordinal)
         self.gpu = _name(self._ordinal)
         self._lazy = int(self._driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS)
-        # torch hands out the same 32 streams again and again; in one of those, somebody else's kernels could stand
-        # before a copy.
+        # torch hands out the same 32 streams repeatedly; in one of those, other kernels could be queued before a
+        # copy.
         flags = int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         try:
             self._number = self._call("cuDeviceGet", self._ordinal)
@@ -79,7 +79,7 @@ class CudaMemory:
         return f"its GPU {gpu} is not visible to this process; let every rank see all GPUs (CUDA_VISIBLE_DEVICES)"
 
     def meet(self, gpus: Collection[str]) -> None:
-        """Copy everything by the kernel if all peers share this GPU, which has no engine that is faster then."""
+        """Copy everything with the kernel if all peers share this GPU, whose copy engines are not faster then."""
         if set(gpus) <= {self.gpu}:
             self._large_from = _NEVER
 
@@ -97,11 +97,11 @@ class CudaMemory:
         return Allocation(int(base), int(nbytes), ctypes.string_at(handle.getPtr(), HANDLE_BYTES))
 
     def map(self, handle: bytes) -> int:
-        """Map another process's allocation. The driver counts how often one process maps the same."""
+        """Map another process's allocation. The driver counts how often a process maps the same one."""
         if len(handle) != HANDLE_BYTES:
             raise MemoryMapError(f"a handle has {HANDLE_BYTES} bytes, not {len(handle)}")
         native = self._driver.CUipcMemHandle()
-        ctypes.memmove(native.getPtr(), handle, HANDLE_BYTES)  # some versions of the binding name no field of it
+        ctypes.memmove(native.getPtr(), handle, HANDLE_BYTES)  # some versions of the binding do not name its field
         try:
             with self._current():
                 return int(self._call("cuIpcOpenMemHandle", native, self._lazy))
@@ -113,12 +113,12 @@ class CudaMemory:
         with contextlib.suppress(CudaError), self._current():
             self._call("cuIpcCloseMemHandle", address)
 
-    # --- memory of its own ------------------------------------------------------------------------------------------
+    # --- its own memory ---------------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
         """Allocate from the driver: torch's allocator may give memory that cannot be mapped.
 
-        Whole pages of the device, since others share a page with what else lies there (CUDA's documentation of IPC).
+        Whole pages of the device, since IPC exposes everything on a page (CUDA's documentation of IPC).
         """
         with self._current():
             return int(self._call("cuMemAlloc", -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES))
@@ -129,14 +129,14 @@ class CudaMemory:
             self._call("cuMemFree", address)
 
     def write(self, address: int, content: bytes) -> None:
-        """Write and wait until it is there."""
+        """Write, and wait until it is done."""
         source = np.frombuffer(content, np.uint8)
         with self._current():
             self._call("cuMemcpyHtoDAsync", address, source.ctypes.data, len(source), self._stream)
             self._call("cuStreamSynchronize", self._stream)
 
     def read(self, address: int, nbytes: int) -> bytes:
-        """Read and wait for it."""
+        """Read, and wait until it is done."""
         target = np.empty(nbytes, np.uint8)
         try:
             with self._current():
@@ -153,7 +153,7 @@ class CudaMemory:
         return self._event(torch.cuda.current_stream(self._device) if stream is None else stream)
 
     def copy(self, copies: Copies) -> Mark:
-        """Enqueue the copies; with unified addresses the driver finds out by itself on which GPU each end lies."""
+        """Enqueue the copies; with unified addresses the driver finds the GPU of each end itself."""
         large = copies.nbytes >= (self._large_from if self._kernel is not None else 1)
         small = ~large & (copies.nbytes > 0)
         with self._current(), self._launched(copies.where(large)):
@@ -163,7 +163,7 @@ class CudaMemory:
 
     @contextlib.contextmanager
     def _launched(self, copies: Copies) -> Iterator[None]:
-        """Enqueue large copies beside what the block enqueues."""
+        """Enqueue large copies beside the copies of the block."""
         if self._batch is not None and len(copies.nbytes) > 1:
             with self._batch.launched(copies, self._stream):
                 yield
@@ -180,7 +180,7 @@ class CudaMemory:
         return event
 
     def close(self) -> None:
-        """Let go of the stream, and of the context, which torch holds as well."""
+        """Release the stream, and the context, which torch also holds."""
         if self._context is None:
             return
         with contextlib.suppress(CudaError):
@@ -193,7 +193,7 @@ class CudaMemory:
         self._context = None
 
     def _make_kernel(self) -> CopyKernel | None:
-        """Return what copies many pieces at once; None, and single copies do it, where it cannot be made."""
+        """Return the kernel for many pieces; None, and single copies replace it, if it cannot be made."""
         try:
             with self._current():
                 return CopyKernel(self._driver, torch.cuda.get_device_capability(self._ordinal))
@@ -202,7 +202,7 @@ class CudaMemory:
             return None
 
     def _make_batch(self) -> CopyBatch | None:
-        """Return what makes large copies in one call; None, and single ones do it, where the driver cannot."""
+        """Return the batch for large copies; None, and single copies replace it, if the driver has none."""
         try:
             with self._current():
                 return CopyBatch(self._driver)
@@ -214,7 +214,7 @@ class CudaMemory:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:
-        """Make this GPU's context the thread's current one: a thread that has used torch for nothing yet has none."""
+        """Make this GPU's context current in the thread: a thread that has not used torch yet has none."""
         self._call("cuCtxPushCurrent", self._context)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Drives the rounds that are under way: listens to all peers, notices who is gone, and never waits without an end."""
+"""Drives the rounds in flight: listens to all peers, notices lost ones, and never waits without a deadline."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from eplb_cuda_ipc.links import Link
 from eplb_cuda_ipc.messages import Bye, GaveUp, Message, OfRound, Show
 from eplb_cuda_ipc.round import Round, Shared
 
-_SPIN_S = 300e-6  # a peer that is in step answers within this, and sleeping would take longer
-_NAP_S = 30e-6  # between two looks at the device, which nothing wakes us for
+_SPIN_S = 300e-6  # a peer in step answers within this time, and sleeping would take longer
+_NAP_S = 30e-6  # between two polls of the device, which sends no wake-up
 _LONGEST_WAIT_S = 0.5
 _NO_MORE = object()
 
@@ -26,7 +26,7 @@ class Exchange:
     Args:
         shared: what all rounds share.
         rank: this rank.
-        timeout_s: how long a peer that has something to do may do nothing, in seconds.
+        timeout_s: how long a peer that owes something may do nothing, in seconds.
     """
 
     def __init__(self, shared: Shared, rank: int, timeout_s: float) -> None:
@@ -34,7 +34,7 @@ class Exchange:
         self._rank = rank
         self._timeout_s = timeout_s
         self._rounds: dict[int, Round] = {}
-        self._early: dict[int, list[tuple[int, OfRound]]] = {}  # of rounds that this rank has not begun
+        self._early: dict[int, list[tuple[int, OfRound]]] = {}  # for rounds that this rank has not begun
         self._next = 0
         self._gave_up: dict[int, GaveUp] = {}
         self._closed_by: set[int] = set()
@@ -46,7 +46,7 @@ class Exchange:
     # --- rounds -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise what would keep a new round from ending, as far as it is known.
+        """Raise if a known failure would keep a new round from ending.
 
         Raises:
             TransferError: a peer is gone, or has given up.
@@ -55,7 +55,7 @@ class Exchange:
         self._check_lost(self._shared.links)
 
     def begin(self, round_: Round) -> None:
-        """Take a round that follows all others, and do what can be done at once."""
+        """Add a round after all others, and do what can be done at once."""
         self._next = round_.epoch + 1
         self._rounds[round_.epoch] = round_
         for peer, message in self._early.pop(round_.epoch, ()):
@@ -63,13 +63,13 @@ class Exchange:
         self._advance()
 
     def wait(self, round_: Round, work: Iterator[object]) -> None:
-        """Return when the round has ended; `work` goes on while copies are under way and nothing else happens.
+        """Wait until the round has ended; `work` advances while copies are in flight and nothing else happens.
 
         Raises:
-            TransferTimeoutError: a peer, or this rank's own stream, did nothing for too long.
+            TransferTimeoutError: a peer, or this rank's stream, did nothing for too long.
             PeerLostError: a peer is gone, or gave up because of another one.
-            TransferMismatchError: a peer sends something else than is expected from it.
-            TransferError: a peer does not keep to what was agreed.
+            TransferMismatchError: a peer sends something different from what is expected.
+            TransferError: a peer violates the protocol.
         """
         idle_since = 0.0
         while not round_.ended:
@@ -97,7 +97,7 @@ class Exchange:
             if each.ended:
                 del self._rounds[each.epoch]
             elif not each.arrived:
-                break  # its successors may be on another stream; they would take the slots that it needs
+                break  # later rounds may be on another stream; they would take the slots that it needs
         return acted
 
     def _look(self) -> bool:
@@ -105,7 +105,7 @@ class Exchange:
         return any(seen)
 
     def quiesce(self, timeout_s: float) -> bool:
-        """Wait for the copies that are under way, and begin no others ever; return whether all are done."""
+        """Wait for the copies in flight, and never begin others; return whether all are done."""
         self._broken = True
         ends = time.monotonic() + timeout_s
         while any(each.copying for each in self._rounds.values()):
@@ -119,7 +119,7 @@ class Exchange:
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def listen(self, patience_ms: float = 0) -> bool:
-        """Act on what the peers have said; return whether one said anything."""
+        """Process the peers' messages; return whether there were any."""
         heard = False
         for handle, _ in self._poll().poll(patience_ms):
             link = self._peers[handle]
@@ -138,13 +138,13 @@ class Exchange:
         return bool(link.lost) and peer not in self._closed_by
 
     def give_up(self, error: TransferError) -> None:
-        """Tell all peers that this rank's transfer has failed, and who is to blame."""
+        """Inform all peers that this rank's transfer has failed, and which rank is to blame."""
         blamed = error.peers[0] if error.peers else self._rank
         for link in self._shared.links.values():
             link.send(GaveUp(blamed, type(error).__name__, error.what[:1000]))
 
     def part(self, timeout_s: float) -> None:
-        """Say goodbye to all peers, and wait until they have done so too, or are gone."""
+        """Send `Bye` to all peers, and wait until they have done so too, or are gone."""
         ends = time.monotonic() + timeout_s
         for link in self._shared.links.values():
             link.send(Bye())
@@ -152,7 +152,7 @@ class Exchange:
             self.listen(20)
 
     def _poll(self) -> select.poll:
-        """Return what tells, in one call for all peers, which of them has said something."""
+        """Return a poll object that reports, in one call, which peers have sent something."""
         for handle, link in self._peers.items():
             interest = link.interest
             if interest == self._interests[handle]:
@@ -181,14 +181,14 @@ class Exchange:
                 self._early.setdefault(message.epoch, []).append((link.peer, message))
             case _:
                 raise TransferError(
-                    f"rank {link.peer} does not keep to the protocol",
+                    f"rank {link.peer} violates the protocol",
                     peers=[link.peer],
                     phase="copy",
                     why=f"{type(message).__name__} of round {message.epoch}, which has ended",
                 )
 
     def _await_word(self) -> None:
-        """Sleep until a peer says something, or one of them is overdue."""
+        """Sleep until a peer sends something, or one of them is overdue."""
         heard = [each.heard[peer] for each in self._rounds.values() for peer in each.waits_for]
         patience_s = min(heard, default=0.0) + self._timeout_s - time.monotonic()
         self._poll().poll(1000 * min(max(patience_s, 0.001), _LONGEST_WAIT_S))
@@ -213,7 +213,7 @@ class Exchange:
                 peers=lost,
                 phase="copy",
                 why=self._shared.links[lost[0]].lost,
-                remedy="what such a rank has registered can still be read with rescue(), until this communicator is "
+                remedy="the registered tensors of such a rank can be read with rescue(), until this communicator is "
                 "closed",
             )
 
@@ -229,13 +229,13 @@ class Exchange:
                     peers=silent,
                     phase="copy",
                     why=each.undone(silent[0]),
-                    remedy="look at the log of that rank; if it was only slow, raise the timeout option",
+                    remedy="check the log of that rank; if it was only slow, raise the timeout option",
                 )
 
     def _late_stream(self, why: str | None = None) -> TransferTimeoutError:
         return TransferTimeoutError(
-            f"this rank's own stream did not come to the transfer within {self._timeout_s:g} s",
+            f"this rank's stream did not reach the transfer within {self._timeout_s:g} s",
             phase="ready",
             why=why,
-            remedy="look at what was enqueued before; if it only takes long, raise the timeout option",
+            remedy="check the work enqueued before; if it is only slow, raise the timeout option",
         )

@@ -1,7 +1,7 @@
-"""One kernel for many copies: the driver takes 4 to 5 us to launch each copy, longer than a small expert takes.
+"""One kernel for many copies: the driver takes 4 to 5 us to launch each copy, longer than copying a small expert.
 
-232 copies of 1.5 MB took an H200 1,020 us one by one, through the binding and past it, and 800 us as one batch
-(`cuMemcpyBatchAsync`), nearly all of it inside the driver; a kernel that is told where all of them are takes 250 us.
+232 copies of 1.5 MB took an H200 1,020 us one by one, with or without the binding, and 800 us as one batch
+(`cuMemcpyBatchAsync`), nearly all of it inside the driver; one kernel with a table of all copies takes 250 us.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from eplb_cuda_ipc.calls import CudaError, call
 from eplb_cuda_ipc.memory import Copies
 
-_CHUNK_BYTES = 64 << 10  # what one block copies
+_CHUNK_BYTES = 64 << 10  # copied by one block
 _THREADS = 256
-_PIECES = 4096  # of one launch
+_PIECES = 4096  # per launch
 _ROW_BYTES = 32
 
 SOURCE = """
@@ -75,7 +75,7 @@ def compiled(capability: tuple[int, int]) -> bytes:
     """Return the kernel for GPUs of this compute capability, as a CUBIN.
 
     Raises:
-        CudaError: NVRTC is not there, or refuses it.
+        CudaError: NVRTC is missing, or refuses it.
     """
     try:
         from cuda.bindings import nvrtc
@@ -119,8 +119,8 @@ class CopyKernel:
             blocks = -(-copies.nbytes[part] // _CHUNK_BYTES)
             first = np.cumsum(blocks) - blocks
             table = np.stack([copies.target[part], copies.source[part], copies.nbytes[part], first], axis=1)
-            # The stream keeps the table as it is until the launch before has ended, and what is copied from pageable
-            # memory is on its way when the call returns.
+            # Stream order keeps the table unchanged until the previous launch has ended, and a copy from pageable
+            # memory has read its source when the call returns.
             call(self._driver, "cuMemcpyHtoDAsync", self._table, table.ctypes.data, table.nbytes, stream)
             address, count = ctypes.c_void_p(self._table), ctypes.c_int(len(table))
             arguments = (ctypes.c_void_p * 2)(ctypes.addressof(address), ctypes.addressof(count))
@@ -130,6 +130,6 @@ class CopyKernel:
             call(self._driver, "cuLaunchKernel", self._function, *grid, *block, *where)
 
     def close(self) -> None:
-        """Give everything back; nothing is under way any more."""
+        """Release everything; nothing may be in flight."""
         call(self._driver, "cuMemFree", self._table)
         call(self._driver, "cuModuleUnload", self._module)

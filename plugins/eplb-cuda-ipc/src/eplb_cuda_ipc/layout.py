@@ -1,6 +1,6 @@
-"""Where the tensors of a round lie: in memory that peers map, or packed into chunks of a window.
+"""The location of the tensors of a round: in memory that peers map, or packed into chunks of a window.
 
-Both sides of a pair cut what is packed alike, and say nothing about it.
+Both sides of a pair split packed tensors in the same way, without a message.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from eplb_core.transport import Payload
 from eplb_cuda_ipc.memory import Numbers
 
-_ALIGNMENT = 256  # in a window; what GPUs copy fastest
+_ALIGNMENT = 256  # in a window; fastest for GPUs to copy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +25,7 @@ class Pieces:
         address: `[N]`.
         nbytes: `[N]`.
         digest: of sizes and dtypes, to compare.
-        dtypes: in words, those that there are.
+        dtypes: in words, the dtypes that occur.
     """
 
     address: Numbers
@@ -41,7 +41,7 @@ class Pieces:
 
 def pieces_of(payloads: Sequence[Payload]) -> Pieces:
     """Return the tensors of one pair."""
-    # A rearrangement queues hundreds of small tensors, so that whatever is done for each of them counts.
+    # A rearrangement queues hundreds of small tensors, so any work per tensor counts.
     return Pieces(
         np.array([payload.place[0] for payload in payloads], np.int64),
         np.array([payload.nbytes for payload in payloads], np.int64),
@@ -51,12 +51,12 @@ def pieces_of(payloads: Sequence[Payload]) -> Pieces:
 
 
 class Cut:
-    """Tensors that lie one behind the other in a stream of bytes, which is cut into chunks.
+    """Tensors laid end to end in a byte stream, which is split into chunks.
 
     Args:
-        address: `[N]`, where they lie.
+        address: `[N]`, their addresses.
         nbytes: `[N]`.
-        chunk_bytes: the size of all chunks but the last.
+        chunk_bytes: the size of all chunks except the last.
 
     Attributes:
         chunks: how many there are.
@@ -72,7 +72,7 @@ class Cut:
         self.chunks = -(-int(aligned.sum()) // chunk_bytes)
 
     def chunk(self, number: int) -> tuple[Numbers, Numbers, Numbers]:
-        """Return the pieces of a chunk: where each lies, its offset in the chunk, and its bytes."""
+        """Return the pieces of a chunk: the address of each, its offset in the chunk, and its bytes."""
         first, end = number * self._chunk_bytes, (number + 1) * self._chunk_bytes
         low = int(np.searchsorted(self._ends, first, side="right"))
         high = int(np.searchsorted(self._begins, end, side="left"))

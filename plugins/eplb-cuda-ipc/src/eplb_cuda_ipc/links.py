@@ -1,7 +1,7 @@
 """One link to each peer: a Unix socket for small messages, which the kernel closes when a process ends.
 
-That is how a dead peer is noticed: its memory stays mapped, and can be read as if nothing had happened. Who has
-connected, the kernel says as well: the process id of the other side.
+This is how a dead peer is noticed: its memory stays mapped, and can be read as if nothing had happened. The kernel also
+reports which process has connected, by its process id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Link:
 
     Args:
         peer: its rank.
-        connection: a stream; it is made not to block.
+        connection: a stream; made non-blocking.
 
     Attributes:
         lost: why nothing can be sent or received any more, or an empty text.
@@ -56,17 +56,17 @@ class Link:
         self.flush()
 
     def flush(self) -> None:
-        """Send what is left to send, as far as the peer takes it."""
+        """Send the remaining bytes, as far as the peer accepts them."""
         try:
             while self._leaving and not self.lost:
                 del self._leaving[: self._connection.send(self._leaving)]
         except BlockingIOError:
             return
         except OSError:
-            self._leaving.clear()  # it is gone; `receive` finds out, after its last words
+            self._leaving.clear()  # it is gone; `receive` finds out, after its last messages
 
     def receive(self) -> list[Message]:
-        """Return the messages that have arrived, the last words of a lost peer too; then `lost` says why."""
+        """Return the messages that have arrived, including the last ones of a lost peer; `lost` then says why."""
         try:
             while not self.lost:
                 received = self._connection.recv(_READ_BYTES)
@@ -80,7 +80,7 @@ class Link:
         try:
             return decode(self._arrived)
         except ValueError as error:
-            self.lost = self.lost or f"what it sends is no message: {error}"
+            self.lost = self.lost or f"it sent an invalid message: {error}"
             return []
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Link:
 
 
 def listen(backlog: int) -> socket.socket:
-    """Return a socket that listens at an abstract name that the kernel has found: no file is left behind."""
+    """Return a socket that listens at an abstract name chosen by the kernel, which leaves no file behind."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind("")
@@ -105,14 +105,14 @@ def listen(backlog: int) -> socket.socket:
 def connect(
     rank: int, listener: socket.socket, addresses: Sequence[bytes], processes: Sequence[int], timeout_s: float
 ) -> dict[int, Link]:
-    """Return a link to every other rank. Every rank calls it at the same time; lower ranks are connected to.
+    """Return a link to every other rank. Every rank calls it at the same time, and connects to lower ranks.
 
     Args:
         rank: this rank.
-        listener: where higher ranks connect to.
+        listener: for connections of higher ranks.
         addresses: of every rank's listener.
-        processes: the process id of every rank, each another one.
-        timeout_s: for all of it, in seconds.
+        processes: the process id of every rank, all different.
+        timeout_s: for all connections together, in seconds.
 
     Raises:
         TransferTimeoutError: a rank did not connect in time.
@@ -126,7 +126,7 @@ def connect(
             connection.settimeout(_left(deadline))
             connection.connect(addresses[lower])
             if _process(connection) != processes[lower]:
-                raise ConnectionError(f"who listens there is not rank {lower}")
+                raise ConnectionError(f"the listener there is not rank {lower}")
         missing = {processes[higher]: higher for higher in range(rank + 1, len(addresses))}
         while missing:
             listener.settimeout(_left(deadline))

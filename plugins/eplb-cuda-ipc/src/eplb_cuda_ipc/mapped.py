@@ -1,4 +1,4 @@
-"""The memory of one peer, as far as this rank has mapped it."""
+"""The memory of one peer that this rank has mapped."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from eplb_cuda_ipc.messages import Show, Tensor
 
 
 class Mapped:
-    """What one peer shows.
+    """The memory that one peer shows.
 
     Args:
         memory: this rank's.
 
     Attributes:
-        tensors: those that the peer has registered.
+        tensors: the peer's registered tensors.
     """
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._begins: list[int] = []  # 0 where it could not be mapped
+        self._begins: list[int] = []  # 0 if it could not be mapped
         self._sizes: list[int] = []
         self._columns = np.empty((2, 0), np.int64)
-        self._problem = "it was let go"
+        self._problem = "it was released"
         self.tensors: list[Tensor] = []
 
     def add(self, show: Show) -> None:
-        """Map what the peer shows; what cannot be mapped is noted, and matters when it is to be read."""
+        """Map the memory that the peer shows; a failure is recorded, and raised when that memory is needed."""
         for region in show.regions:
             begin = 0
             try:
                 begin = self._memory.map(region.handle)
-            except MemoryMapError as error:  # it may have died since, and others of its regions may be there
+            except MemoryMapError as error:  # it may have died since, but its other regions may still exist
                 self._problem = str(error)
             self._begins.append(begin)
             self._sizes.append(region.nbytes)
@@ -40,10 +40,10 @@ class Mapped:
         self._columns = np.array([self._begins, self._sizes], np.int64)
 
     def addresses(self, regions: Numbers, offsets: Numbers, nbytes: Numbers) -> Numbers:
-        """Return where pieces of the peer's memory lie here.
+        """Return the local addresses of pieces of the peer's memory.
 
         Raises:
-            ValueError: a piece does not lie in a region that the peer has shown.
+            ValueError: a piece is not within a region that the peer has shown.
             MemoryMapError: one could not be mapped.
         """
         begins, sizes = self._columns
@@ -56,7 +56,7 @@ class Mapped:
         return found + offsets
 
     def let_go(self) -> None:
-        """Unmap everything; nothing may be copying out of it any more. May be called twice."""
+        """Unmap everything; no copy out of it may be in flight. May be called twice."""
         for begin in filter(None, self._begins):
             self._memory.unmap(begin)
         self._begins = [0] * len(self._begins)

@@ -1,7 +1,7 @@
-"""What this transport asks of a device: to show memory to other processes, to map theirs, and to copy.
+"""The device interface of this transport: show memory to other processes, map theirs, and copy.
 
-`CudaMemory` (in `driver.py`) does it on a GPU, and is the only part of the package that calls CUDA. The tests have
-another one, of the host's memory, so that everything else runs between real processes on a machine without a GPU.
+`CudaMemory` (in `driver.py`) implements it on a GPU, and is the only part of the package that calls CUDA. The tests
+implement it on host memory, so that everything else runs between real processes on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Numbers = npt.NDArray[np.int64]
 """Addresses, offsets or numbers of bytes, one for each of several pieces of memory."""
 
 HANDLE_BYTES = 64
-"""The size of what another process maps an allocation by."""
+"""The size of the handle by which another process maps an allocation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """An allocation that other processes can map, which they do as a whole.
+    """An allocation that other processes can map, always as a whole.
 
     Attributes:
-        address: where it begins, in this process.
+        address: its start in this process.
         nbytes: its size.
-        handle: what another process maps it by.
+        handle: by which another process maps it.
     """
 
     address: int
@@ -51,11 +51,11 @@ class Copies:
     nbytes: Numbers
 
     def where(self, chosen: npt.NDArray[np.bool_]) -> Copies:
-        """Return those of the copies that are chosen, bool `[N]`."""
+        """Return the chosen copies; `chosen` is bool `[N]`."""
         return Copies(self.target[chosen], self.source[chosen], self.nbytes[chosen])
 
     def merged(self) -> Copies:
-        """Return the same copies, with those joined that follow one another both where they read and write."""
+        """Return the same copies, merged where both source and target are adjacent."""
         kept = self.where(self.nbytes > 0)
         target, source, nbytes = kept.target, kept.source, kept.nbytes
         if len(nbytes) < 2:
@@ -66,7 +66,7 @@ class Copies:
 
 
 def together(parts: Sequence[Copies]) -> Copies:
-    """Return all of them, at least one, as one."""
+    """Concatenate one or more."""
     return Copies(
         np.concatenate([part.target for part in parts]),
         np.concatenate([part.source for part in parts]),
@@ -85,8 +85,8 @@ class Mark(Protocol):
 class Memory(Protocol):
     """The memory of one rank's device, for one communicator. Addresses are plain numbers.
 
-    Copies run on a stream of its own, in the order given. Nothing else is ever enqueued there, so that a copy waits
-    for no work of the engine's, and ends by itself whatever becomes of the peers.
+    Copies run on a separate stream, in the order given. Nothing else is ever enqueued there, so a copy does not wait
+    for the engine's work, and ends by itself regardless of the peers.
 
     Attributes:
         gpu: the device's name, the same in every process that uses it and on no other device.
@@ -99,23 +99,23 @@ class Memory(Protocol):
         ...
 
     def meet(self, gpus: Collection[str]) -> None:
-        """Learn the devices of the peers, which may say how to copy best."""
+        """Take the devices of the peers, which may determine the best way to copy."""
         ...
 
     def exported(self, address: int) -> Allocation | None:
-        """Return the allocation that `address` lies in, or None if other processes cannot map it."""
+        """Return the allocation that contains `address`, or None if other processes cannot map it."""
         ...
 
     def map(self, handle: bytes) -> int:
-        """Map another process's allocation, and return where it begins here.
+        """Map another process's allocation, and return its start here.
 
         Raises:
-            MemoryMapError: that cannot be done.
+            MemoryMapError: it cannot be mapped.
         """
         ...
 
     def unmap(self, address: int) -> None:
-        """Undo `map`; the address may be used no more. Never raises."""
+        """Undo `map`; the address may no longer be used. Never raises."""
         ...
 
     def allocate(self, nbytes: int) -> int:
@@ -127,11 +127,11 @@ class Memory(Protocol):
         ...
 
     def write(self, address: int, content: bytes) -> None:
-        """Write and wait until it is there."""
+        """Write, and wait until it is done."""
         ...
 
     def read(self, address: int, nbytes: int) -> bytes:
-        """Read and wait for it.
+        """Read, and wait until it is done.
 
         Raises:
             MemoryMapError: it cannot be read.
@@ -139,15 +139,15 @@ class Memory(Protocol):
         ...
 
     def end_of(self, stream: torch.cuda.Stream | None) -> Mark:
-        """Return the present end of the engine's stream; None means the current one."""
+        """Return the current end of the engine's stream; None means the current stream."""
         ...
 
     def copy(self, copies: Copies) -> Mark:
-        """Enqueue copies, and return what is passed when they are done."""
+        """Enqueue copies, and return a mark that is passed when they are done."""
         ...
 
     def close(self) -> None:
-        """Let go of what is held beside allocations and mappings. May be called twice; never raises."""
+        """Release all resources other than allocations and mappings. May be called twice; never raises."""
         ...
 
 

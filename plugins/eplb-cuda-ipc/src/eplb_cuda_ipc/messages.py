@@ -1,4 +1,4 @@
-"""What two ranks say to each other over their socket. Everything is typed and length-checked; nothing is unpickled."""
+"""The messages between two ranks over their socket. Everything is typed and length-checked; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Region(msgspec.Struct, array_like=True, frozen=True):
 
     Attributes:
         nbytes: its size.
-        handle: what it is mapped by.
+        handle: by which it is mapped.
     """
 
     nbytes: int
@@ -27,8 +27,8 @@ class Tensor(msgspec.Struct, array_like=True, frozen=True):
     """A tensor that the sender has registered.
 
     Attributes:
-        region: the number of the region that it lies in, or -1 if its memory cannot be mapped.
-        offset: where it begins there, in bytes.
+        region: the number of the region that contains it, or -1 if its memory cannot be mapped.
+        offset: its start in the region, in bytes.
         dtype: such as `bfloat16`.
         shape: its sizes.
         stride: bytes from one row, of the first dimension, to the next.
@@ -49,14 +49,14 @@ class Show(msgspec.Struct, tag="show", array_like=True, frozen=True):
 
 
 class Offer(msgspec.Struct, tag="offer", array_like=True, frozen=True):
-    """What the sender sends in a round. All of it can be read now.
+    """The sender's tensors of a round. All of them can be read now.
 
     Attributes:
         epoch: the round's number.
         count: how many tensors.
         digest: of their sizes and dtypes.
-        regions: little-endian int32 of each: the region it lies in, or -1 if it comes in chunks.
-        offsets: little-endian int64 of each: where it begins there, in bytes.
+        regions: little-endian int32 of each: the region that contains it, or -1 if it comes in chunks.
+        offsets: little-endian int64 of each: its start in the region, in bytes.
     """
 
     epoch: int
@@ -67,21 +67,21 @@ class Offer(msgspec.Struct, tag="offer", array_like=True, frozen=True):
 
 
 class Chunk(msgspec.Struct, tag="chunk", array_like=True, frozen=True):
-    """The next chunk of what is packed lies in a slot of the sender's window."""
+    """The next packed chunk is in a slot of the sender's window."""
 
     epoch: int
     slot: int
 
 
 class Taken(msgspec.Struct, tag="taken", array_like=True, frozen=True):
-    """A chunk was copied out of this slot of the receiver's window, which is free again."""
+    """A chunk was copied out of this slot of the receiver's window; the slot is free again."""
 
     epoch: int
     slot: int
 
 
 class Done(msgspec.Struct, tag="done", array_like=True, frozen=True):
-    """All of the receiver's tensors of this round were copied; nobody reads them any more."""
+    """All of the receiver's tensors of this round were copied; the sender no longer reads them."""
 
     epoch: int
 
@@ -90,7 +90,7 @@ class GaveUp(msgspec.Struct, tag="gave up", array_like=True, frozen=True):
     """The sender's transfer has failed.
 
     Attributes:
-        rank: who is to blame.
+        rank: the rank to blame.
         error: the name of the error's class.
         text: what happened.
     """
@@ -101,7 +101,7 @@ class GaveUp(msgspec.Struct, tag="gave up", array_like=True, frozen=True):
 
 
 class Bye(msgspec.Struct, tag="bye", array_like=True, frozen=True):
-    """The sender has closed its communicator, and maps nothing of the receiver's any more."""
+    """The sender has closed its communicator, and no longer maps memory of the receiver."""
 
 
 OfRound = Offer | Chunk | Taken | Done
@@ -119,10 +119,10 @@ def encode(message: Message) -> bytes:
 
 
 def decode(stream: bytearray) -> list[Message]:
-    """Take all whole messages off the front of `stream`.
+    """Remove all complete messages from the front of `stream`, and return them.
 
     Raises:
-        ValueError: that is no message.
+        ValueError: it is not a valid message.
     """
     messages, begin = [], 0
     try:

@@ -1,4 +1,4 @@
-"""Where each rank is: the ranks must be processes of one host whose GPUs can read each other's memory."""
+"""The location of each rank: all ranks must be processes of one host whose GPUs can read each other's memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eplb_cuda_ipc.memory import Memory
 
 
 class Card(msgspec.Struct, array_like=True, frozen=True):
-    """What a rank tells every other before they connect.
+    """What a rank sends to every other one before they connect.
 
     Attributes:
         host: an identifier of the host's kernel since it was booted.
@@ -24,7 +24,7 @@ class Card(msgspec.Struct, array_like=True, frozen=True):
         process: its process id.
         gpu: its device.
         address: where it listens.
-        sample: what it writes into its window, so that the others can see whether they read that.
+        sample: bytes that it writes into its window, so that the others can check that they read them.
     """
 
     host: str
@@ -51,10 +51,10 @@ def card_of_this_process(gpu: str, address: bytes, sample: bytes) -> Card:
 
 
 def exchange(context: BackendContext, mine: Card, memory: Memory, timeout_s: float) -> list[Card]:
-    """Return the card of every rank, in rank order, once all ranks know that they reach one another.
+    """Return the card of every rank, in rank order, once all ranks know that they can reach one another.
 
     Raises:
-        BackendUnavailableError: two ranks do not; on every rank.
+        BackendUnavailableError: two ranks cannot; on every rank.
         TransferTimeoutError: a rank did not answer in time.
     """
     said = _answers(context, "places of cuda_ipc ranks", timeout_s, value=msgspec.msgpack.encode(mine))
@@ -83,7 +83,7 @@ def unlike(cards: Sequence[Card]) -> str:
 
 
 def unreachable(cards: Sequence[Card], rank: int, memory: Memory) -> str:
-    """Return why this rank's device cannot read that of some other rank, or an empty text if it can."""
+    """Return why this rank's device cannot read that of another rank, or an empty text if it can."""
     for peer, card in enumerate(cards):
         reason = memory.unreachable(card.gpu) if peer != rank and card.gpu != memory.gpu else ""
         if reason:
@@ -92,10 +92,10 @@ def unreachable(cards: Sequence[Card], rank: int, memory: Memory) -> str:
 
 
 def tell_problem(context: BackendContext, what: str, problem: str, timeout_s: float) -> None:
-    """Have every rank raise what went wrong on the first of those where something did; return if nothing did.
+    """Raise the first rank's problem on every rank; return if none has one.
 
     Raises:
-        BackendUnavailableError: something did.
+        BackendUnavailableError: a rank has a problem.
         TransferTimeoutError: a rank did not answer in time.
     """
     answers = _answers(context, what, timeout_s, problem=problem)
@@ -112,7 +112,7 @@ def tell_problem(context: BackendContext, what: str, problem: str, timeout_s: fl
 def _answers(
     context: BackendContext, what: str, timeout_s: float, *, value: bytes = b"", problem: str = ""
 ) -> list[Answer]:
-    """Return what every rank says.
+    """Return every rank's answer.
 
     Raises:
         TransferTimeoutError: a rank did not answer in time.

@@ -1,4 +1,4 @@
-"""Whether CUDA IPC works on this machine: another process reads what this one has written."""
+"""Tests whether CUDA IPC works on this machine: a second process reads what this one has written."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from eplb_cuda_ipc.driver import CudaMemory
 from eplb_cuda_ipc.memory import MemoryMapError
 
 _BYTES = 4096
-_READ_S = 20.0  # most of it for importing torch
+_READ_S = 20.0  # mostly for importing torch
 _READER = "from eplb_cuda_ipc.probe import read; read({ordinal}, {handle!r}, {offset})"
 
 
 def probe(device_type: str) -> ProbeResult:
-    """Have a child read 4096 bytes of this process's GPU memory; a `BackendProbe`."""
+    """Let a child process read 4096 bytes of this process's GPU memory; a `BackendProbe`."""
     if not torch.cuda.is_available():
         return ProbeResult(False, "torch sees no CUDA device")
     if torch.version.hip is not None:
@@ -48,12 +48,12 @@ def probe(device_type: str) -> ProbeResult:
         last = (child.stderr.decode(errors="replace").strip().splitlines() or ["it printed nothing"])[-1]
         return ProbeResult(False, f"a second process could not map the memory: {last}")
     if child.stdout.strip() != content.hex().encode():
-        return ProbeResult(False, "a second process saw other bytes")
+        return ProbeResult(False, "a second process read wrong bytes")
     return ProbeResult(True, f"{_BYTES} bytes were read by a second process on {torch.cuda.get_device_name(ordinal)}")
 
 
 def read(ordinal: int, handle: str, offset: int) -> None:
-    """Print what lies in mapped memory, in hexadecimal; what the child of `probe` does."""
+    """Print the bytes of mapped memory, in hexadecimal; run by the child of `probe`."""
     memory = CudaMemory(torch.device("cuda", ordinal))
     try:
         begin = memory.map(bytes.fromhex(handle))

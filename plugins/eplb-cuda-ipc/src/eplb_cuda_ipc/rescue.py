@@ -1,4 +1,4 @@
-"""Reads what a rank that is gone had registered, out of its memory, which stays mapped here when the process ends."""
+"""Reads the registered tensors of a lost rank from its memory, which stays mapped here when the process ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NAP_S = 30e-6
 
 
 class Rescue:
-    """What a rank had registered; made by `CudaIpcCommunicator.rescue`, and to be used in a `with` block.
+    """The registered tensors of a lost rank; made by `CudaIpcCommunicator.rescue`, for use in a `with` block.
 
-    Leaving the block lets go of that rank's memory, which is given back once no other process maps it either.
+    Leaving the block unmaps that rank's memory, which is freed once no other process maps it either.
 
     Args:
         memory: this rank's.
         device: where rescued tensors go.
-        rank: whose memory it is.
-        mapped: it.
+        rank: the lost rank.
+        mapped: its memory.
     """
 
     def __init__(self, memory: Memory, device: torch.device, rank: int, mapped: Mapped) -> None:
@@ -37,17 +37,17 @@ class Rescue:
         self._mapped = mapped
 
     def __enter__(self) -> Self:
-        """Return it."""
+        """Return this object."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the rank's memory."""
+        """Unmap the rank's memory."""
         self._mapped.let_go()
 
     def __len__(self) -> int:
-        """Return how many tensors the rank had registered, and this one knows of."""
+        """Return how many tensors of the rank this one knows."""
         return len(self._mapped.tensors)
 
     def tensor(self, index: int, row: int | None = None) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Rescue:
 
         Args:
             index: its number, counted over all calls of `register` on that rank.
-            row: which of its first dimension; None for all of it.
+            row: index in its first dimension; None for the whole tensor.
 
         Raises:
             InputError: there is no such tensor or row, or its memory is not mapped.
@@ -86,9 +86,9 @@ class Rescue:
                 why="its memory could not be mapped" if tensor.region < 0 else str(error),
             ) from error
         targets = np.array([row.data_ptr() for row in rows], np.int64)
-        # Whoever had the target's memory before may still be using it, on the engine's stream.
+        # The previous user of the target's memory may still be using it, on the engine's stream.
         self._await(self._memory.end_of(None))
-        # The mapping may be let go as soon as this returns.
+        # The memory may be unmapped as soon as this returns.
         self._await(self._memory.copy(Copies(targets, sources, nbytes).merged()))
 
     def _await(self, mark: Mark) -> None:

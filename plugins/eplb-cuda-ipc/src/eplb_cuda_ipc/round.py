@@ -1,4 +1,4 @@
-"""One round: everything that one transfer sends and receives. Pairwise; several rounds may be under way.
+"""One round: all sends and receives of one transfer. Pairwise; several rounds may be in flight.
 
 source                                                    destination
 Offer  once its stream has come to it: where all lies  ->  compares; copies once its own stream has come to it
@@ -9,7 +9,7 @@ What cannot be mapped follows in chunks, packed into slots of the source's windo
 Chunk  it lies in this slot                            ->  copies it out
 frees the slot                                        <-   Taken
 
-No copy is enqueued before this rank's own stream has come to the transfer. So each ends by itself, and soon.
+No copy is enqueued before this rank's stream has reached the transfer. So each copy ends by itself, and soon.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from eplb_cuda_ipc.window import REGION, Window
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What all rounds of a communicator share.
+    """State shared by all rounds of a communicator.
 
     Attributes:
         memory: of this rank.
         links: to all peers.
         mapped: their memory.
-        shown: what they may map.
+        shown: the memory that they may map.
         window: where this rank packs.
     """
 
@@ -52,12 +52,12 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class _Outgoing:
-    """What one peer is sent.
+    """The tensors sent to one peer.
 
     Attributes:
-        offer: what it is told.
-        cut: what of it is packed.
-        packed: how many chunks of that were packed.
+        offer: the announcement to it.
+        cut: the packed part.
+        packed: how many chunks of it have been packed.
     """
 
     offer: Offer
@@ -67,14 +67,14 @@ class _Outgoing:
 
 @dataclass(slots=True, eq=False)
 class _Incoming:
-    """What one peer sends.
+    """The tensors received from one peer.
 
     Attributes:
-        pieces: where it belongs.
-        cut: what of it comes in chunks; None before the peer has said where it lies.
-        announced: how many chunks were.
+        pieces: their destinations.
+        cut: the part that comes in chunks; None before the peer's offer.
+        announced: how many chunks have been announced.
         waiting: copies that can be enqueued, and the slot that each frees, or None.
-        left: how many copies, of a chunk or of all that is mapped, are not done.
+        left: how many copies, of a chunk or of all mapped memory, are not done.
     """
 
     pieces: Pieces
@@ -90,15 +90,15 @@ class Round:
     Args:
         shared: what all rounds share.
         epoch: the number of this round.
-        sends: peer -> what it is sent.
-        recvs: peer -> where what it sends belongs.
-        begins: the place in the engine's stream that the transfer comes after.
+        sends: peer -> tensors sent to it.
+        recvs: peer -> destinations of the tensors from it.
+        begins: the mark in the engine's stream after which the transfer comes.
 
     Attributes:
         waits_for: the peers without which this round cannot end.
         heard: peer -> when it last did something, in `time.monotonic()` seconds.
-        arrived: whether the stream has come to the transfer.
-        direct_copies: copies out of mapped memory, before and after neighbours were joined.
+        arrived: whether the stream has reached the transfer.
+        direct_copies: copies out of mapped memory, before and after merging neighbours.
     """
 
     def __init__(
@@ -115,30 +115,30 @@ class Round:
         self._incoming = {peer: _Incoming(pieces) for peer, pieces in recvs.items()}
         self._unread = set(recvs)
         self._unconfirmed = set(sends)
-        self._under_way: deque[tuple[Mark, Callable[[], None]]] = deque()  # copies, and what follows each
-        self._over: list[Callable[[], None]] = []  # what follows those that are done
+        self._under_way: deque[tuple[Mark, Callable[[], None]]] = deque()  # copies, and the action after each
+        self._over: list[Callable[[], None]] = []  # the actions after completed copies
 
     @property
     def ended(self) -> bool:
-        """Whether everything was copied, on both sides."""
+        """Whether everything is copied, on both sides."""
         return not self.waits_for
 
     @property
     def waits_for(self) -> set[int]:
-        """The peers without which this round cannot end."""
+        """The peers that this round waits for."""
         return self._unread | self._unconfirmed
 
     @property
     def copying(self) -> bool:
-        """Whether copies into this rank's tensors, or into its window, are under way."""
+        """Whether copies into this rank's tensors, or into its window, are in flight."""
         return bool(self._under_way)
 
     def undone(self, peer: int) -> str:
-        """Say what a peer has not done."""
+        """Return in words what a peer has not done."""
         if peer not in self._unread:
             return f"rank {peer} did not confirm that it has copied what it was sent"
         if self._incoming[peer].cut is None:
-            return f"rank {peer} did not say what it sends"
+            return f"rank {peer} did not announce what it sends"
         return f"copies out of the memory of rank {peer} did not end"
 
     # --- what peers say ---------------------------------------------------------------------------------------------
@@ -147,8 +147,8 @@ class Round:
         """Take a message of this round.
 
         Raises:
-            TransferMismatchError: the peer sends something else than is expected from it.
-            TransferError: it does not keep to the protocol, or its memory cannot be mapped.
+            TransferMismatchError: the peer sends something different from what is expected.
+            TransferError: it violates the protocol, or its memory cannot be mapped.
         """
         self.heard[peer] = time.monotonic()
         try:
@@ -165,7 +165,7 @@ class Round:
                     self._unconfirmed.remove(peer)
         except (ValueError, KeyError) as error:
             raise TransferError(
-                f"rank {peer} does not keep to the protocol", peers=[peer], phase="copy", why=str(error)
+                f"rank {peer} violates the protocol", peers=[peer], phase="copy", why=str(error)
             ) from error
         except MemoryMapError as error:
             raise TransferError(
@@ -177,7 +177,7 @@ class Round:
         if incoming is None or (offer.count, offer.digest) != (len(incoming.pieces.nbytes), incoming.pieces.digest):
             expected = incoming.pieces.text if incoming is not None else "nothing"
             raise TransferMismatchError(
-                f"rank {peer} sends something else than is expected from it",
+                f"rank {peer} sends something different from what is expected",
                 peers=[peer],
                 phase="agree",
                 why=f"this rank expects {expected}; nothing of it was copied",
@@ -186,7 +186,7 @@ class Round:
         regions = np.frombuffer(offer.regions, "<i4").astype(np.int64)
         offsets = np.frombuffer(offer.offsets, "<i8").astype(np.int64)
         if incoming.cut is not None or len(regions) != offer.count or len(offsets) != offer.count:
-            raise ValueError("its offer is not whole, or not the first one")
+            raise ValueError("its offer is incomplete, or not the first one")
         direct = np.flatnonzero((regions >= 0) & (pieces.nbytes > 0))
         nbytes = pieces.nbytes[direct]
         sources = self._shared.mapped[peer].addresses(regions[direct], offsets[direct], nbytes)
@@ -210,10 +210,10 @@ class Round:
     # --- what can be done now ---------------------------------------------------------------------------------------
 
     def look(self) -> bool:
-        """See which copies are done; return whether any is.
+        """Check which copies are done; return whether any is.
 
-        What follows from it is done in `act`, once everything was heard that was said up to now: a source that gave up
-        in the meantime may have overwritten what was copied, and it has said so before.
+        The actions after them follow in `act`, once all messages sent so far have been read: a source that gave up in
+        the meantime may have overwritten the copied tensors, but has sent a message first.
         """
         seen = False
         while self._under_way and self._under_way[0][0].query():
@@ -224,7 +224,7 @@ class Round:
     def act(self) -> bool:
         """Do what can be done now; return whether there was anything.
 
-        Earlier rounds have to come first: two ranks could else each wait for a slot that the other's later round holds.
+        Earlier rounds must come first: otherwise two ranks could each wait for a slot held by the other's later round.
         """
         if not self.arrived:
             if not self._begins.query():
@@ -239,7 +239,7 @@ class Round:
         return bool(over) | self._finish_empty() | self._enqueue() | self._pack()
 
     def _finish_empty(self) -> bool:
-        """Confirm what has no bytes."""
+        """Confirm transfers without bytes."""
         offered = [(peer, self._incoming[peer]) for peer in self._unread]
         ended = [peer for peer, incoming in offered if incoming.cut is not None and not incoming.left]
         for peer in ended:
@@ -251,7 +251,7 @@ class Round:
         self._shared.links[peer].send(Done(self.epoch))
 
     def _enqueue(self) -> bool:
-        """Enqueue all copies that can run, of all peers as one."""
+        """Enqueue all copies that can run, those of all peers together."""
         copies: list[Copies] = []
         what: list[tuple[int, int | None]] = []
         for peer in self._unread:
@@ -309,6 +309,6 @@ class Round:
         return _Outgoing(offer, self._cut(pieces, regions))
 
     def _cut(self, pieces: Pieces, regions: Numbers) -> Cut:
-        """Return the cut of what is packed: on both sides that which lies in no region."""
+        """Return the packed part, split into chunks: on both sides the tensors that are in no region."""
         packed = np.flatnonzero((regions < 0) & (pieces.nbytes > 0))
         return Cut(pieces.address[packed], pieces.nbytes[packed], self._shared.window.slot_bytes)

@@ -1,4 +1,4 @@
-"""Which of its memory a rank shows its peers: the allocations behind what was registered, and the window."""
+"""The memory that a rank shows its peers: the allocations behind registered tensors, and the window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class Shown:
-    """The allocations that peers may map, numbered from 0, and the tensors that were registered.
+    """The allocations that peers may map, numbered from 0, and the registered tensors.
 
     Args:
         memory: this rank's.
@@ -30,7 +30,7 @@ class Shown:
         self._warned = False
 
     def add_allocation(self, address: int) -> list[Region]:
-        """Show the allocation that `address` lies in; return it, or nothing if it is known or cannot be mapped."""
+        """Show the allocation that contains `address`; return it, or nothing if it is known or cannot be mapped."""
         at = bisect.bisect(self._spans, (address, 1 << 63, 0)) - 1
         if at >= 0 and address < self._spans[at][1]:
             return []
@@ -43,7 +43,7 @@ class Shown:
         return [Region(allocation.nbytes, allocation.handle)]
 
     def add(self, tensors: Sequence[torch.Tensor]) -> Show:
-        """Register tensors, and return what peers have to be told. The tensors are kept alive."""
+        """Register tensors, and return the message for the peers. The tensors are kept alive."""
         fresh = [region for tensor in tensors if tensor.nbytes for region in self.add_allocation(tensor.data_ptr())]
         cards = [self._card(tensor) for tensor in tensors]
         self._kept += tensors
@@ -51,7 +51,7 @@ class Shown:
         if unmappable and not self._warned:
             self._warned = True
             logger.warning(
-                "%d of %d registered tensors lie in memory that other processes cannot map, such as that of "
+                "%d of %d registered tensors are in memory that other processes cannot map, such as that of "
                 "expandable_segments: they are packed, through a small window; "
                 "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False before the weights are allocated",
                 unmappable,
@@ -60,7 +60,7 @@ class Shown:
         return Show(fresh, cards)
 
     def find(self, addresses: Numbers, nbytes: Numbers) -> tuple[Numbers, Numbers]:
-        """Return region and offset of pieces of memory; region -1 where no region holds all of a piece."""
+        """Return region and offset of pieces of memory; region -1 if no region contains all of a piece."""
         offset = np.zeros(len(addresses), np.int64)
         if not len(self._columns):
             return np.full(len(addresses), -1, np.int64), offset
@@ -70,7 +70,7 @@ class Shown:
         return np.where(inside, numbers[at], -1), np.where(inside, addresses - begins[at], offset)
 
     def clear(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self._spans, self._kept = [], []
         self._columns = np.empty((0, 3), np.int64)
 

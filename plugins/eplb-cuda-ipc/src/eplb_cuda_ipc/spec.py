@@ -1,4 +1,4 @@
-"""How the `cuda_ipc` backend registers itself. Imports nothing heavy."""
+"""Registers the `cuda_ipc` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ BACKEND = BackendSpec(
     requires=("torch", "cuda"),
     install="pip install eplb-cuda-ipc",
     probe="eplb_cuda_ipc.probe:probe",
-    # The fastest between GPUs of one host. Elsewhere it refuses when it is built, and `auto` takes the next one.
+    # The fastest between GPUs of one host. Elsewhere its construction fails, and `auto` takes the next backend.
     priority=30,
 )

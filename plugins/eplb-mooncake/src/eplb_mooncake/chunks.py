@@ -1,4 +1,4 @@
-"""Cuts what one rank sends to another into chunks that fit a slot; both sides cut alike, and say nothing about it."""
+"""Splits the tensors between two ranks into chunks that fit a slot; both sides split alike, without a message."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ Bytes = npt.NDArray[np.uint8]
 """Memory, uint8 `[bytes]`. numpy lets other threads run while it copies."""
 
 ALONE_BYTES = 64 << 10
-"""A tensor of this size or more shares no chunk with others: its chunks lie in one piece, and can be read in place."""
+"""A tensor of this size or more shares no chunk with others: its chunks are contiguous, and can be read in place."""
 
 
 @dataclass(slots=True)
 class Chunk:
-    """What is moved at once.
+    """The unit of transfer.
 
     Attributes:
-        pieces: the memory of pieces of tensors, which lie one after the other in a slot.
-        nbytes: their length together, at most a slot's.
+        pieces: the memory of pieces of tensors, which are laid end to end in a slot.
+        nbytes: their total length, at most a slot's.
     """
 
     pieces: list[Bytes]
     nbytes: int
 
     def address(self) -> int | None:
-        """Return where it lies, if it is one piece."""
+        """Return its address, if it is one piece."""
         return address_of(self.pieces[0]) if len(self.pieces) == 1 else None
 
     def pack(self, slot: Bytes) -> None:
@@ -56,9 +56,9 @@ def cut(payloads: Payloads, slot_bytes: int) -> dict[int, deque[Chunk]]:
 
 
 def _cut_one(payloads: Sequence[Payload], slot_bytes: int) -> list[Chunk]:
-    """Return the chunks that one peer gets."""
+    """Return the chunks for one peer."""
     chunks: list[Chunk] = []
-    open_: Chunk | None = None  # the last chunk, where there is room in it
+    open_: Chunk | None = None  # the last chunk, if there is room in it
     for payload in payloads:
         rest = as_bytes(payload.tensor).numpy()
         if alone := len(rest) >= ALONE_BYTES:
@@ -79,5 +79,5 @@ def _cut_one(payloads: Sequence[Payload], slot_bytes: int) -> list[Chunk]:
 
 
 def address_of(memory: Bytes) -> int:
-    """Return where it begins."""
+    """Return its address."""
     return int(memory.__array_interface__["data"][0])

@@ -1,4 +1,4 @@
-"""The `mooncake` communicator: peers READ what a rank offers, through bounded windows or in place."""
+"""The `mooncake` communicator: peers READ the chunks that a rank offers, through bounded windows or in place."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MooncakeCommunicator(QueuedCommunicator):
         options: the options of the config string.
 
     Raises:
-        BackendUnavailableError: Mooncake cannot be loaded or started, or does not reach a peer.
+        BackendUnavailableError: Mooncake cannot be loaded or started, or cannot reach a peer.
         TransferTimeoutError: a rank did not connect in time.
     """
 
@@ -57,7 +57,7 @@ class MooncakeCommunicator(QueuedCommunicator):
     def register(self, tensors: Sequence[torch.Tensor], *, landing: bool = False) -> None:
         """Let peers read these tensors in place, and read into them in place if they are `landing`.
 
-        Memory that Mooncake refuses, such as a part of what is registered already, goes through the windows.
+        Memory that Mooncake refuses, such as part of an existing registration, goes through the windows.
         """
         self.queue.check_open()
         for tensor in tensors:
@@ -73,8 +73,8 @@ class MooncakeCommunicator(QueuedCommunicator):
                 self._landing.add(tensor.data_ptr(), tensor.nbytes)
 
     def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
-        """Offer and read until all chunks have gone both ways."""
-        if self._window is None or self._engine is None:  # it cannot be: the queue would be closed
+        """Offer and read until all chunks have been moved both ways."""
+        if self._window is None or self._engine is None:  # impossible: the queue would be closed
             return TransferStats()
         began = time.perf_counter()
         slot_bytes = self._window.slot_bytes
@@ -97,18 +97,18 @@ class MooncakeCommunicator(QueuedCommunicator):
         )
 
     def give_up(self, error: TransferError) -> None:
-        """Tell the peers who is to blame."""
+        """Inform the peers which rank is to blame."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.send(Kind.FAILED, error.peers[0] if error.peers else self.context.rank, text=error.what)
 
     def release(self) -> None:
-        """Close the connections, end the engine, and release the window.
+        """Close the connections, stop the engine, and release the window.
 
-        READs that are still in flight, after an error, end with the engine.
+        READs that are still in flight after an error end with the engine.
         """
         for link in self._links.values():
-            link.connection.close()  # before the engine: the peers of a rank that gave up should know at once
+            link.connection.close()  # before the engine, so that peers of a failed rank know at once
         self._links = {}
         if self._engine is not None:
             self._engine.close()
@@ -127,7 +127,7 @@ class MooncakeCommunicator(QueuedCommunicator):
 
     @property
     def staging_limit_bytes(self) -> int:
-        """Four times the window, for the window and what the caller stages in: 256 MiB by default."""
+        """Four times the window, for the window and the caller's staging: 256 MiB by default."""
         return 4 * int(self._options.window)
 
     def _connect(self, context: BackendContext) -> None:
@@ -139,7 +139,7 @@ class MooncakeCommunicator(QueuedCommunicator):
                 f"Mooncake does not register a window of {window.nbytes} bytes",
                 name="mooncake",
                 why="its reason is on stderr",
-                remedy="where it says that memory cannot be locked, raise `ulimit -l`",
+                remedy="if it reports that memory cannot be locked, raise `ulimit -l`",
             )
         token = new_token()
         # The first slot shows the token until the first `execute()`, before which every rank has read it.

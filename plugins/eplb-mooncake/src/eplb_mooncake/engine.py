@@ -1,14 +1,14 @@
-"""Mooncake's Transfer Engine, as far as this backend uses it.
+"""The parts of Mooncake's Transfer Engine that this backend uses.
 
 Measured with mooncake-transfer-engine-non-cuda 0.3.13.post1 over tcp:
 
-- Only memory that was registered can be read; whoever asks for other memory gets an error.
+- Only registered memory can be read; reading other memory is an error.
 - Opening a peer that does not answer blocks for 60 s, and blocks READs from all other peers meanwhile. So every peer is
   opened when the communicator is made, and never again.
-- A READ from a peer that was killed fails within milliseconds, one from a peer that is stopped after 30 s. None can be
-  taken back; but letting go of the engine ends all of them, and nothing arrives after that.
-- Letting go of it takes up to a second, in which no other Python thread runs; `sockets` makes that 50 ms.
-- A thread that is left inside the library while the interpreter ends aborts the process.
+- A READ from a killed peer fails within milliseconds, one from a stopped peer after 30 s. A READ cannot be cancelled;
+  but deleting the engine ends all of them, and nothing arrives after that.
+- Deleting it takes up to a second, in which no other Python thread runs; `sockets` reduces that to 50 ms.
+- A thread that is inside the library when the interpreter exits aborts the process.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from eplb_mooncake.options import MooncakeOptions
 from eplb_mooncake.sockets import end_connections, shorten_listening
 
 SAMPLE_BYTES = 16
-"""What is read from each peer when it is opened, to see that the path works."""
+"""The bytes read from each peer when it is opened, to check that the path works."""
 
-_NO_BATCH = (0, -1, 2**64 - 1)  # what the library returns in place of a batch that it could not start
-_GOES_ON = (0, -2)  # -2: it takes long, and its bytes may still come
+_NO_BATCH = (0, -1, 2**64 - 1)  # returned by the library if it could not start a batch
+_GOES_ON = (0, -2)  # -2: it takes long, and its bytes may still arrive
 _SYSTEM_LIBRARIES = "apt-get install libibverbs1 libnuma1 libcurl4"
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 _PAUSE_S = 50e-6
-_END_S = 2.0  # for a thread to come back after its connection was ended
+_END_S = 2.0  # for a thread to return after its connection was shut down
 
 
 class Engine:
-    """One Transfer Engine, which peers know as `name`.
+    """One Transfer Engine, known to peers as `name`.
 
     Args:
         host: the address at which the peers reach this rank.
@@ -49,8 +49,8 @@ class Engine:
         name: `host:port`.
 
     Raises:
-        BackendUnavailableError: the library cannot be loaded or started, or there is no RDMA device and one was
-            asked for.
+        BackendUnavailableError: the library cannot be loaded or started, or there is no RDMA device although one was
+            requested.
     """
 
     def __init__(self, host: str, options: MooncakeOptions) -> None:
@@ -65,7 +65,7 @@ class Engine:
                 "Mooncake's Transfer Engine does not start",
                 name="mooncake",
                 why=f"it returned {code} for address {host} and protocol {options.protocol}; its reason is on stderr",
-                remedy="set MC_LOG_LEVEL=INFO to see more of it",
+                remedy="set MC_LOG_LEVEL=INFO for details",
             )
         port = int(self._engine.get_rpc_port())
         self.name = f"{host}:{port}"
@@ -76,9 +76,9 @@ class Engine:
         """Let peers read, and write, this memory until the engine is closed; return whether that is possible.
 
         Args:
-            address: where it begins.
+            address: its start.
             nbytes: its length.
-            owner: what is kept alive, so that the memory is.
+            owner: kept alive, and with it the memory.
         """
         if self._engine.register_memory(address, nbytes) != 0:
             return False
@@ -95,11 +95,11 @@ class Engine:
 
         Raises:
             TransferTimeoutError: a peer did not answer in time.
-            BackendUnavailableError: a peer cannot be read from, or other bytes came.
+            BackendUnavailableError: a peer cannot be read from, or wrong bytes arrived.
         """
         opening = _Opening(samples, landing, time.monotonic() + timeout_s)
-        # In a thread, since opening has no timeout of its own. The thread alone holds on to the engine and its memory,
-        # so that closing the engine ends it although an error's traceback refers to here.
+        # In a thread, since opening has no timeout. Only the thread holds the engine and its memory, so that closing
+        # the engine deletes it although an error's traceback refers to this frame.
         thread = threading.Thread(
             target=opening.run, args=(self._engine, list(self._registered)), daemon=True, name="eplb-mooncake opens"
         )
@@ -113,10 +113,10 @@ class Engine:
         elif opening.fault is not None:
             rank, why = opening.fault
             raise BackendUnavailableError(
-                f"Mooncake does not reach rank {rank} at {samples[rank][0]}",
+                f"Mooncake cannot reach rank {rank} at {samples[rank][0]}",
                 name="mooncake",
                 why=f"{why}; the library's reason is on stderr",
-                remedy="see that a firewall lets the ranks connect to one another, or name another interface",
+                remedy="check that the firewall lets the ranks connect to one another, or choose another interface",
             )
         if late:
             raise TransferTimeoutError(
@@ -131,27 +131,27 @@ class Engine:
         return None if batch in _NO_BATCH else batch
 
     def finished(self, batch: int) -> bool | None:
-        """Return True once all bytes are here, False if the READ failed, None as long as it goes on."""
+        """Return True once all bytes are here, False if the READ failed, None while it is in flight."""
         status = self._engine.transfer_check_status(batch)
         return None if status in _GOES_ON else bool(status == 1)
 
     def close(self) -> None:
-        """End all READs, stop serving those of peers, and let go of the memory. May be called twice."""
+        """End all READs, stop serving peers, and release the memory. May be called twice."""
         self._engine = None
         self._registered.clear()
 
 
 class _Opening:
-    """Reads a few bytes from one peer after the other.
+    """Reads a few bytes from one peer after another.
 
     Args:
-        samples: as `Engine.open` is given them.
-        landing: as `Engine.open` is given it.
+        samples: as in `Engine.open`.
+        landing: as in `Engine.open`.
         deadline: when to give up, in `time.monotonic()` seconds.
 
     Attributes:
         waiting: the ranks that have not answered, in order.
-        fault: the rank that ended it, and what was wrong with it.
+        fault: the faulty rank, and what was wrong.
     """
 
     def __init__(self, samples: Mapping[int, tuple[str, int, bytes]], landing: Bytes, deadline: float) -> None:
@@ -162,7 +162,7 @@ class _Opening:
         self._landing = landing
 
     def run(self, engine: Any, kept: object) -> None:
-        """Go on until all have answered, one is at fault, or it is too late."""
+        """Continue until all have answered, one is faulty, or the deadline passes."""
         while self.waiting:
             rank = self.waiting[0]
             name, address, expected = self._samples[rank]
@@ -177,7 +177,7 @@ class _Opening:
                 self.fault = (rank, "it cannot be read from")
                 return
             if self._landing[: len(expected)].tobytes() != expected:
-                self.fault = (rank, "other bytes came")
+                self.fault = (rank, "wrong bytes arrived")
                 return
             del self.waiting[0]
 
@@ -201,7 +201,7 @@ def load() -> Any:
 
 
 def _check_rdma() -> None:
-    """Without a device, and with MC_FORCE_TCP, Mooncake takes tcp and does not say so."""
+    """Refuse RDMA without a device or with MC_FORCE_TCP: Mooncake would silently use tcp."""
     if "MC_FORCE_TCP" in os.environ:
         why, remedy = "MC_FORCE_TCP is set", "unset it, or use protocol=tcp"
     elif not _RDMA_DEVICES.is_dir() or not any(_RDMA_DEVICES.iterdir()):
@@ -213,10 +213,10 @@ def _check_rdma() -> None:
 
 @contextlib.contextmanager
 def _environment(protocol: str) -> Iterator[None]:
-    """What Mooncake reads from the environment while it is loaded and started, and the old values after that."""
-    wanted = {"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR")}  # it tells of every start otherwise
+    """Set what Mooncake reads from the environment while it is loaded and started; restore the old values after."""
+    wanted = {"MC_LOG_LEVEL": os.environ.get("MC_LOG_LEVEL", "ERROR")}  # by default it logs every start
     if protocol == "tcp":
-        wanted["MC_FORCE_TCP"] = "1"  # it takes RDMA otherwise, where there is a device
+        wanted["MC_FORCE_TCP"] = "1"  # otherwise it takes RDMA if there is a device
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

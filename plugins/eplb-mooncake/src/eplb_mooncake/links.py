@@ -1,7 +1,7 @@
-"""One link to each peer: a TCP connection for small messages, beside the one that Mooncake moves the bytes over.
+"""One link to each peer: a TCP connection for small messages, besides Mooncake's connection for the bytes.
 
-A connection of our own, because the kernel closes it when a process ends, so that the peers of a dead rank know at
-once, and because Mooncake has no message from the reader to the read rank.
+A separate connection, because the kernel closes it when a process ends, so that the peers of a dead rank know at once,
+and because Mooncake has no message from the reader to the rank it reads from.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from eplb_core.words import ranks_text
 
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"<{_TOKEN_BYTES}sI")  # the listener's token, the rank that connects
-_HELLO_S = 2.0  # a peer says hello as soon as it is connected; who does not, is no peer
+_HELLO_S = 2.0  # a peer sends hello as soon as it is connected; anything else is not a peer
 _MESSAGE = struct.Struct("<BIQH")  # kind, number, address, bytes of text
 _LONGEST_TEXT = 4096
 _SIOCGIFADDR = 0x8915
@@ -32,19 +32,19 @@ _NOWHERE = ("192.0.2.1", 9)  # an address for documentation, on no network; noth
 
 
 class Kind(IntEnum):
-    """What a message says."""
+    """The kind of a message."""
 
     READY = 1
-    """The sender's next chunk for the receiver lies at the address; the number is its ticket."""
+    """The sender's next chunk for the receiver is at the address; the number is its ticket."""
     TAKEN = 2
     """The chunk with this ticket was read."""
     FAILED = 3
-    """The sender gives up; the number is the rank that is to blame, the text says why."""
+    """The sender gives up; the number is the rank to blame, the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message, as it came."""
+    """One received message."""
 
     kind: Kind
     number: int
@@ -54,14 +54,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a rank tells every other before they connect.
+    """What a rank sends to every other one before they connect.
 
     Attributes:
-        host: the address that it listens at.
+        host: the address at which it listens.
         port: for messages.
         engine: its Transfer Engine's name.
-        sample: an address in its registered memory, where the bytes of `token` lie.
-        token: proves to it that who connects belongs to the group, hexadecimal.
+        sample: the address of the bytes of `token` in its registered memory.
+        token: proves that a connecting process belongs to the group, hexadecimal.
     """
 
     host: str
@@ -77,7 +77,7 @@ class Link:
 
     Attributes:
         peer: its rank.
-        connection: connected, does not block.
+        connection: connected, non-blocking.
         engine: the name of its Transfer Engine.
     """
 
@@ -95,7 +95,7 @@ class Link:
             raise BlockingIOError("it has not read its messages")
 
     def messages(self) -> Iterator[Message]:
-        """Yield what has arrived. Raises `OSError` if the peer is gone, or does not keep to the protocol."""
+        """Yield received messages. Raises `OSError` if the peer is gone or violates the protocol."""
         ended = False
         with contextlib.suppress(BlockingIOError):
             while not ended:
@@ -105,7 +105,7 @@ class Link:
         while len(self._arrived) >= _MESSAGE.size:
             kind, number, address, length = _MESSAGE.unpack_from(self._arrived)
             if kind not in Kind.__members__.values() or length > _LONGEST_TEXT:
-                raise ConnectionError("what it sends is no message")
+                raise ConnectionError("it sent an invalid message")
             if len(self._arrived) < _MESSAGE.size + length:
                 break
             text = self._arrived[_MESSAGE.size : _MESSAGE.size + length].decode(errors="replace")
@@ -124,7 +124,7 @@ def find_host(context: BackendContext, interface: str | None, timeout_s: float) 
         timeout_s: how long to wait for the slowest rank, in seconds.
 
     Raises:
-        BackendUnavailableError: there is no such interface, or none to be found.
+        BackendUnavailableError: the interface does not exist, or none can be found.
         TransferTimeoutError: a rank did not answer in time.
     """
     places = _gather(context, "hosts of mooncake ranks", HostIdentity.here().loopback, timeout_s)
@@ -146,7 +146,7 @@ def find_host(context: BackendContext, interface: str | None, timeout_s: float) 
 
 
 def listen(host: str, backlog: int) -> socket.socket:
-    """Return a socket that listens at a free port of `host`."""
+    """Return a socket that listens on a free port of `host`."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.bind((host, 0))
@@ -170,7 +170,7 @@ def exchange_cards(context: BackendContext, mine: Card, timeout_s: float) -> lis
 
 
 def connect(rank: int, listener: socket.socket, cards: list[Card], timeout_s: float) -> dict[int, Link]:
-    """Return a link to every other rank. Every rank calls it at the same time; lower ranks are connected to.
+    """Return a link to every other rank. Every rank calls it at the same time, and connects to lower ranks.
 
     Raises:
         TransferTimeoutError: a rank did not connect in time.
@@ -180,7 +180,7 @@ def connect(rank: int, listener: socket.socket, cards: list[Card], timeout_s: fl
     connections: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as on_error:
         on_error.callback(_close_all, connections)
-        why = "nobody connected"
+        why = "no rank connected"
         try:
             for lower in range(rank):
                 connections[lower] = socket.create_connection((cards[lower].host, cards[lower].port), _left(deadline))
@@ -198,7 +198,7 @@ def connect(rank: int, listener: socket.socket, cards: list[Card], timeout_s: fl
                 connection.sendall(tokens[higher])
             for lower in range(rank):
                 if not secrets.compare_digest(_receive(connections[lower], _TOKEN_BYTES), tokens[rank]):
-                    raise ConnectionError(f"who answers for rank {lower} does not belong to this group")
+                    raise ConnectionError(f"the process that answers for rank {lower} does not belong to this group")
         except OSError as error:
             why = f"{type(error).__name__}: {error}"
             absent = [peer for peer in range(len(cards)) if peer not in connections and peer != rank]
@@ -211,12 +211,12 @@ def connect(rank: int, listener: socket.socket, cards: list[Card], timeout_s: fl
 
 
 def new_token() -> bytes:
-    """Return bytes that nobody can guess."""
+    """Return unguessable bytes."""
     return secrets.token_bytes(_TOKEN_BYTES)
 
 
 def _greeted(connection: socket.socket, token: bytes, patience_s: float) -> int | None:
-    """Return the rank that has connected, or None if it is no rank of this group."""
+    """Return the connected rank, or None if it is not a rank of this group."""
     connection.settimeout(min(patience_s, _HELLO_S))
     try:
         shown, rank = _HELLO.unpack(_receive(connection, _HELLO.size))
@@ -257,7 +257,7 @@ def _address_of(interface: str) -> str:
                 f"the network interface {interface!r} has no IPv4 address",
                 name="mooncake",
                 why=str(error),
-                remedy=f"name another with the interface option; there are {names}",
+                remedy=f"name another one with the interface option; there are {names}",
             ) from error
     return socket.inet_ntoa(answer[20:24])
 

@@ -1,4 +1,4 @@
-"""One transfer under way: say where chunks lie, read those of the peers, and hear when one's own were read."""
+"""One transfer in flight: offer chunks, read those of the peers, and learn when the own chunks were read."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from eplb_mooncake.regions import Regions
 from eplb_mooncake.window import Window
 
 _MOST_OFFERED = 64
-_MOST_READS = 16  # at once; more take no less time, and each has to be asked after
-_NAP_S = 100e-6  # between two looks at READs, which nothing wakes us for
+_MOST_READS = 16  # at once; more are not faster, and each must be polled
+_NAP_S = 100e-6  # between two polls of READs, which send no wake-up
 _RETRY_S = 0.05
 _LONGEST_WAIT_S = 1.0
 
 
 @dataclass(slots=True)
 class _Read:
-    """A chunk of a peer's that is read, or has to be read again.
+    """A chunk of a peer that is being read, or must be read again.
 
     Attributes:
         link: to the peer.
         ticket: the peer's number for it.
-        address: where it lies there.
-        chunk: where it belongs here.
-        slot: the slot that it is read into, or None if it goes where it belongs at once.
+        address: its address at the peer.
+        chunk: its destination here.
+        slot: the slot that it is read into, or None if it is read in place.
         not_before: when to start it, in `time.monotonic()` seconds.
     """
 
@@ -47,14 +47,14 @@ class Round:
     """The chunks of one `execute()`.
 
     Args:
-        engine: every peer is open.
-        window: all slots are free.
-        links: those to all peers.
-        readable: registered memory, which peers may read in place.
-        landing: registered memory, which may be read into in place.
-        outgoing: peer -> chunks that it gets.
-        incoming: peer -> chunks that come from it.
-        timeout_s: how long a peer that has something to do may do nothing, in seconds.
+        engine: with every peer open.
+        window: with all slots free.
+        links: to all peers.
+        readable: registered memory that peers may read in place.
+        landing: registered memory that may be read into in place.
+        outgoing: peer -> chunks for it.
+        incoming: peer -> chunks from it.
+        timeout_s: how long a peer that owes something may do nothing, in seconds.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Round:
         self._not_taken = {peer: len(chunks) for peer, chunks in outgoing.items()}
         self._not_read = {peer: len(chunks) for peer, chunks in incoming.items()}
         self._to_read: deque[_Read] = deque()
-        self._reading: dict[int, _Read] = {}  # the engine's number for a READ -> what it reads
+        self._reading: dict[int, _Read] = {}  # the engine's number of a READ -> what it reads
         self._failed_reads: Counter[int] = Counter()
         self._heard = dict.fromkeys({*outgoing, *incoming}, time.monotonic())
         self._poll = select.poll()
@@ -94,12 +94,12 @@ class Round:
         self.reads = 0
 
     def run(self) -> None:
-        """Return when every chunk was read, on both sides.
+        """Wait until every chunk is read, on both sides.
 
         Raises:
             TransferTimeoutError: a peer did nothing for too long.
             PeerLostError: a peer is gone, or gave up because of another one.
-            TransferError: a peer does not keep to what was agreed.
+            TransferError: a peer violates the protocol.
         """
         while self._not_taken or self._not_read:
             offered = self._offer_next()
@@ -115,7 +115,7 @@ class Round:
             self._check_overdue()
 
     def _offer_next(self) -> bool:
-        """Tell the peer whose turn it is where its next chunk lies; return whether there was one, and room."""
+        """Offer the next chunk to the peer whose turn it is; return whether there was one, and room for it."""
         if not self._turns or len(self._offered) >= _MOST_OFFERED:
             return False
         peer = self._turns[0]
@@ -126,7 +126,7 @@ class Round:
             if not self._window.to_send:
                 return False
             began = time.perf_counter()
-            slot = self._window.to_send.pop()  # the one freed last is still in the cache
+            slot = self._window.to_send.pop()  # the last one freed is still in the cache
             chunk.pack(self._window.slot(slot))
             address = self._window.address(slot)
             self.pack_s += time.perf_counter() - began
@@ -142,7 +142,7 @@ class Round:
         return True
 
     def _listen(self, patience_s: float) -> bool:
-        """Act on what the peers say; return whether one said anything."""
+        """Process the peers' messages; return whether there were any."""
         ready = self._poll.poll(patience_s * 1000)
         for handle, _ in ready:
             self._hear(self._by_handle[handle])
@@ -165,7 +165,7 @@ class Round:
         except OSError as error:
             if link.peer in self._not_taken or link.peer in self._not_read:
                 raise _lost(link, error) from error
-            self._poll.unregister(link.connection)  # it is through with this transfer, and may have closed since
+            self._poll.unregister(link.connection)  # it has finished this transfer, and may have closed since
 
     def _accept(self, link: Link, ticket: int, address: int) -> None:
         chunks = self._incoming.get(link.peer)
@@ -176,7 +176,7 @@ class Round:
     def _free(self, link: Link, ticket: int) -> None:
         peer, slot = self._offered.pop(ticket, (None, None))
         if peer != link.peer:
-            raise _broken(link, f"it took what it was not offered, ticket {ticket}")
+            raise _broken(link, f"it took a chunk that it was not offered, ticket {ticket}")
         if slot is not None:
             self._window.to_send.append(slot)
         self._not_taken[peer] -= 1
@@ -184,7 +184,7 @@ class Round:
             del self._not_taken[peer]
 
     def _start_next(self) -> bool:
-        """Start the READ that has waited longest, if there is room for it; return whether one was started."""
+        """Start the READ that has waited longest, if there is room; return whether one was started."""
         if not self._to_read or len(self._reading) >= _MOST_READS:
             return False
         read = self._to_read[0]
@@ -208,7 +208,7 @@ class Round:
         return True
 
     def _end_reads(self) -> bool:
-        """Unpack what has been read; return whether there was anything."""
+        """Unpack completed READs; return whether there were any."""
         ended = False
         for batch, read in list(self._reading.items()):
             arrived = self._engine.finished(batch)
@@ -233,7 +233,7 @@ class Round:
         return ended
 
     def _put_off(self, read: _Read) -> None:
-        """Read it again a little later: a dead peer's connection tells of it by then, all else may pass."""
+        """Read it again a little later: by then a dead peer's connection is closed; other faults may pass."""
         self._failed_reads[read.link.peer] += 1
         read.not_before = time.monotonic() + _RETRY_S
         self._to_read.append(read)
@@ -245,7 +245,7 @@ class Round:
             raise _lost(link, error) from error
 
     def _busy(self) -> set[int]:
-        """Return the peers that have something to do."""
+        """Return the peers that owe something."""
         return {*self._not_read, *(peer for peer, _ in self._offered.values())}
 
     def _patience_s(self) -> float:
@@ -262,7 +262,7 @@ class Round:
                 peers=silent,
                 phase="move",
                 why=f"{failed} READs failed; Mooncake's reason is on stderr" if failed else None,
-                remedy="look at the log of that rank; if it was only slow, raise the timeout option",
+                remedy="check the log of that rank; if it was only slow, raise the timeout option",
             )
 
 
@@ -271,4 +271,4 @@ def _lost(link: Link, error: OSError) -> PeerLostError:
 
 
 def _broken(link: Link, why: str) -> TransferError:
-    return TransferError(f"rank {link.peer} does not keep to the protocol", peers=[link.peer], phase="move", why=why)
+    return TransferError(f"rank {link.peer} violates the protocol", peers=[link.peer], phase="move", why=why)

@@ -1,6 +1,6 @@
-"""Mooncake's own sockets, found by their ports, where its interface has no way to end a wait.
+"""Mooncake's own sockets, found by their ports, because its interface cannot end a wait.
 
-If a later version waits in another way, nothing here has an effect, and closing takes as long as it does without.
+If a later version waits in another way, this module has no effect, and closing takes as long as without it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ _TIMEVAL = struct.Struct("ll")  # seconds, microseconds
 
 
 def shorten_listening(port: int) -> None:
-    """Have the listener at this port look more often whether it should stop.
+    """Make the listener at this port check more often whether it should stop.
 
-    It looks once a second, and closing an engine waits for that without letting any Python thread run.
+    By default it checks once a second, and closing an engine waits for that without letting any Python thread run.
     """
     for each in _sockets():
         with each, contextlib.suppress(OSError):
@@ -27,7 +27,7 @@ def shorten_listening(port: int) -> None:
 
 
 def end_connections(host: str, port: int) -> None:
-    """End every connection to this address, so that who waits for an answer fails at once."""
+    """Shut down every connection to this address, so that a wait for an answer fails at once."""
     for each in _sockets():
         with each, contextlib.suppress(OSError):
             if each.getpeername()[:2] == (host, port):

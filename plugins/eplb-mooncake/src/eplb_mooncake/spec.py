@@ -1,4 +1,4 @@
-"""How the `mooncake` backend registers itself. Imports nothing heavy."""
+"""Registers the `mooncake` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ BACKEND = BackendSpec(
     requires=("torch", "mooncake"),
     install='pip install "eplb-mooncake[cpu]"',
     probe="eplb_mooncake.probe:probe",
-    priority=-10,  # `auto` takes it where nothing else works
+    priority=-10,  # `auto` takes it if nothing else works
 )

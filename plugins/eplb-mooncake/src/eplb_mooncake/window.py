@@ -1,4 +1,4 @@
-"""A rank's staging memory: one allocation, half of it slots to send from and half of it slots to receive into."""
+"""A rank's staging memory: one allocation, half of it slots to send from, half slots to receive into."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _LARGEST_SLOT = 1 << 20  # larger ones leave the cache before they are unpacked:
 
 
 class Window:
-    """Staging memory, cut into slots of equal size.
+    """Staging memory, divided into slots of equal size.
 
     Args:
         nbytes: the most that it may take, in bytes.
 
     Attributes:
-        nbytes: what it takes.
+        nbytes: its size.
         slot_bytes: the size of a slot, the same on ranks with the same `nbytes`.
         memory: all of it, uint8 `[nbytes]`.
         to_send: numbers of the slots that are free to send from.
@@ -38,5 +38,5 @@ class Window:
         return self.memory[number * self.slot_bytes :][: self.slot_bytes]
 
     def address(self, number: int) -> int:
-        """Return where a slot begins."""
+        """Return the address of a slot."""
         return address_of(self.memory) + number * self.slot_bytes

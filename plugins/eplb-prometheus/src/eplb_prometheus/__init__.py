@@ -1,4 +1,4 @@
-"""Prometheus metrics of eplb. Installing this package is enough: they are counted in prometheus-client's registry."""
+"""Prometheus metrics of eplb. Installing this package is enough: it counts in prometheus-client's registry."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ __version__ = "0.1.0"
 __all__ = ["PLUGIN", "Metrics", "PrometheusPlugin", "__version__"]
 
 PLUGIN = PrometheusPlugin()
-"""What eplb loads: it counts in the registry that prometheus-client exports unless it is told otherwise."""
+"""The plugin that eplb loads: it counts in prometheus-client's default registry."""

@@ -20,10 +20,10 @@ def dashboard() -> str:
 
 
 def main() -> None:
-    """Serve until it is ended, or print the dashboard."""
+    """Serve until terminated, or print the dashboard."""
     parser = argparse.ArgumentParser(prog="python -m eplb_prometheus", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help=f"export what all processes have written to {DIRECTORY}")
+    serve = commands.add_parser("serve", help=f"export the metrics that all processes have written to {DIRECTORY}")
     serve.add_argument("--port", type=int, default=9410, help="0 takes a free one [default: 9410]")
     serve.add_argument("--address", default="127.0.0.1", help="[default: 127.0.0.1]")
     commands.add_parser("dashboard", help="print the Grafana dashboard")
@@ -33,7 +33,7 @@ def main() -> None:
         return
     folder = os.environ.get(DIRECTORY, "")
     if not Path(folder).is_dir() or not folder:
-        parser.error(f"{DIRECTORY} has to name a directory, the same one as for the ranks; it is {folder!r}")
+        parser.error(f"{DIRECTORY} must name a directory, the same one as for the ranks; it is {folder!r}")
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=folder)  # type: ignore[no-untyped-call]
     server, _ = start_http_server(given.port, given.address, registry)

@@ -1,7 +1,7 @@
 """The metrics, and what each event adds to them.
 
-Every metric has the labels `backend` and `rank`. Ranks are group ranks: where several processes are scraped as one
-(prometheus-client's multiprocess mode) they still tell the ranks apart.
+Every metric has the labels `backend` and `rank`. Ranks are group ranks: even if several processes are scraped as one
+(prometheus-client's multiprocess mode), they distinguish the ranks.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Metrics:
 
     Args:
         registry: where they are registered.
-        most_peers: in groups with more ranks, peers are not told apart.
+        most_peers: in groups with more ranks, peers are not distinguished.
 
     Raises:
-        ValueError: the registry has them already.
+        ValueError: the registry already has them.
     """
 
     def __init__(self, registry: CollectorRegistry = REGISTRY, *, most_peers: int = MOST_PEERS) -> None:
@@ -57,7 +57,7 @@ class Metrics:
         def gauge(name: str, text: str) -> Gauge:
             return Gauge(f"eplb_{name}", text, _WHO, registry=registry, multiprocess_mode="livemax")
 
-        self.transfers_started = counter("transfers_started", "Transfers that were started.")
+        self.transfers_started = counter("transfers_started", "Transfers started.")
         self.transfers = counter("transfers", "Transfers that finished.")
         self.transfer_failures = counter("transfer_failures", "Transfers that failed.", "error", "phase")
         self.peer_failures = counter("peer_failures", "Failed transfers that blame this peer.", "peer")
@@ -73,7 +73,7 @@ class Metrics:
         self.rearrangements = counter("rearrangements", "Rearrangements that finished.")
         self.rearrangement_failures = counter("rearrangement_failures", "Rearrangements that failed.", "error", "phase")
         self.rearranging = gauge("rearrangement_in_progress", "1 while a rearrangement runs, else 0.")
-        self.steps = counter("rearrangement_steps", "Steps that were committed.")
+        self.steps = counter("rearrangement_steps", "Steps committed.")
         self.step_seconds = histogram("rearrangement_step_seconds", "Wall time of a step with its commit.")
         self.rearranged_bytes = counter("rearrangement_received_bytes", "Payload bytes that this rank has committed.")
         self.bytes_planned = gauge("rearrangement_bytes_planned", "Payload bytes that this rank receives in all.")
@@ -81,14 +81,14 @@ class Metrics:
         self.steps_planned = gauge("rearrangement_steps_planned", "Steps of the rearrangement in all.")
         self.steps_ahead = gauge("rearrangement_steps_ahead", "Steps that are not yet committed.")
         self.experts_moved = counter(
-            "rearrangement_experts_moved", "Experts that crossed between ranks, of all ranks; counted by rank 0."
+            "rearrangement_experts_moved", "Experts that crossed between ranks, all ranks together; counted by rank 0."
         )
         self.rearrangement_seconds = histogram("rearrangement_seconds", "Wall time of a rearrangement.")
         self.rearrangement_phase_seconds = histogram(
             "rearrangement_phase_seconds", "Wall time of a phase of a rearrangement.", "phase", buckets=_PHASE_SECONDS
         )
         self.rearrangement_staging = gauge(
-            "rearrangement_staging_bytes", "Staging memory of the last rearrangement, its window included."
+            "rearrangement_staging_bytes", "Staging memory of the last rearrangement, including its window."
         )
 
     # --- transfers --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Metrics:
     # --- rearrangements ---------------------------------------------------------------------------------------------
 
     def rearrange_started(self, event: RearrangeStarted) -> None:
-        """Tell that a rearrangement runs, and how much it will receive."""
+        """Record that a rearrangement runs, and how much it will receive."""
         who = _who(event)
         self.rearranging.labels(*who).set(1)
         for gauge, number in (

@@ -1,4 +1,4 @@
-"""The hooks: each hands its event to the metrics. The first one also starts the exporter, if one is asked for."""
+"""The hooks: each passes its event to the metrics. The first one also starts the exporter, if configured."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ADDRESS: Final = "EPLB_PROMETHEUS_ADDRESS"
 """The environment variable with the address that exporters listen at; the default is 127.0.0.1."""
 
 PEERS: Final = "EPLB_PROMETHEUS_MOST_PEERS"
-"""The environment variable with the largest group whose peers are told apart."""
+"""The environment variable with the size of the largest group whose peers are distinguished."""
 
 _log = logging.getLogger(__name__)
 
 
 class PrometheusPlugin:
-    """Counts events in a registry. An engine with a registry of its own registers one of these with its `PluginHost`.
+    """Counts events in a registry. An engine with a separate registry registers one of these with its `PluginHost`.
 
     Args:
         registry: where the metrics are registered.
@@ -82,7 +82,7 @@ class PrometheusPlugin:
         self.metrics.rearrange_failed(event)
 
     def _export(self, rank: int) -> None:
-        """Start the exporter once. Not at import: `eplb` commands import plugins too, and no rank is known then."""
+        """Start the exporter once. Not at import: `eplb` commands import plugins too, and the rank is unknown then."""
         if self._asked_for_exporter:
             return
         self._asked_for_exporter = True
@@ -101,5 +101,5 @@ def _number(variable: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise ValueError(f"{variable} has to be a whole number, not {text!r}")
+        raise ValueError(f"{variable} must be a whole number, not {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Cuts what one rank sends to another into chunks that fit a slot; both sides cut alike, and say nothing about it."""
+"""Splits the tensors between two ranks into chunks that fit a slot; both sides split alike, without a message."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from eplb_core.transport import Payloads, as_bytes
 from eplb_shm.window import Bytes
 
 Chunk = list[Bytes]
-"""The memory of pieces of tensors, which lie one after the other in a slot."""
+"""The memory of pieces of tensors, which are laid end to end in a slot."""
 
 
 def cut(payloads: Payloads, slot_bytes: int) -> dict[int, deque[Chunk]]:
-    """Return peer -> its chunks, in order. Every chunk but a peer's last one is `slot_bytes` long."""
+    """Return peer -> its chunks, in order. Every chunk except a peer's last one is `slot_bytes` long."""
     cut_up: dict[int, deque[Chunk]] = {}
     for peer, queued in payloads.items():
         room = 0

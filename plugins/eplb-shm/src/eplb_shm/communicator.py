@@ -1,4 +1,4 @@
-"""The `shm` communicator: pack into a slot of one's own window, tell the peer, who copies it out and says so."""
+"""The `shm` communicator: pack into a slot of this rank's window, notify the peer, which copies it out and confirms."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ShmCommunicator(QueuedCommunicator):
             raise
 
     def move(self, sends: Payloads, recvs: Payloads) -> TransferStats:
-        """Pack and unpack until all chunks have gone both ways."""
+        """Pack and unpack until all chunks have been moved both ways."""
         began = time.perf_counter()
         slot_bytes = self._window.slot_bytes
         round_ = _Round(self._window, self._links, cut(sends, slot_bytes), cut(recvs, slot_bytes))
@@ -59,7 +59,7 @@ class ShmCommunicator(QueuedCommunicator):
         return TransferStats(phases={"pack": round_.pack_s, "wait": waited, "unpack": round_.unpack_s})
 
     def give_up(self, error: TransferError) -> None:
-        """Tell the peers who is to blame: without it, those that wait for this rank would blame it."""
+        """Inform the peers which rank is to blame: otherwise those that wait for this rank would blame it."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 link.send(Kind.FAILED, error.peers[0] if error.peers else self.context.rank, error.what)
@@ -78,7 +78,7 @@ class ShmCommunicator(QueuedCommunicator):
 
     @property
     def may_land_late(self) -> bool:
-        """False: bytes are copied by the thread that receives them, and by nobody else."""
+        """False: only the receiving thread copies bytes."""
         return False
 
     @property
@@ -88,18 +88,18 @@ class ShmCommunicator(QueuedCommunicator):
 
     @property
     def staging_limit_bytes(self) -> int:
-        """Three times the window for what the caller stages in, 256 MiB with the window by default."""
+        """Three times the window, for the caller's staging; with the window 256 MiB by default."""
         return 3 * self._window.nbytes
 
 
 class _Round:
-    """One transfer under way.
+    """One transfer in flight.
 
     Args:
-        window: this rank's window; all slots are free.
-        links: those to all peers.
-        outgoing: peer -> chunks that it gets.
-        incoming: peer -> chunks that come from it.
+        window: this rank's window, with all slots free.
+        links: to all peers.
+        outgoing: peer -> chunks for it.
+        incoming: peer -> chunks from it.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class _Round:
         self.unpack_s = 0.0
 
     def run(self, timeout_s: float) -> None:
-        """Return when every chunk was taken, on both sides.
+        """Wait until every chunk is taken, on both sides.
 
         Raises:
             TransferTimeoutError: a peer did not do its part within `timeout_s` seconds.
@@ -140,12 +140,12 @@ class _Round:
                 self._hear(self._by_handle[handle])
 
     def _pack_next(self) -> bool:
-        """Fill one slot for the peer whose turn it is; return whether there was one free, and something to send."""
+        """Fill one slot for the peer whose turn it is; return False without a free slot or anything to send."""
         if not self._turns or not self._window.free:
             return False
         began = time.perf_counter()
         peer = self._turns.popleft()
-        slot = self._window.free.pop()  # the one freed last is still in the cache
+        slot = self._window.free.pop()  # the last one freed is still in the cache
         pack(self._outgoing[peer].popleft(), self._window.slot(slot))
         if self._outgoing[peer]:
             self._turns.append(peer)
@@ -170,7 +170,7 @@ class _Round:
         except OSError as error:
             if link.peer in self._untaken or link.peer in self._incoming:
                 raise self._lost(link, error) from error
-            self._poll.unregister(link.connection)  # it is through with this transfer, and may have closed since
+            self._poll.unregister(link.connection)  # it has finished this transfer, and may have closed since
 
     def _unpack_next(self, link: Link, slot: int) -> None:
         began = time.perf_counter()
@@ -196,5 +196,5 @@ class _Round:
             f"{ranks_text(silent)} did not send or take everything within {timeout_s:g} s",
             peers=silent,
             phase="move",
-            remedy="look at the log of that rank; if it was only slow, raise the timeout option",
+            remedy="check the log of that rank; if it was only slow, raise the timeout option",
         )

@@ -1,7 +1,7 @@
-"""One link to each peer: a socket for small messages, and the peer's window, which came through that socket.
+"""One link to each peer: a socket for small messages, and the peer's window, received through that socket.
 
-The sockets have abstract names, so that no file is left behind, and the kernel closes them when a process ends: the
-peer of a dead rank knows at once. They also order memory: what was written before a message was sent is there when it
+The sockets have abstract names, which leave no file behind, and the kernel closes them when a process ends, so that the
+peers of a dead rank know at once. They also order memory: bytes written before a message is sent are visible when it
 arrives.
 """
 
@@ -30,14 +30,14 @@ _LONGEST = 4096
 
 
 class Kind(IntEnum):
-    """What a message says."""
+    """The kind of a message."""
 
     FULL = 1
     """A slot of the sender's window holds the next chunk."""
     TAKEN = 2
     """A slot of the receiver's window was copied out and is free again."""
     FAILED = 3
-    """The sender gives up; the number is the rank that is to blame, the text says why."""
+    """The sender gives up; the number is the rank to blame, the text is the reason."""
 
 
 @dataclass(slots=True)
@@ -46,8 +46,8 @@ class Link:
 
     Attributes:
         peer: its rank.
-        connection: connected, keeps messages apart, does not block.
-        window: the peer's window, uint8 `[bytes]`; can only be read.
+        connection: connected, keeps message boundaries, non-blocking.
+        window: the peer's window, uint8 `[bytes]`; read-only.
     """
 
     peer: int
@@ -59,7 +59,7 @@ class Link:
         self.connection.send(_MESSAGE.pack(kind, number) + text.encode()[: _LONGEST - _MESSAGE.size])
 
     def messages(self) -> Iterator[tuple[Kind, int, str]]:
-        """Yield what has arrived. Raises `OSError` if the peer is gone."""
+        """Yield received messages. Raises `OSError` if the peer is gone."""
         while True:
             try:
                 raw = self.connection.recv(_LONGEST)
@@ -83,7 +83,7 @@ def connect(context: BackendContext, window: Window, timeout_s: float) -> dict[i
     place = HostIdentity.here().loopback
     links: dict[int, Link] = {}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, contextlib.ExitStack() as on_error:
-        listener.bind("")  # the kernel finds an abstract name
+        listener.bind("")  # the kernel chooses an abstract name
         listener.listen(context.world_size)
         try:
             said = context.control.all_gather("shm addresses", place + token + listener.getsockname(), timeout_s)

@@ -1,4 +1,4 @@
-"""The options of the `shm` backend, as they stand in a config string."""
+"""The options of the `shm` backend, as written in a config string."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ShmOptions(CommonOptions):
     """Options of the `shm` backend.
 
     Attributes:
-        window: bytes of shared memory of a rank, whatever the number of ranks.
+        window: bytes of shared memory of a rank, for any number of ranks.
     """
 
     window: ByteSize = field(

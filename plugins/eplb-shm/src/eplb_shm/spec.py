@@ -1,4 +1,4 @@
-"""How the `shm` backend registers itself. Imports nothing heavy."""
+"""Registers the `shm` backend. Imports nothing heavy."""
 
 from __future__ import annotations
 

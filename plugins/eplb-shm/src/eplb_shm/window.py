@@ -1,7 +1,7 @@
 """A rank's window: memory that it fills and its peers read, with no name that could be left behind.
 
-The memory belongs to file descriptors alone. When the last process that holds one ends, whatever ended it, the kernel
-frees the memory; and no limit on /dev/shm applies, such as the 64 MiB of a container.
+The memory belongs to file descriptors only. When the last process that holds one ends, for any reason, the kernel frees
+the memory; and no limit on /dev/shm applies, such as the 64 MiB of a container.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from eplb_core import ProbeResult
 from eplb_core.errors import BackendUnavailableError
 
 Bytes = npt.NDArray[np.uint8]
-"""Memory, uint8 `[bytes]`. numpy copies it faster than torch does, and lets other threads run meanwhile as well."""
+"""Memory, uint8 `[bytes]`. numpy copies it faster than torch, and also lets other threads run meanwhile."""
 
 MAX_SLOTS = 64
 """Few enough that the messages about all of them fit into a socket's buffer, so that sending one never blocks."""
 
-_LARGEST_SLOT = 1 << 20  # telling the peer of a smaller one costs more than packing it
+_LARGEST_SLOT = 1 << 20  # the message about a smaller one costs more than packing it
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Window:
-    """This rank's window, cut into slots.
+    """This rank's window, divided into slots.
 
     Args:
         nbytes: its size.
@@ -39,13 +39,13 @@ class Window:
         self.handle = os.memfd_create("eplb-shm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.handle, nbytes)
-            # Whoever maps memory that somebody else can shrink risks a SIGBUS.
+            # Mapping memory that another process can shrink risks a SIGBUS.
             fcntl.fcntl(self.handle, fcntl.F_ADD_SEALS, _SEALS)
             self.memory: Bytes | None = map_window(self.handle, nbytes, writable=True)
         except BaseException:
             os.close(self.handle)
             raise
-        # Engines drop a communicator without closing it, and nobody else closes a number.
+        # Engines drop a communicator without closing it, and nothing else closes the descriptor.
         self._let_go = weakref.finalize(self, os.close, self.handle)
         self.slot_bytes = slot_bytes(nbytes)
         self.free = list(range(min(nbytes // self.slot_bytes, MAX_SLOTS)))
@@ -57,7 +57,7 @@ class Window:
         return self.memory[number * self.slot_bytes :][: self.slot_bytes]
 
     def close(self) -> None:
-        """Let go of the memory; may be called twice."""
+        """Release the memory; may be called twice."""
         if self.memory is not None:
             self.memory = None
             self._let_go()
@@ -69,10 +69,10 @@ def slot_bytes(window_bytes: int) -> int:
 
 
 def map_window(handle: int, nbytes: int, *, writable: bool) -> Bytes:
-    """Return shared memory as uint8 `[nbytes]`; it is unmapped when the array goes.
+    """Return shared memory as uint8 `[nbytes]`; it is unmapped when the array is freed.
 
     Raises:
-        BackendUnavailableError: it is smaller than it should be, or can still be made smaller.
+        BackendUnavailableError: it is smaller than expected, or can still be shrunk.
     """
     if os.fstat(handle).st_size != nbytes or fcntl.fcntl(handle, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
         raise BackendUnavailableError(f"the shared memory is not a window of {nbytes} bytes", name="shm")

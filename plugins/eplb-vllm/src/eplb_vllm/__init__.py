@@ -1,1 +1,1 @@
-"""A plugin of vLLM: its expert-parallel load balancer moves experts through `eplb`, over whichever backend is named."""
+"""A vLLM plugin: its expert-parallel load balancer moves experts through `eplb`, over any backend."""

@@ -1,6 +1,6 @@
-"""Calls back when a module has been imported, so that the plugin itself imports nothing heavy.
+"""Runs a callback when a module has been imported, so that the plugin itself imports nothing heavy.
 
-vLLM loads its plugins in every process, also in front ends that never move an expert.
+vLLM loads its plugins in every process, including front ends that never move an expert.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Callback = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, callback: Callback) -> None:
-    """Call `callback` with the module once it is imported: now, if it is already. Its exceptions reach the importer."""
+    """Call `callback` with the module once it is imported: now, if it already is. Exceptions reach the importer."""
     module = sys.modules.get(name)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         callback(module)

@@ -1,10 +1,10 @@
 """Which backend moves the experts: read from vLLM's `communicator` setting and the environment. Imports no vLLM.
 
-    eplb:nixl?window=512MiB    a config string of eplb; vLLM's own names may stand behind the prefix
-    shm, cuda_ipc?..., auto    the same without the prefix, where vLLM has no communicator of that name
+    eplb:nixl?window=512MiB    a config string of eplb; after the prefix, vLLM's own names are allowed too
+    shm, cuda_ipc?..., auto    the same without the prefix, if vLLM has no communicator of that name
     nixl, torch_gloo, ...      vLLM's own communicator of that name
 
-`EPLB_BACKEND`, where it is set, takes the place of vLLM's own communicators, chosen or preset, and of nothing else.
+`EPLB_BACKEND`, if set, replaces vLLM's own communicators, chosen or preset, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PREFIX: Final = "eplb:"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend of eplb that was asked for.
+    """The requested backend of eplb.
 
     Attributes:
         config: the config string.
-        origin: where it was written, for messages.
-        bare: whether it stands in vLLM's setting without the prefix, where vLLM's own names are meant first.
+        origin: where it was set, for messages.
+        bare: whether it is in vLLM's setting without the prefix, where vLLM's own names take precedence.
     """
 
     config: str
@@ -41,10 +41,10 @@ class Choice:
 def choose(
     communicator: str | None, engine_names: Collection[str], environment: Mapping[str, str] = os.environ
 ) -> Choice | None:
-    """Return what was asked for, or None for vLLM's own communicator.
+    """Return the requested backend, or None for vLLM's own communicator.
 
     Args:
-        communicator: vLLM's setting; None where it chooses by itself.
+        communicator: vLLM's setting; None if vLLM chooses.
         engine_names: the names of vLLM's own communicators.
         environment: the environment variables.
     """
@@ -57,15 +57,15 @@ def choose(
 
 
 def check(choice: Choice, engine_names: Collection[str], *, beside_inference: bool) -> None:
-    """Look at all that can be known of a choice before there are ranks.
+    """Check everything about a choice that can be checked before there are ranks.
 
     Args:
-        choice: what was asked for.
+        choice: the requested backend.
         engine_names: the names of vLLM's own communicators.
-        beside_inference: whether vLLM moves experts on a thread of its own (`use_async`).
+        beside_inference: whether vLLM moves experts on a separate thread (`use_async`).
 
     Raises:
-        ConfigError: the text is no config string, an option in it is wrong, or vLLM's own communicator may be meant.
+        ConfigError: the text is not a config string, an option in it is wrong, or it may mean vLLM's own communicator.
         BackendError: there is no such backend, or it cannot be used, or not beside inference.
     """
     config = parse_config(choice.config)
@@ -89,7 +89,7 @@ def check(choice: Choice, engine_names: Collection[str], *, beside_inference: bo
 def patience(config: str, start_timeout_s: float) -> dict[str, object]:
     """Return the option `start_timeout` as an argument of the factory, unless the string or the environment sets it.
 
-    Nothing where the backend has no such option, or where the string is wrong, which the factory tells all ranks.
+    Nothing if the backend has no such option, or if the string is wrong, which the factory reports on all ranks.
     """
     try:
         parsed = parse_config(config)
@@ -113,5 +113,5 @@ def _check_bare(text: str, config: BackendConfig, engine_names: Collection[str])
             raise ConfigError(
                 f"there is no communicator {config.name!r}{near}",
                 why=f"vLLM has {', '.join(sorted(engine_names))}; eplb has {', '.join(ours)}",
-                remedy=f"write one of these; {PREFIX}NAME always means eplb's",
+                remedy=f"write one of these; {PREFIX}NAME always selects eplb's",
             )

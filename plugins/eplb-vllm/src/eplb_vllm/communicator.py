@@ -1,7 +1,7 @@
-"""What vLLM calls: its communicator's methods, over a communicator of eplb.
+"""The communicator that vLLM calls: its interface, over a communicator of eplb.
 
-vLLM moves one layer at a time: it queues sends and receives, row by row, and calls `execute()` on every rank. Where it
-moves all layers at once (the synchronous path), a `Rearranger` does it instead, many layers in a step.
+vLLM moves one layer at a time: it queues sends and receives, row by row, and calls `execute()` on every rank. If it
+moves all layers at once (the synchronous path), a `Rearranger` does it instead, many layers per step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class PluginCommunicator:
     Args:
         communicator: a communicator of eplb; closed with this one.
         expert_weights: `expert_weights[layer][tensor]`, first dimension = local slots.
-        expert_buffer: `expert_buffer[tensor]`, what one layer's experts are received into, slot by slot.
-        all_layers_at_once: whether vLLM will ask for `rearrange`: then its window is allocated now, so that vLLM's
-            memory profiling sees it.
+        expert_buffer: `expert_buffer[tensor]`, the receive buffer for one layer's experts, slot by slot.
+        all_layers_at_once: whether vLLM will call `rearrange`: then the window is allocated now, so that vLLM's memory
+            profiling counts it.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PluginCommunicator:
         self._layer: int | None = None
         self._rearranger: Rearranger | None = None
         self._closed = False
-        # Both sides of every pair are queued from the two placements, which all ranks compute from the same sums.
+        # Both sides of every pair are queued from the two placements, which all ranks compute from the same loads.
         communicator.trust_matching(True)
         communicator.register([tensor for layer in self._weights for tensor in layer])
         communicator.register(self._buffer, landing=True)
@@ -59,7 +59,7 @@ class PluginCommunicator:
 
     @property
     def needs_profile_buffer_reservation(self) -> bool:
-        """Whether vLLM's memory profiling has to run a dummy collective, so that this transport's buffers count."""
+        """Whether vLLM's memory profiling must run a dummy collective to count this transport's buffers."""
         return self.communicator.needs_profile_buffer_reservation
 
     def set_stream(self, stream: Any) -> None:
@@ -72,7 +72,7 @@ class PluginCommunicator:
             self.communicator.set_stream(given)
 
     def set_transfer_context(self, old_indices: Any, layer_idx: int) -> None:
-        """Say which layer the next transfers belong to; errors name it."""
+        """Set the layer of the next transfers; errors name it."""
         self._layer = int(layer_idx)
 
     def add_send(self, tensors: Sequence[torch.Tensor], dst_rank: int, expert_id: int) -> None:
@@ -86,7 +86,7 @@ class PluginCommunicator:
         self._queued.append(f"expert {expert_id} from rank {src_rank}")
 
     def execute(self) -> None:
-        """Perform all that is queued.
+        """Perform all queued transfers.
 
         Raises:
             TransferError: as `eplb_core.EplbCommunicator.execute`; a note names the layer and the experts.
@@ -138,7 +138,7 @@ class PluginCommunicator:
 def mapped_placements(
     old: torch.Tensor, new: torch.Tensor, rank_mapping: Mapping[int, int] | None, world_size: int, engine: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both placements in the ranks of the larger group, as vLLM's own functions do it.
+    """Return both placements in the ranks of the larger group, as vLLM's own functions do.
 
     Args:
         old: `[layers, slots]`.

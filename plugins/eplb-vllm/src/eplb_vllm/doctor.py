@@ -1,4 +1,4 @@
-"""What `eplb doctor` says about vLLM: whether it would use this plugin, and whether it is as the plugin knows it."""
+"""The `eplb doctor` check of vLLM: whether it would use this plugin, and whether the plugin knows its interfaces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def eplb_doctor_checks() -> list[Callable[[], Iterator[Finding]]]:
 
 
 def vllm() -> Iterator[Finding]:
-    """Look at the vLLM that is installed here. Nothing of it is imported, which would take ten seconds."""
+    """Check the installed vLLM. Does not import it, which would take ten seconds."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         yield Finding(_NAME, detail="not installed in this environment")
@@ -64,10 +64,10 @@ def _whether_known(package: Path) -> Finding:
         return Finding(
             _NAME,
             Severity.WARNING,
-            f"vLLM {version} is not as this plugin knows it, and is left as it is there: {'; '.join(unknown)}",
-            "upgrade eplb-vllm, or use a version that it was tried with: " + ", ".join(signatures.TRIED),
+            f"vLLM {version} differs from what this plugin expects, and is left unchanged there: {'; '.join(unknown)}",
+            "upgrade eplb-vllm, or use a version that it was tested with: " + ", ".join(signatures.TRIED),
         )
-    tried = "" if version in signatures.TRIED else f"; tried with {', '.join(signatures.TRIED)}"
+    tried = "" if version in signatures.TRIED else f"; tested with {', '.join(signatures.TRIED)}"
     return Finding(_NAME, detail=f"vLLM {version} has all that this plugin replaces{tried}")
 
 
@@ -79,7 +79,7 @@ def _problem_of_variable() -> Finding | None:
         choice.check(chosen, KNOWN_NAMES, beside_inference=False)
     except EplbError as error:
         return Finding(_NAME, Severity.PROBLEM, f"{error.what} ({chosen.origin})", error.remedy or "")
-    return Finding(_NAME, detail=f"{chosen.origin} is {chosen.config}: it takes the place of vLLM's own communicators")
+    return Finding(_NAME, detail=f"{chosen.origin} is {chosen.config}: it replaces vLLM's own communicators")
 
 
 def _file_of(package: Path, module: str) -> Path:

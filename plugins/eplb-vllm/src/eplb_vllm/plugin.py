@@ -11,7 +11,7 @@ from eplb_vllm.after_import import when_imported
 
 
 def register() -> None:
-    """Hook this plugin into vLLM. Modules that are not loaded yet are hooked when they are."""
+    """Hook this plugin into vLLM. Modules that are not loaded yet are hooked on import."""
     when_imported(signatures.CONFIG, engine_config.widen)
     when_imported(signatures.COMMUNICATOR, _if_expected("install_factory"))
     when_imported(signatures.EXECUTE, _if_expected("install_rearrangement"))
@@ -20,10 +20,10 @@ def register() -> None:
 
 
 def _if_expected(step: str, looked_at: str = "") -> Callable[[ModuleType], None]:
-    """Return what installs a step in a module, if that, or another one that it imports, is as this plugin knows it."""
+    """Return a function that installs a step in a module, if it and the modules it relies on are as expected."""
 
     def install(module: ModuleType) -> None:
-        from eplb_vllm import seams  # imports torch, which the module has done anyway
+        from eplb_vllm import seams  # imports torch, which the module has imported anyway
 
         if seams.expected(sys.modules.get(looked_at, module)):
             getattr(seams, step)(module)

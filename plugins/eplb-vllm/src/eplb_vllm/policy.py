@@ -1,4 +1,4 @@
-"""vLLM's balance policy: lets a policy of eplb decide where experts go (`EPLB_POLICY=incremental`)."""
+"""vLLM's balance policy: lets a policy of eplb choose placements (`EPLB_POLICY=incremental`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from eplb_core.registry.policies import load_policy
 from eplb_vllm.engine_log import log
 
 VARIABLE: Final = "EPLB_POLICY"
-"""The environment variable with a policy's name, and its options where it has some. Unset: vLLM's own policy."""
+"""The environment variable with a policy's name, and its options if any. Unset: vLLM's own policy."""
 
 
 def install(module: ModuleType) -> None:
-    """Replace vLLM's policy `default` (the asynchronous mode refuses any other name), if one of eplb is asked for.
+    """Replace vLLM's policy `default` (the asynchronous mode refuses any other name), if one of eplb is requested.
 
     Args:
         module: `vllm.distributed.eplb.policy`.
@@ -26,11 +26,11 @@ def install(module: ModuleType) -> None:
     engine_policy = module.EPLB_POLICIES["default"]
     if text and not hasattr(engine_policy, "__eplb_original__"):
         module.EPLB_POLICIES["default"] = policy_class(text, engine_policy)
-        log.info("eplb decides where experts go: policy %s", text)
+        log.info("eplb chooses the placements: policy %s", text)
 
 
 def check() -> None:
-    """Look at `EPLB_POLICY` while the configuration is read.
+    """Check `EPLB_POLICY` when the configuration is read.
 
     Raises:
         ValueError: there is no such policy, or it cannot be used.
@@ -44,7 +44,7 @@ def check() -> None:
 
 
 def policy_class(text: str, engine_policy: Any) -> type:
-    """Return a policy class of vLLM that asks the policy `text` of eplb, and vLLM's own where that one cannot answer.
+    """Return a vLLM policy class that uses the policy `text` of eplb, and vLLM's own if that one fails.
 
     Args:
         text: the policy's name, with its options.
@@ -85,7 +85,7 @@ def policy_class(text: str, engine_policy: Any) -> type:
                     old=old,
                 )
             except EplbError as error:
-                log.warning("policy %s gives no placement, vLLM's own decides this time: %s", text, error)
+                log.warning("policy %s gives no placement, so vLLM's own decides this time: %s", text, error)
                 fresh: torch.Tensor = engine_policy.rebalance_experts(
                     weight, num_replicas, num_groups, num_nodes, num_ranks, old_global_expert_indices
                 )

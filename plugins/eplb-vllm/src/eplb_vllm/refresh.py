@@ -1,8 +1,8 @@
-"""After a refresh of the weights, experts are where the router looks for them.
+"""Puts experts where the router looks for them after a refresh of the weights.
 
-vLLM loads weights as if no expert had ever moved: by its initial map. Once EPLB has moved some, a refresh (in
-reinforcement learning, or `reload_weights`) writes experts into slots that the router takes for others. So experts go
-back to where the loader expects them before a refresh, and forth again after it; others are right either way.
+vLLM loads weights by its initial map, as if no expert had ever moved. Once EPLB has moved some, a refresh (in
+reinforcement learning, or `reload_weights`) writes experts into slots that the router uses for others. So experts move
+back to the loader's slots before a refresh, and to the router's slots after it; the others are right either way.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from eplb_vllm.engine_log import log
 
 VARIABLE: Final = "EPLB_VLLM_REFRESH"
-"""The environment variable that says how much a refresh writes: `parts` (default: any experts, or none), `whole` (every
-expert, every time, so that nothing has to go back before it), or `off` (leave refreshes to vLLM)."""
+"""The environment variable that states how much a refresh writes: `parts` (default: any experts, or none), `whole`
+(every expert, every time, so that nothing must move back before it), or `off` (leave refreshes to vLLM)."""
 
 PARTS, WHOLE, OFF = "parts", "whole", "off"
 
@@ -29,7 +29,7 @@ def mode() -> str:
     """Return how much a refresh writes.
 
     Raises:
-        ValueError: the variable holds something else.
+        ValueError: the variable holds anything else.
     """
     text = os.environ.get(VARIABLE) or PARTS
     if text not in (PARTS, WHOLE, OFF):
@@ -103,7 +103,7 @@ def _reloaded(worker: Any, reload: Callable[[], Any]) -> Any:
 
 
 def _before(worker: Any) -> None:
-    """Stop moving experts, and bring them to where the loader expects them."""
+    """Stop moving experts, and move them to where the loader expects them."""
     state = _state(worker)
     if state is None:
         return
@@ -115,11 +115,11 @@ def _before(worker: Any) -> None:
 
 
 def _after(worker: Any, *, complete: bool = True) -> None:
-    """Bring experts to where the router looks for them, and let vLLM move them again.
+    """Move experts to where the router looks for them, and let vLLM move them again.
 
     Args:
         worker: vLLM's worker.
-        complete: whether the refresh did what it should; if not, experts go back only if they came.
+        complete: whether the refresh succeeded; if not, experts move only if they were moved before it.
     """
     state = _state(worker)
     if state is None:
@@ -142,7 +142,7 @@ def _steps_again(worker: Any) -> Iterator[None]:
 
 
 def _state(worker: Any) -> Any:
-    """Return vLLM's `EplbState`, or None where EPLB is off."""
+    """Return vLLM's `EplbState`, or None if EPLB is off."""
     return getattr(worker.model_runner, "eplb_state", None) if worker.parallel_config.enable_eplb else None
 
 
@@ -172,7 +172,7 @@ def _rearrange(model_state: Any, old: torch.Tensor, new: torch.Tensor) -> None:
 
 
 def _check_tensors(model_state: Any) -> None:
-    """Refuse to move tensors that the model does not use any more."""
+    """Refuse to move tensors that the model no longer uses."""
     for number, (layer, known) in enumerate(
         zip(model_state.model.moe_layers, model_state.model.expert_weights, strict=False)
     ):
@@ -182,6 +182,6 @@ def _check_tensors(model_state: Any) -> None:
         places = {tensor.data_ptr() for tensor in current()}
         if not {tensor.data_ptr() for tensor in known} <= places:
             raise RuntimeError(
-                f"eplb cannot put experts right after a refresh of the weights: layer {number} has other tensors than "
+                f"eplb cannot restore experts after a refresh of the weights: layer {number} has other tensors than "
                 "when vLLM started, which its own load balancer does not know either"
             )

@@ -1,4 +1,4 @@
-"""The rows of vLLM's expert tensors as their bytes lie in memory, found again by address."""
+"""The rows of vLLM's expert tensors in memory order, found again by address."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from eplb_core.transport import Payload
 
 
 def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a view of `tensor`, `[slots, ...]`, whose rows are contiguous: dimensions sorted as they lie in memory.
+    """Return a view of `tensor`, `[slots, ...]`, whose rows are contiguous: dimensions sorted in memory order.
 
-    vLLM keeps some weights and scales transposed, which changes nothing for whoever moves a whole row.
+    vLLM keeps some weights and scales transposed, which makes no difference when a whole row is moved.
 
     Raises:
         InputError: a row has gaps, or elements that share memory.
@@ -25,10 +25,10 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     view = tensor.detach().permute(0, *inner)
     if not view[0].is_contiguous():
         raise InputError(
-            "the rows of an expert tensor cannot be moved as they lie in memory",
+            "the rows of an expert tensor cannot be moved in place",
             where=f"shape {tuple(tensor.shape)}, strides {tuple(strides)}, {tensor.dtype}",
             why="a row has gaps, or elements that share memory",
-            remedy="report this with the name of the model and its quantisation; vLLM's own communicators may do",
+            remedy="report this with the name of the model and its quantisation; vLLM's own communicators may work",
         )
     return view
 
@@ -46,7 +46,7 @@ def as_bytes(row: torch.Tensor) -> torch.Tensor:
 
 
 class RowBook:
-    """Payloads of the rows that vLLM sends and receives again and again, made once and found by the first address.
+    """Payloads of the rows that vLLM sends and receives repeatedly, made once and found by the first address.
 
     Args:
         groups: `groups[g][tensor]`, each `[slots, ...]`: the tensors of every layer, and those of the receive buffer.
@@ -61,7 +61,7 @@ class RowBook:
                     self._payloads[rows[0].data_ptr()] = payloads
 
     def find(self, rows: Sequence[torch.Tensor]) -> Sequence[Payload]:
-        """Return the payloads of one expert's rows: those that are known, or new ones.
+        """Return the payloads of one expert's rows, known or new.
 
         Raises:
             InputError: a row has gaps, or elements that share memory.

@@ -18,12 +18,12 @@ from eplb_vllm.engine_log import log, share_handlers
 from eplb_vllm.rows import in_memory_order
 
 START_TIMEOUT_S: Final = 600.0
-"""How long the ranks wait for one another to make a communicator, unless the config string says it, in seconds: some
+"""How long the ranks wait for one another to make a communicator, unless the config string sets it, in seconds: some
 may load their weights minutes longer than others."""
 
 
 def replace_everywhere(name: str, replacement: Callable[..., Any], original: Callable[..., Any]) -> int:
-    """Bind `name` to `replacement` in each loaded module of vLLM that binds it to `original`; return how many did."""
+    """Bind `name` to `replacement` in each loaded vLLM module that binds it to `original`; return how many did."""
     replacement.__eplb_original__ = original  # type: ignore[attr-defined]
     count = 0
     for module_name, module in list(sys.modules.items()):
@@ -152,7 +152,7 @@ install_refresh = refresh.install
 
 
 def expected(module: ModuleType) -> bool:
-    """Return whether a module of vLLM is as this plugin knows it; if not, say so once."""
+    """Return whether a module of vLLM is as this plugin expects it; if not, log that once."""
     unknown = signatures.differences(module)
     if unknown:
         engine_config.leave_alone("; ".join(unknown))

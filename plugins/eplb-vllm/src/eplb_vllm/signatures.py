@@ -1,4 +1,4 @@
-"""What this plugin relies on in vLLM, and whether the installed vLLM has it: parameter names, compared exactly.
+"""What this plugin relies on in vLLM, and checks that the installed vLLM has it: parameter names, compared exactly.
 
 The same table is checked on live objects when vLLM loads the plugin, and on source files by `eplb doctor`, which does
 not import vLLM.
@@ -67,7 +67,7 @@ EXPECTED: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
 
 
 def differences(module: ModuleType) -> list[str]:
-    """Return what a live module of vLLM lacks or has differently, one line each; nothing if all is as expected."""
+    """Return the differences of a live vLLM module, one line each; nothing if all is as expected."""
     found = []
     for name, parameters in EXPECTED.get(module.__name__, {}).items():
         target: object = module
@@ -80,7 +80,7 @@ def differences(module: ModuleType) -> list[str]:
 
 
 def differences_in_source(name: str, file: Path) -> list[str]:
-    """Return the same for a module of vLLM's that is read, not imported."""
+    """Return the same for a vLLM module that is read, not imported."""
     if not file.is_file():
         return [f"{name} is not there"]
     here: dict[str, tuple[str, ...]] = {}
