@@ -61,7 +61,7 @@ def _read(communicator: EplbCommunicator, source: torch.Tensor, to: int, landing
 
 
 def check_page(page: torch.Tensor, peer: int) -> None:
-    """Raise `IntegrityError` unless `page`, uint8 `[PAGE_BYTES]`, is what a rank offers to be read."""
+    """Raise `IntegrityError` unless `page`, uint8 `[PAGE_BYTES]`, is the page that a rank offers."""
     if not torch.equal(page, pattern(PAGE_BYTES, page.device, peer)):
         raise wrong_bytes(peer, "probe")
 

@@ -98,7 +98,7 @@ def check_is_file(path: Path, what: str) -> None:
 
 
 def guarded(reader: Callable[[Path], _Content], path: Path, what: str) -> _Content:
-    """Return `reader(path)`, or raise `InputError` with the reason why it cannot be read."""
+    """Return `reader(path)`, or raise `InputError` with the reason."""
     with reading(path, what):
         try:
             return reader(path)

@@ -23,17 +23,17 @@ def decode_checkpoint(payload: bytes) -> Checkpoint:
     """Return the checkpoint that another rank has opened, after checking the files that this rank sees.
 
     Raises:
-        InputError: a file is not here, or has another size than where it was opened.
+        InputError: a file is missing here, or its size differs.
         HandshakeError: these are not the bytes of a table.
     """
     try:
         checkpoint = msgspec.msgpack.decode(payload, type=Checkpoint, dec_hook=_from_plain)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise HandshakeError(
-            "what rank 0 tells of the checkpoint cannot be read",
+            "rank 0's description of the checkpoint cannot be read",
             table={},
             why=str(error),
-            remedy="install one eplb everywhere",
+            remedy="install the same eplb on every rank",
         ) from error
     for path, size in checkpoint.files:
         try:

@@ -87,7 +87,7 @@ def check_match(
             "the ranks queued transfers that do not match",
             phase="agree",
             why=f"what a rank queued cannot be read: {error}",
-            remedy="install one eplb everywhere",
+            remedy="install the same eplb on every rank",
         ) from error
     raise _first_difference(queued)
 

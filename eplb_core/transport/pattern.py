@@ -1,4 +1,4 @@
-"""Bytes that every rank can compute by itself, on any device, so that no transport is compared with itself."""
+"""Bytes that every rank can compute, on any device, so that no transport is compared with itself."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _FACTOR = 0x2545F4914F6CDD1D
 
 
 class Pattern:
-    """Makes bytes that depend on a key of numbers, and on their place among those with the same key.
+    """Generates bytes that depend on a key of numbers and on their position.
 
     Args:
-        most_bytes: the most of one key.
-        device: where the bytes are made.
+        most_bytes: the most bytes of one key.
+        device: where the bytes are generated.
     """
 
     def __init__(self, most_bytes: int, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Pattern:
         """Return the first bytes of a key, uint8 `[nbytes]`."""
         name = "/".join(map(str, key)).encode()
         start = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
-        # A mixing function of the counter; it is int64 arithmetic that wraps around, so any device can do it.
+        # A mixing function of the counter, in int64 arithmetic that wraps around, so any device can compute it.
         words = self._counter[: -(-nbytes // _WORD)] + start
         words ^= words >> 31
         words *= _FACTOR
@@ -36,5 +36,5 @@ class Pattern:
 
 
 def pattern(nbytes: int, device: torch.device, *key: int) -> torch.Tensor:
-    """Return the first bytes of a key, uint8 `[nbytes]`, for those who need few of them."""
+    """Return the first bytes of a key, uint8 `[nbytes]`, when only a few are needed."""
     return Pattern(nbytes, device).row(nbytes, *key)

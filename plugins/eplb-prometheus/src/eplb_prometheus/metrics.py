@@ -77,7 +77,7 @@ class Metrics:
         self.step_seconds = histogram("rearrangement_step_seconds", "Wall time of a step with its commit.")
         self.rearranged_bytes = counter("rearrangement_received_bytes", "Payload bytes that this rank has committed.")
         self.bytes_planned = gauge("rearrangement_bytes_planned", "Payload bytes that this rank receives in all.")
-        self.bytes_ahead = gauge("rearrangement_bytes_ahead", "Payload bytes that this rank is still to receive.")
+        self.bytes_ahead = gauge("rearrangement_bytes_ahead", "Payload bytes that this rank has yet to receive.")
         self.steps_planned = gauge("rearrangement_steps_planned", "Steps of the rearrangement in all.")
         self.steps_ahead = gauge("rearrangement_steps_ahead", "Steps that are not yet committed.")
         self.experts_moved = counter(
