@@ -42,7 +42,7 @@ class Engine:
         self._ask_again: dict[int, float] = {}
 
     def start(self, this: Round) -> None:
-        """Put a round under way. Rounds are started in the order of their epochs."""
+        """Start a round. Rounds are started in the order of their epochs."""
         self._rounds.append(this)
         early, self._early = self._early, []
         with self._telling():
@@ -52,7 +52,7 @@ class Engine:
             self._advance()
 
     def wait(self, this: Round, work: Iterator[object] | None = None) -> None:
-        """Return when a round has ended; the others go on meanwhile, and so does `work` while nothing happens.
+        """Wait until a round has ended; the others advance meanwhile, and `work` does while nothing happens.
 
         Raises:
             TransferMismatchError: a peer announced something else than is expected here, or the other way round.

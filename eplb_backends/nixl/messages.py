@@ -17,7 +17,7 @@ DONE    nothing: all was read
 SUMS    int64 checksums of the messages that have bytes, in order
 DIFFER  text: what the receiver expects instead of what READY says
 FAILED  uint8 count, uint16 ranks that are to blame, text
-PING    nothing: is anybody there?
+PING    nothing: are you alive?
 PONG    uint32 milliseconds since this rank's transfers last got on
 BYE     nothing: this rank closes, and reads no more
 """

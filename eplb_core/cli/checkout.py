@@ -1,4 +1,4 @@
-"""Install commands that work where eplb runs from a checkout: there its packages are folders beside it."""
+"""Install commands for an eplb that runs from a checkout, where its packages are directories next to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def checkout() -> Path | None:
 
 
 def with_local_commands(text: str, root: Path | None = None) -> str:
-    """Return `text` with `pip install eplb-...` replaced by the same for the checkout, if eplb runs from one.
+    """Return `text` with `pip install eplb-...` replaced by the command for the checkout, if eplb runs from one.
 
     Args:
         text: an error or a table's cell.

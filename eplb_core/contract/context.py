@@ -57,7 +57,7 @@ class Binding:
         context: the communicator's group.
         plugins: the plugins that receive its events; None for the installed plugins.
         timeout_s: the `timeout` option: the longest that any wait for a peer may take, in seconds.
-        background: whether the backend may run beside inference, on a thread of its own.
+        background: whether the backend may run beside inference, on a separate thread.
         shared: what all users of the communicator on this rank have in common, by a name of theirs.
     """
 

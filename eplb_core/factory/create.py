@@ -237,7 +237,7 @@ def _build(
             )
     except EplbError as error:
         problem = error
-    except Exception as error:  # noqa: BLE001 - a third party's factory may raise anything, and the others have to know
+    except Exception as error:  # noqa: BLE001 - a third party's factory may raise anything, and the others must know
         problem = BackendBrokenError(
             f"backend {entry.name!r} failed to build a communicator",
             name=entry.name,

@@ -308,7 +308,7 @@ class PluginHost:
             def call(hook: str, listener: Listener, event: Event) -> None:
                 try:
                     listener[1](event=event)
-                except BaseException:  # noqa: BLE001 - on this thread nobody else could do anything about it
+                except BaseException:  # noqa: BLE001 - nothing else on this thread could handle it
                     _report_once(reported, hook, listener[0])
 
             # setdefault, since two threads may both find none, and a lock could be held during a fork.

@@ -1,4 +1,4 @@
-"""The edge to files that somebody else made: whatever a parser makes of them, the caller gets an error of eplb."""
+"""The boundary to foreign files: any failure of a parser becomes an error of eplb."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Final
 from eplb_core.errors import EplbError, InputError
 
 MOST_NUMBERS: Final = 1 << 22
-"""The most numbers of one table of layers and experts or slots: 1,024 layers of 4,096. A file that claims more is not
-what it is taken for, and nothing is allocated for it."""
+"""The most numbers of one table of layers and experts or slots: 1,024 layers of 4,096. A file that claims more is not a
+valid input, and nothing is allocated for it."""
 
 MOST_WHOLE_BYTES: Final = 1 << 30
-"""The most that is read at once of an array which cannot be read block by block."""
+"""The most bytes that are read at once of an array that cannot be read block by block."""
 
 _LONGEST_REASON = 300
 
 
 @contextlib.contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Raise an `InputError` that names the file for whatever else is raised inside the block.
+    """Turn any other exception inside the block into an `InputError` that names the file.
 
     Args:
-        path: what is read.
-        what: what it is meant to be, for messages: "loads", "placement", "checkpoint".
+        path: the file.
+        what: what the file should hold, for messages: "loads", "placement", "checkpoint".
     """
     try:
         yield
@@ -45,9 +45,9 @@ def reason_of(error: Exception) -> str:
 
 
 def count_numbers(value: object, most: int) -> int:
-    """Return how many entries nested lists hold, or a number above `most`; takes time for each list once.
+    """Return how many entries nested lists hold, or a number above `most`; visits each list once.
 
-    Lists may be shared, as aliases in YAML are: nine lines of it can hold 10^9 entries.
+    Lists may be shared, like aliases in YAML: nine lines of it can hold 10^9 entries.
     """
     counted: dict[int, int] = {}
 
@@ -55,7 +55,7 @@ def count_numbers(value: object, most: int) -> int:
         if not isinstance(value, list | tuple):
             return 1
         if id(value) not in counted:
-            counted[id(value)] = most + 1  # of one that holds itself
+            counted[id(value)] = most + 1  # for a list that contains itself
             total = 0
             for entry in value:
                 total += count(entry)

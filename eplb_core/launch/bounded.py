@@ -1,4 +1,4 @@
-"""Runs a command with a deadline, and ends it with all that it has started."""
+"""Runs a command with a deadline, and terminates it with all processes that it started."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Ended:
     """How a command ended.
 
     Attributes:
-        exit_code: negative for a signal; None if it was ended at its deadline.
-        stdout: what it wrote there.
-        stderr: what it wrote there.
+        exit_code: negative for a signal; None if it was terminated at its deadline.
+        stdout: its standard output.
+        stderr: its standard error.
         seconds: how long it took.
     """
 
@@ -50,15 +50,15 @@ class Ended:
 def run_bounded(
     command: Sequence[str], limit_s: float, environment: Mapping[str, str] | None = None, *, grace_s: float = 3.0
 ) -> Ended:
-    """Run `command` for `limit_s` seconds at most; afterwards nothing that it has started runs.
+    """Run `command` for at most `limit_s` seconds; afterwards none of its processes runs.
 
-    Its output goes to files: a process of it that outlives it cannot keep a pipe open for which somebody waits.
+    Its output goes to files, so that a surviving child cannot block the reader by holding a pipe open.
 
     Args:
-        command: the program and its arguments. It leads a process group of its own.
-        limit_s: for all of it, in seconds.
+        command: the program and its arguments. It leads a new process group.
+        limit_s: total time limit, in seconds.
         environment: its environment; None for that of this process.
-        grace_s: how long a command that is late may take to end its processes itself, as launchers do.
+        grace_s: how long a late command may take to terminate its processes itself, as launchers do.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +82,7 @@ def run_bounded(
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the ids of all processes that `pid` has started, and of those that they have."""
+    """Return the ids of all child processes of `pid`, and of their descendants."""
     found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path("/proc", str(pid), "task").iterdir():
@@ -92,7 +92,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def _end(process: subprocess.Popen[bytes], grace_s: float) -> None:
-    """End a process, its group, and what it has started in other groups.
+    """Terminate a process, its group, and its descendants in other groups.
 
     It is not reaped before its group is killed: until then no other process can get its id.
     """

@@ -334,7 +334,7 @@ def _child(
         )
         environment = RankEnvironment(rank, world_size, rank, world_size, store, pipe, limit_visible_gpus(rank))
         pipe.send(("result", target(environment, *args)))
-    except BaseException as error:  # noqa: BLE001 - whatever it was, the parent has to hear of it
+    except BaseException as error:  # noqa: BLE001 - the parent must learn of any failure
         pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))
     finally:
         if dist.is_initialized():

@@ -140,7 +140,7 @@ def _in_order(
 def _entry_points(distribution: importlib_metadata.Distribution, group: str) -> list[importlib_metadata.EntryPoint]:
     try:
         return [point for point in distribution.entry_points if point.group == group]
-    except Exception as error:  # noqa: BLE001 - metadata of strangers, broken in ways that nobody lists
+    except Exception as error:  # noqa: BLE001 - third-party metadata may be broken in any way
         _log.warning("skipped the metadata of a distribution in %s: %s", _location(distribution), error)
         return []
 

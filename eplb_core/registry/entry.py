@@ -100,7 +100,7 @@ def read_entry(
         return _broken(entry, fault)
     try:
         spec = registration.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may fail as it likes; the others go on
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may fail in any way; the others continue
         return _broken(entry, f"{type(error).__name__}: {error}", error)
     fault = _fault_of_spec(spec, name)
     if fault is not None:

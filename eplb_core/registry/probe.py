@@ -90,7 +90,7 @@ def _probe_here(dotted: str, device_type: str, number: str) -> ProbeResult:
 
             torch.cuda.set_device(int(number))
         result = probe(device_type)
-    except Exception as error:  # noqa: BLE001 - whatever a probe raises is the reason why its backend does not work
+    except Exception as error:  # noqa: BLE001 - any exception of a probe is the reason why its backend does not work
         return ProbeResult(False, f"{type(error).__name__}: {error}")
     if not isinstance(result, ProbeResult):
         return ProbeResult(False, f"the probe {dotted} returned {type(result).__name__} instead of a ProbeResult")

@@ -136,7 +136,7 @@ class JoinedRanks:
                 where = f"rank {rank}: " if len(refusals) < self.world_size else ""
                 print(f"error: {where}{message}", file=sys.stderr, flush=True)
             # torchrun terminates all ranks as soon as one exits, so rank 0 must have printed the reason before.
-            self._control.barrier("that rank 0 has told why", timeout_s)
+            self._control.barrier("that rank 0 has reported why", timeout_s)
             raise RefusedError(code)
         return job
 

@@ -81,7 +81,7 @@ def widen(parallel: ModuleType) -> None:
         _set_annotation(eplb_config, wider)
         rebuild_dataclass(eplb_config, force=True)
         rebuild_dataclass(parallel.ParallelConfig, force=True)
-    except Exception as error:  # noqa: BLE001 - pydantic or vLLM may have changed in any way; vLLM has to go on
+    except Exception as error:  # noqa: BLE001 - pydantic or vLLM may have changed in any way; vLLM must continue
         _set_annotation(eplb_config, before)
         rebuild_dataclass(eplb_config, force=True)
         rebuild_dataclass(parallel.ParallelConfig, force=True)
