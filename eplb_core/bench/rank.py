@@ -64,7 +64,7 @@ class RankMeasurement:
         paths: peer rank -> the transport that its bytes took.
         staging_bytes: the most staging memory that the rank held.
         window_bytes: the window that received experts were staged in.
-        wrong_tensors: tensors of a slot with a wrong byte in the end.
+        wrong_tensors: tensors of a slot with a wrong byte at the end.
         examples: the first of them, in words.
         placements_reached: whether every step returned the requested placement.
         config: the canonical config string of the backend.

@@ -89,7 +89,7 @@ def bench(
     Exit code: 0 if all bytes are right, 1 if not, 2 if the input cannot be used.
     """
     if json_path not in (None, STDOUT) and not Path(str(json_path)).parent.is_dir():
-        raise InputError("the folder for --json does not exist", where=str(Path(str(json_path)).parent))
+        raise InputError("the directory for --json does not exist", where=str(Path(str(json_path)).parent))
     given = {name: value for name, value in sizes.items() if value is not None}
     work = _workload(workload, given)
     start_server()  # it imports torch while this process does the same
