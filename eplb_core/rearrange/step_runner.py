@@ -15,7 +15,7 @@ from eplb_core.contract.payload import Payload, Payloads
 from eplb_core.errors import IntegrityError
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import StagedExperts
-from eplb_core.scheduling.schedule import SLOT, Step
+from eplb_core.scheduling.steps import SLOT, Copies, Step, Transfers
 from eplb_core.transport.copies import copy_all
 from eplb_core.transport.streams import on_stream
 
@@ -64,7 +64,9 @@ class PreparedStep:
         """What is sent, and to whom."""
         rows = self.step.transfers
         sends: dict[int, list[Payload]] = {}
-        for layer, _, _, slot, rank, _, _ in rows[rows[:, 2] == self._rank].tolist():
+        mine = rows[:, Transfers.SRC_RANK] == self._rank
+        columns = [Transfers.LAYER, Transfers.SRC_SLOT, Transfers.DST_RANK]
+        for layer, slot, rank in rows[mine][:, columns].tolist():
             sends.setdefault(rank, []).extend(self._weights.payloads(layer, slot))
         return sends
 
@@ -73,19 +75,21 @@ class PreparedStep:
         """What is received, and from whom."""
         rows = self.step.transfers
         recvs: dict[int, list[Payload]] = {}
-        for layer, _, source, _, _, kind, place in rows[rows[:, 4] == self._rank].tolist():
+        mine = rows[:, Transfers.DST_RANK] == self._rank
+        columns = [Transfers.LAYER, Transfers.SRC_RANK, Transfers.KIND, Transfers.PLACE]
+        for layer, source, kind, place in rows[mine][:, columns].tolist():
             recvs.setdefault(source, []).extend(self.payloads(layer, kind, place))
         return recvs
 
     @functools.cached_property
     def copies(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         """Targets and sources of the copies of each level, in order."""
-        rows = self.step.copies[self.step.copies[:, 0] == self._rank]
+        rows = self.step.copies[self.step.copies[:, Copies.RANK] == self._rank]
         levels = []
-        for level in np.unique(rows[:, 2]):
+        for level in np.unique(rows[:, Copies.LEVEL]):
             targets: list[torch.Tensor] = []
             sources: list[torch.Tensor] = []
-            for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, 2] == level].tolist():
+            for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, Copies.LEVEL] == level].tolist():
                 targets += self._words(layer, target_kind, target)
                 sources += self._words(layer, source_kind, source)
             levels.append((targets, sources))
@@ -160,7 +164,7 @@ class StepRunner:
         """Cut a step's transfers so that no rank receives more than `limit_bytes` in a burst; the same on all ranks."""
         received: dict[int, int] = {}
         cut: dict[int, list[Slice]] = {}
-        for row, (layer, destination) in enumerate(step.transfers[:, [0, 4]].tolist()):
+        for row, (layer, destination) in enumerate(step.transfers[:, [Transfers.LAYER, Transfers.DST_RANK]].tolist()):
             begin = received.get(destination, 0)
             end = received[destination] = begin + int(self._weights.payload_bytes[layer])
             for number in range(begin // limit_bytes, -(-end // limit_bytes)):
@@ -171,11 +175,13 @@ class StepRunner:
 
     def incoming_slices(self, step: Step, slices: Sequence[Slice]) -> int:
         """Return the payload bytes that this rank receives in a burst."""
-        return sum(end - first for row, first, end in slices if step.transfers[row, 4] == self._rank)
+        return sum(end - first for row, first, end in slices if step.transfers[row, Transfers.DST_RANK] == self._rank)
 
     def largest_share(self, step: Step) -> int:
         """Return the most payload bytes that any one rank receives in a step."""
-        shares = np.bincount(step.transfers[:, 4], weights=self._weights.payload_bytes[step.transfers[:, 0]])
+        rows = step.transfers
+        nbytes = self._weights.payload_bytes[rows[:, Transfers.LAYER]]
+        shares = np.bincount(rows[:, Transfers.DST_RANK], weights=nbytes)
         return int(shares.max(initial=0))
 
     def commit(self, prepared: PreparedStep, stream: torch.cuda.Stream | None) -> None:
@@ -188,23 +194,24 @@ class StepRunner:
         """Return whether `step` reads from or receives into a slot of this rank that `earlier`, under way, changes."""
         slots = self._weights.num_slots
         rows = step.transfers
-        sent = rows[rows[:, 2] == self._rank]
-        landing = rows[(rows[:, 4] == self._rank) & (rows[:, 5] == SLOT)]
-        touched = np.concatenate([sent[:, 0] * slots + sent[:, 3], landing[:, 0] * slots + landing[:, 6]])
+        sent = rows[rows[:, Transfers.SRC_RANK] == self._rank]
+        landing = rows[(rows[:, Transfers.DST_RANK] == self._rank) & (rows[:, Transfers.KIND] == SLOT)]
+        read = sent[:, Transfers.LAYER] * slots + sent[:, Transfers.SRC_SLOT]
+        written = landing[:, Transfers.LAYER] * slots + landing[:, Transfers.PLACE]
         changed = earlier.changes[earlier.changes[:, 1] // slots == self._rank]
-        return bool(np.isin(touched, changed[:, 0] * slots + changed[:, 1] % slots).any())
+        return bool(np.isin(np.concatenate([read, written]), changed[:, 0] * slots + changed[:, 1] % slots).any())
 
     def incoming_bytes(self, step: Step) -> int:
         """Return the payload bytes that this rank receives in a step."""
-        return self._bytes(step, 4)
+        return self._bytes(step, Transfers.DST_RANK)
 
     def outgoing_bytes(self, step: Step) -> int:
         """Return the payload bytes that this rank sends in a step."""
-        return self._bytes(step, 2)
+        return self._bytes(step, Transfers.SRC_RANK)
 
     def peers(self, step: Step) -> tuple[int, ...]:
         """Return the ranks that this rank exchanges experts with in a step, sorted."""
-        ends = step.transfers[:, [2, 4]]
+        ends = step.transfers[:, [Transfers.SRC_RANK, Transfers.DST_RANK]]
         mine = ends[(ends == self._rank).any(axis=1)]
         return tuple(sorted(set(mine.ravel().tolist()) - {self._rank}))
 
@@ -225,7 +232,8 @@ class StepRunner:
             error.add_note(", ".join(f"layer {la}, expert {ex}, from rank {peer}" for la, ex, peer in error.experts))
 
     def _bytes(self, step: Step, column: int) -> int:
-        return int(self._weights.payload_bytes[step.transfers[step.transfers[:, column] == self._rank, 0]].sum())
+        mine = step.transfers[step.transfers[:, column] == self._rank]
+        return int(self._weights.payload_bytes[mine[:, Transfers.LAYER]].sum())
 
 
 def _cut(tensors: Sequence[torch.Tensor], first: int, end: int) -> Iterator[torch.Tensor]:

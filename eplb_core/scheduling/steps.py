@@ -17,16 +17,29 @@ SLOT, WINDOW = 0, 1
 """The kinds of a copy's source and destination."""
 
 
+class Transfers:
+    """Names of the columns of `Step.transfers`; `PLACE` is a slot, or an offset in the window, as `KIND` says."""
+
+    LAYER, EXPERT, SRC_RANK, SRC_SLOT, DST_RANK, KIND, PLACE = range(7)
+
+
+class Copies:
+    """Names of the columns of `Step.copies`."""
+
+    RANK, LAYER, LEVEL, SRC_KIND, SRC_PLACE, DST_KIND, DST_PLACE = range(7)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One step of a schedule, as int64 arrays. Slots are local to their rank, except in `changes`.
 
     Attributes:
         transfers: `[T, 7]`: layer, expert, source rank, source slot, destination rank, kind of destination,
-            destination. Kinds as in `copies`. Both sides of a pair of ranks see its transfers in this order.
-        copies: `[C, 7]`: rank, layer, level, kind of source, source, kind of destination, destination. Kind 0 is a
-            slot, 1 a byte offset in the rank's window. Sorted by rank and level. Copies of one level and rank do not
-            overwrite what another of them reads. Level 0 only saves slots into the window.
+            destination, as `Transfers` names them. Kinds as in `copies`. Both sides of a pair of ranks see its
+            transfers in this order.
+        copies: `[C, 7]`: rank, layer, level, kind of source, source, kind of destination, destination, as `Copies`
+            names them. Kind 0 is a slot, 1 a byte offset in the rank's window. Sorted by rank and level. Copies of one
+            level and rank do not overwrite what another of them reads. Level 0 only saves slots into the window.
         changes: `[K, 3]`: layer, slot counted over all ranks, the expert that it holds after the step or -1. Slots
             that a later step receives into become empty in an earlier one.
         staged_bytes: `[num_ranks]`, the bytes of the window that the step uses.

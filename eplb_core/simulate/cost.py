@@ -9,7 +9,7 @@ import numpy as np
 from eplb_core.arrays import IntArray
 from eplb_core.contract.option_types import ByteSize, Duration
 from eplb_core.planning.plan import RearrangementPlan
-from eplb_core.scheduling.schedule import Step
+from eplb_core.scheduling.steps import Copies, Step, Transfers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +111,10 @@ class StepBytes:
 
 def bytes_of(plan: RearrangementPlan, step: Step, expert_bytes: IntArray) -> StepBytes:
     """Return the bytes of a step of a schedule; arguments as in `cost_of`."""
-    size, copied = expert_bytes[step.transfers[:, 0]], expert_bytes[step.copies[:, 1]]
-    source, destination, copier = step.transfers[:, 2], step.transfers[:, 4], step.copies[:, 0]
+    transfers, copies = step.transfers, step.copies
+    size, copied = expert_bytes[transfers[:, Transfers.LAYER]], expert_bytes[copies[:, Copies.LAYER]]
+    source, destination = transfers[:, Transfers.SRC_RANK], transfers[:, Transfers.DST_RANK]
+    copier = copies[:, Copies.RANK]
     node = plan.node_of_rank
     crosses = node[source] != node[destination]
 
