@@ -65,7 +65,7 @@ def _parse_size(context: click.Context, param: click.Parameter, value: str | Non
     show_default=True,
     help="Receive into vacated slots instead of the window.",
 )
-@seconds_option(1800.0, "Seconds that each run may take.")
+@seconds_option(1800.0, "Time limit for each run, in seconds.")
 @click.option("--json", "json_path", metavar="FILE", help="Write all numbers here; - is standard output.")
 @click.pass_context
 def bench(

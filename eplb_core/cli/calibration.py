@@ -1,4 +1,4 @@
-"""Reads the documents of `eplb bench` that `eplb simulate --calibrate` learns from."""
+"""Reads the documents of `eplb bench` for `eplb simulate --calibrate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from eplb_core.simulate.run import Setup
 
 _STEP_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
-"""What a step counts like, as `Rearranger` weighs it."""
+"""The cost of a step in bytes, as weighed by `Rearranger`."""
 
 
 def read_runs(paths: Sequence[Path]) -> list[MeasuredRun]:
@@ -29,7 +29,7 @@ def read_runs(paths: Sequence[Path]) -> list[MeasuredRun]:
 
 
 def setup_of(work: Workload, window_bytes: int, in_place_from: int | None, links: Links) -> Setup:
-    """Return what is simulated of a workload: all ranks on one node, as `eplb bench` starts them."""
+    """Return the simulated setup of a workload: all ranks on one node, as `eplb bench` starts them."""
     from eplb_core.simulate.run import Setup
 
     return Setup(

@@ -1,4 +1,4 @@
-"""Values on the command line that several commands read: ranges of layers."""
+"""Parsers of command-line values shared by several commands: ranges of layers."""
 
 from __future__ import annotations
 
