@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import shutil
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy.typing
 
@@ -86,6 +87,13 @@ def keep_colons(app: object, what: str, name: str, obj: object, options: object,
         lines[first] = lines[first].replace(": ", " \N{EN DASH} ")
 
 
-def setup(app: object) -> None:
-    """Run before napoleon, which has the priority 500."""
-    app.connect("autodoc-process-docstring", keep_colons, priority=400)  # type: ignore[attr-defined]
+def publish_schemas(app: Any, exception: Exception | None) -> None:
+    """Put the schemas where their `$id` says that they are."""
+    if exception is None and app.builder.format == "html":
+        shutil.copytree(Path(app.srcdir) / "schemas", Path(app.outdir) / "schemas", dirs_exist_ok=True)
+
+
+def setup(app: Any) -> None:
+    """Connect what happens before napoleon, which has the priority 500, and at the end."""
+    app.connect("autodoc-process-docstring", keep_colons, priority=400)
+    app.connect("build-finished", publish_schemas)
