@@ -60,6 +60,10 @@ class StageBars:
             self._tasks[stage], completed=sum(each for each, _ in ranks.values()) * factor, total=known
         )
 
+    def done(self, stage: str) -> int:
+        """Return the bytes of a stage that are done, all ranks together as far as they report."""
+        return sum(done for done, _ in self._bytes.get(stage, {}).values()) * (self._num_ranks // self._heard_ranks)
+
     def __enter__(self) -> Self:
         """Start drawing."""
         self._progress.start()

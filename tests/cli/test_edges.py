@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import pty
+import re
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from eplb_core.cli import EplbGroup, main
+from eplb_core.cli.progress import StageBars
 from eplb_core.contract.quantities import LONGEST_S
 
 REPOSITORY = Path(__file__).parents[2]
@@ -167,3 +175,37 @@ def test_a_config_string_of_any_bytes_is_one_line_that_can_be_printed(folder: Pa
     assert long.returncode == 2
     assert "has 5015 characters" in long.stderr
     assert len(long.stderr) < 300
+
+
+def test_ctrl_c_in_the_middle_ends_all_ranks_and_says_how_far_it_came(folder: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "eplb_core", "rebalance", str(LOADS), "--checkpoint", "mödel", "--ranks", "2"]
+    command += ["--backend", "torch_gloo", "--pace", "10kB/s", "--out", "never.json"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    shown = b""
+    with subprocess.Popen(command, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        while b"move experts" not in shown:
+            assert select.select([ours], [], [], SHELL_S)[0], shown
+            shown += os.read(ours, 1 << 16)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(SHELL_S)
+        with contextlib.suppress(OSError):  # the terminal is gone with the process
+            while chunk := os.read(ours, 1 << 16):
+                shown += chunk
+        os.close(ours)
+    assert code == 130, shown
+    assert re.search(rb"interrupted: (.* had been received|no expert had been moved); the ranks have ended", shown)
+    assert b"Traceback" not in shown
+    assert ranks
+    assert [rank for rank in psutil.wait_procs(ranks, SHELL_S)[1] if rank.status() != psutil.STATUS_ZOMBIE] == []
+    assert not (folder / "never.json").exists()
+
+
+def test_bars_add_up_what_is_done_by_all_ranks() -> None:
+    bars = StageBars(Console(file=io.StringIO()), {"move": "move experts"}, num_ranks=4, heard_ranks=2)
+    bars.update(0, "move", 10, 100)
+    bars.update(1, "move", 5, 100)
+    bars.update(0, "move", 20, 100)
+    assert (bars.done("move"), bars.done("read")) == (50, 0)  # two ranks stand for four

@@ -56,7 +56,11 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
         def show(rank: int, event: StageProgress) -> None:
             bars.update(rank, event.stage, event.done, event.total)
 
-        outcomes = collect_local_ranks(run_rank, job.num_ranks, (job,), timeout_s=job.timeout_s, on_event=show)
+        try:
+            outcomes = collect_local_ranks(run_rank, job.num_ranks, (job,), timeout_s=job.timeout_s, on_event=show)
+        except KeyboardInterrupt:
+            _report_interruption(bars, console)
+            raise
     failed = [outcome for outcome in outcomes if not outcome.succeeded]
     if failed:
         # A rank that raised is more informative than one that died; ranks terminated as a consequence come last.
@@ -69,6 +73,15 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
             why=first.message,
         )
     return [outcome.result for outcome in outcomes]
+
+
+def _report_interruption(bars: StageBars, console: Console) -> None:
+    """Say how far the job came. Its ranks are gone by now, and their weights with them."""
+    from eplb_core.cli.rebalance.report import format_bytes
+
+    moved = bars.done("move")
+    text = f"{format_bytes(moved)} had been received" if moved else "no expert had been moved"
+    console.print(f"interrupted: {text}; the ranks have ended, and no file was written", markup=False)
 
 
 class JoinedRanks:
