@@ -42,6 +42,8 @@ python_maximum_signature_line_length = 100
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|click|pluggy|collections|multiprocessing|socket|types)\..*"),
     ("py:class", r"eplb_core\.control\.store_connection\.StoreConnection"),  # the core's own
+    # What ranks of one host agree in; no page is about it.
+    ("py:class", r"eplb_core\.control\.board\.Board"),
     # Type variables.
     ("py:class", r"eplb_core\.(transport\.deadline\.Result|testing\.(context\._T|in_process\.Result))"),
 ]
