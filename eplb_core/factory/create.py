@@ -215,6 +215,7 @@ def _proposal(attempt: _Attempt, device: torch.device, tensors: Sequence[torch.T
     )
 
 
+@torch.inference_mode(False)  # what is made under inference mode, nobody can write to outside
 def _build(
     entry: BackendEntry,
     options: ResolvedOptions,

@@ -162,6 +162,7 @@ class RearrangeJob:
                 else sorted({self._state.layer(ready.number) for ready in self._state.ready})
             )
 
+    @torch.inference_mode(False)
     def commit(self, layer: int) -> IntArray:
         """Copy what was received of `layer` into its slots, and return the layer's placement, int64 `[slots]`.
 
@@ -192,6 +193,7 @@ class RearrangeJob:
             self._state.cancelling = True
             self._state.changed.notify_all()
 
+    @torch.inference_mode(False)
     def wait(self, timeout: float | None = None) -> RearrangeResult:
         """Commit all that is left as it becomes ready, and return what the job did. Every rank has to call it.
 

@@ -68,6 +68,9 @@ _STEP_COSTS = {"cpu": 24 << 20, "cuda": 1 << 30}
 _MOST_FORGOTTEN = 8
 """How many last questions of earlier rearrangements may wait at the store for a moment in which this rank waits."""
 
+_as_usual = torch.inference_mode(False)
+"""Whatever mode the engine is in: what is made under inference mode, a job's thread could not write to."""
+
 LAYERS_IN_FLIGHT = 2
 """How many layers a background job holds received and not yet committed, unless it is told otherwise."""
 
@@ -100,6 +103,7 @@ class Rearranger:
         InputError: the weights, or the window, cannot be used.
     """
 
+    @_as_usual
     def __init__(
         self,
         communicator: EplbCommunicator,
@@ -170,6 +174,7 @@ class Rearranger:
         self._communicator.set_stream(stream)
         self._stream = None if stream is None else as_cuda_stream(stream)
 
+    @_as_usual
     def run(
         self,
         old: npt.ArrayLike | None,
@@ -271,6 +276,7 @@ class Rearranger:
         run.reporter.finished(result)
         return result
 
+    @_as_usual
     def start(
         self,
         old: npt.ArrayLike | None,
@@ -426,6 +432,7 @@ class Rearranger:
         finally:
             self.refresh(loaded, current)
 
+    @_as_usual
     def remember(self, placement: npt.ArrayLike, *, thoroughness: Literal["sample", "full"] = "full") -> None:
         """Keep checksums of all experts as they are, for `verify_live`; `refresh` forgets them. Every rank calls it.
 
@@ -448,6 +455,7 @@ class Rearranger:
         )
         self._remembered = thoroughness, expected_checksums(placed, sums)
 
+    @_as_usual
     def verify_live(
         self, placement: npt.ArrayLike | None = None, *, thoroughness: Literal["sample", "full"] = "full"
     ) -> LiveCheck:
