@@ -16,9 +16,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import time
 import weakref
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ _JOIN_S = 2.0  # more than any wait of the thread takes
 
 logger = logging.getLogger(__name__)
 _under_way: weakref.WeakSet[RearrangeJob] = weakref.WeakSet()
+_told: set[int] = set()  # the processes that end their jobs
 
 
 class RearrangeJob:
@@ -90,6 +93,7 @@ class RearrangeJob:
         self._result: RearrangeResult | None = None
         self._settled = False
         self._forget_closing: Callable[[], None] = lambda: None
+        self._dropped: weakref.finalize[..., RearrangeJob] | None = None
 
     # --- for the engine ---------------------------------------------------------------------------------------------
 
@@ -239,6 +243,10 @@ class RearrangeJob:
                 job.abandon("closed its communicator")
 
         self._forget_closing = self._communicator.binding.before_closing(abandon)
+        reason = _given_up(self._rank, "dropped a background job that had not ended")
+        self._dropped = weakref.finalize(self, self._state.abandon, reason)
+        self._dropped.atexit = False
+        _end_with_this_process()
         self._receiver.begin(self._engine_stream)
 
     def abandon(self, why: str) -> None:
@@ -249,11 +257,7 @@ class RearrangeJob:
         """
         if self._settled:
             return
-        reason = TransferError(
-            f"rank {self._rank} {why} while a background job was under way",
-            phase="commit",
-            remedy="call wait(), or cancel() and then wait(), first",
-        )
+        reason = _given_up(self._rank, f"{why} while a background job was under way")
         self._state.abandon(reason)
         self._receiver.join(self._timeout_s + _JOIN_S)
         with self._state.changed:
@@ -355,6 +359,8 @@ class RearrangeJob:
         self._settled = True
         _under_way.discard(self)
         self._forget_closing()
+        if self._dropped is not None:
+            self._dropped.detach()
         self._communicator.set_stream(self._engine_stream)
         try:
             self._settle_rest()
@@ -409,7 +415,18 @@ def _outcome(number: int) -> str:
     return f"outcome of step {number}"
 
 
-@atexit.register
+def _given_up(rank: int, why: str) -> TransferError:
+    return TransferError(f"rank {rank} {why}", phase="commit", remedy="call wait(), or cancel() and then wait(), first")
+
+
+def _end_with_this_process() -> None:
+    """Have jobs end before the process does: a child that multiprocessing has forked does not call `atexit`."""
+    if os.getpid() not in _told:
+        _told.add(os.getpid())
+        atexit.register(_end_all)
+        Finalize(None, _end_all, exitpriority=100)
+
+
 def _end_all() -> None:
     """End the threads of jobs that nobody waits for: Python would end them in the middle, and the process with them."""
     for job in list(_under_way):

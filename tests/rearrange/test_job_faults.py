@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
-from eplb_core.errors import EplbError
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.errors import EplbError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 from eplb_core.rearrange.job import RearrangeJob
@@ -170,16 +174,66 @@ def ended(target: Any, *arguments: Any) -> list[Outcome]:
 
 
 ALONE = """
+import multiprocessing, sys
 import numpy as np, torch, torch.distributed as dist
 from eplb_core import Rearranger, StatelessGroup, create_eplb_communicator
-old = np.arange(4).reshape(1, 4)
-weights = [[torch.zeros(4, 100)]]
-communicator = create_eplb_communicator(StatelessGroup(0, 1, dist.HashStore()), "nixl?window=1MiB", weights[0])
-job = Rearranger(communicator, weights).start(old, old[:, ::-1].copy())
+
+def engine():
+    global job
+    old = np.arange(4).reshape(1, 4)
+    weights = [[torch.zeros(4, 100)]]
+    communicator = create_eplb_communicator(StatelessGroup(0, 1, dist.HashStore()), "nixl?window=1MiB", weights[0])
+    job = Rearranger(communicator, weights).start(old, old[:, ::-1].copy())
+
+"""
+IN_A_CHILD = """
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=engine)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
 """
 
 
-def test_a_script_that_ends_beside_a_job_warns_and_exits_with_0() -> None:
-    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=100, check=False)
+@pytest.mark.parametrize(
+    "where", ["engine()", IN_A_CHILD, "engine()\nraise SystemExit(0)"], ids=["script", "child", "exit"]
+)
+def test_a_script_that_ends_beside_a_job_warns_and_exits_with_0(where: str) -> None:
+    script = [sys.executable, "-c", ALONE + where]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     assert "a background job was not waited for" in done.stderr
+
+
+def test_an_interrupt_beside_a_job_is_told_as_itself_and_ends_the_process_in_order() -> None:
+    script = [sys.executable, "-c", ALONE + "engine()\nraise KeyboardInterrupt"]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert "a background job was not waited for" in done.stderr
+    assert "KeyboardInterrupt" in done.stderr
+
+
+def test_a_job_that_an_engine_has_dropped_is_an_error_on_the_others() -> None:
+    """As an exception in the engine that somebody above it catches: the objects are gone, the process goes on."""
+    store = dist.HashStore()
+    old = np.tile(np.arange(4), (6, 1))
+    new = np.roll(old, 2, axis=1)
+
+    def work(rank: int) -> str:
+        weights = [[torch.zeros(2, 1000)] for _ in old]
+        with create_eplb_communicator(StatelessGroup(rank, 2, store), "nixl?window=1MiB", weights[0]) as communicator:
+            rearranger = Rearranger(communicator, weights)
+            job = rearranger.start(old, new, max_inflight_layers=1, commit_timeout_s=NEVER_S)
+            if rank == 1:
+                del job, rearranger
+                gc.collect()
+                rank_0.result(100)
+                return ""
+            with pytest.raises(TransferError) as error:
+                job.wait()
+            return str(error.value)
+
+    with ThreadPoolExecutor(2) as threads:
+        rank_0 = threads.submit(work, 0)
+        threads.submit(work, 1).result(100)
+        assert "rank 1 dropped a background job that had not ended" in rank_0.result(100)
