@@ -85,7 +85,8 @@ class Calls:
             said, others = self._end(number * _ROUNDS, deadline)
             if said is not None:
                 return Call(self, self._control, number), said
-            blamed = others or blamed
+            # One that came to an earlier number, and gave up there, is not who was waited for.
+            blamed = [rank for rank in others if rank in blamed] or others or blamed
             if time.monotonic() > deadline:
                 raise _late(what, timeout_s, blamed)
 

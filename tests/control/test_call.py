@@ -99,6 +99,14 @@ def test_a_rank_that_still_waits_comes_along_where_others_have_given_up(on_board
     ranks.threads.shutdown()
 
 
+def test_who_came_along_to_a_later_number_blames_who_came_to_neither(on_board: bool) -> None:
+    ranks = Ranks(3, on_board)
+    patient = ranks.start(0, b"patient", 2 * SHORT_S)
+    assert ranks.start(1, b"hasty", SHORT_S).result(LONG_S) == (2,)
+    assert patient.result(LONG_S) == (2,)
+    ranks.threads.shutdown()
+
+
 def test_messages_of_any_length_arrive(ranks: Ranks) -> None:
     for length in (0, 1, CAPACITY, CAPACITY + 1, 100_000):
         ranks.all_meet(b"x" * length)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb_core import errors
 from eplb_core.control.groups import StatelessGroup
 from eplb_core.errors import EplbError, TransferError
 from eplb_core.factory.create import create_eplb_communicator
@@ -146,6 +147,55 @@ def test_a_bystander_blames_the_rank_that_died_and_nobody_else(config: str, pace
         assert outcome.result is not None, outcome.message
         assert outcome.result["peers"] == (2,), outcome.result
         assert outcome.result["seconds"] < LIMIT_S
+
+
+def one_rank_dies_in_a_run(environment: RankEnvironment, config: str) -> dict[str, Any]:
+    """As above, without a job."""
+    _, rearranger, _ = begin(environment, config, OLD, BETWEEN_1_AND_2)
+    rearranger.run(OLD, OLD)
+    if environment.rank == 2:
+
+        def die(*arguments: object) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        StepRunner.transfer = die  # type: ignore[method-assign, assignment]
+    return outcome_of(lambda: rearranger.run(OLD, BETWEEN_1_AND_2))
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_a_bystander_of_a_run_blames_the_rank_that_died_and_nobody_else(config: str) -> None:
+    bystander, peer, _ = ended(one_rank_dies_in_a_run, config)
+    for outcome in (bystander, peer):
+        assert outcome.result is not None, outcome.message
+        assert outcome.result["peers"] == (2,), outcome.result
+        assert outcome.result["seconds"] < LIMIT_S
+
+
+def one_rank_stops(environment: RankEnvironment, config: str) -> dict[str, Any]:
+    """Rank 1's process stops, with a layer that it has not committed, and goes on once the others have failed."""
+    _, rearranger, start = begin(environment, config, OLD, ROUND, max_inflight_layers=1)
+    job = start()
+    store = environment.store
+    if environment.rank == 1:
+        store.set("pid", str(os.getpid()))
+        while not job.ready_layers():
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    told = outcome_of(job.wait)
+    if environment.rank != 1 and store.add("failed", 1) == environment.world_size - 1:
+        os.kill(int(store.get("pid")), signal.SIGCONT)
+    return told | {"holds": rearranger.placement}
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_a_rank_that_shows_no_sign_of_life_beside_a_job_is_an_error_on_all_with_one_placement(config: str) -> None:
+    told = [outcome.result for outcome in ended(one_rank_stops, config)]
+    for rank, one in enumerate(told):
+        assert issubclass(getattr(errors, one["error"]), TransferError), one
+        assert one["peers"] == (1,) or rank == 1, one
+        assert one["seconds"] < LIMIT_S
+        assert np.array_equal(one["placement"], told[0]["placement"])
+        assert np.array_equal(one["holds"], told[0]["placement"])
 
 
 def leaves_without_waiting(environment: RankEnvironment, config: str) -> dict[str, Any]:

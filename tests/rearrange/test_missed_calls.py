@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eplb_core.contract.communicator import EplbCommunicator
+from eplb_core.errors import EplbError
 from eplb_core.rearrange.rearranger import Rearranger
 from tests.support.ranks import Member, Report, Scenario, error_of, run_scenarios
 
@@ -79,8 +80,14 @@ def skips(member: Member, config: str, place: str, calls: int) -> dict[str, Any]
     missed = []
     if member.rank != WHO:
         missed = [error_of(lambda: experts.rearranger.run(experts.first, experts.second)) for _ in range(calls)]
+    held = experts.rearranger.placement
     everybody_is_here(member, f"missed {config} {place} {calls}")
-    return {"missed": missed, "untouched": experts.wrong(experts.first) == [], **experts.goes_on()}
+    return {
+        "missed": missed,
+        "held": None if held is None else np.array_equal(held, experts.first),
+        "untouched": experts.wrong(experts.first) == [],
+        **experts.goes_on(),
+    }
 
 
 Call = Callable[[Experts], object]
@@ -214,9 +221,51 @@ def says_what_the_slots_hold(member: Member) -> dict[str, Any]:
     }
 
 
+def leaves_before_the_last_check(member: Member, place: str) -> dict[str, Any]:
+    """One rank's engine is interrupted when all bytes have moved, and the others wait for its checksums."""
+    experts = Experts(member, BACKENDS[0], place)
+    rearranger = experts.rearranger
+    inner, asked = rearranger._checksums, []
+
+    def interrupted(*arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    if member.rank == WHO:
+        rearranger._checksums = interrupted  # type: ignore[method-assign]
+    placement = None
+    try:
+        rearranger.run(experts.first, experts.second, verify="sample")
+        error = ""
+    except KeyboardInterrupt:
+        error = "KeyboardInterrupt"
+    except EplbError as raised:
+        error, placement = type(raised).__name__, getattr(raised, "placement", None)
+    rearranger._checksums = inner  # type: ignore[method-assign]
+    everybody_is_here(member, f"last check {place}")
+    held = np.array_equal(rearranger.placement, experts.second)  # type: ignore[arg-type]
+    told = placement is None or np.array_equal(placement, experts.second)
+    wrong = experts.wrong(experts.second)
+    rearranger.run(None, experts.first)
+    return {"error": error, "held": held, "told": told, "wrong there": wrong, **experts.goes_on()}
+
+
+def misses_a_look(member: Member) -> dict[str, Any]:
+    """One rank does not come to look at the slots; then all do."""
+    experts = Experts(member, BACKENDS[0])
+    experts.rearranger.run(experts.first, experts.first)
+    missed = {"type": "", "text": ""}
+    if member.rank != WHO:
+        missed = error_of(experts.rearranger.verify_live)
+    everybody_is_here(member, "missed a look")
+    return {"missed": missed, "looks": [str(experts.rearranger.verify_live()) for _ in range(2)], **experts.goes_on()}
+
+
 @functools.cache
 def report_of(num_ranks: int) -> Report:
-    scenarios = [Scenario("holds", says_what_the_slots_hold)]
+    scenarios = [Scenario("holds", says_what_the_slots_hold), Scenario("look", misses_a_look)]
     for place in PLACES:
         scenarios += [
             Scenario(f"skips {calls} {config} {place}", skips, (config, place, calls))
@@ -230,6 +279,7 @@ def report_of(num_ranks: int) -> Report:
             for again in (True, False)
         ]
         scenarios.append(Scenario(f"none {place}", none_is_made_anywhere_at_first, (place,)))
+        scenarios.append(Scenario(f"leaves {place}", leaves_before_the_last_check, (place,)))
     return run_scenarios(num_ranks, scenarios)
 
 
@@ -250,7 +300,9 @@ def test_after_calls_that_one_rank_missed_the_next_ones_move_every_byte_right(
 ) -> None:
     for rank, one in enumerate(report.returned(f"skips {calls} {config} {place}")):
         assert [error["type"] for error in one["missed"]] == ["HandshakeError"] * (0 if rank == WHO else calls)
-        assert all(f"rank {WHO} did not answer" in error["text"] for error in one["missed"])
+        for error in one["missed"]:
+            assert f"rank {WHO} did not answer" in error["text"], error["text"]
+        assert one["held"] is (None if rank == WHO and place == PLACES[0] else True)
         assert one["untouched"]
         assert (one["wrong"], one["moved"] > 0) == ([], True)
 
@@ -283,6 +335,22 @@ def test_a_rearranger_that_one_rank_cannot_make_is_an_error_on_all_at_the_next_c
 def test_rearrangers_that_no_rank_could_make_are_forgotten(report: Report, place: str) -> None:
     for one in report.returned(f"none {place}"):
         assert one["errors"] == ["InputError"] * 5
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+def test_an_error_of_the_last_check_tells_what_the_slots_hold_and_the_next_call_goes_well(
+    report: Report, place: str
+) -> None:
+    for rank, one in enumerate(report.returned(f"leaves {place}")):
+        assert one["error"] == ("KeyboardInterrupt" if rank == WHO else "ControlPlaneError"), one
+        assert (one["held"], one["told"], one["wrong there"]) == (True, True, [])
+        assert (one["wrong"], one["moved"] > 0) == ([], True)
+
+
+def test_a_look_at_the_slots_that_one_rank_missed_ruins_none_of_the_later_ones(report: Report) -> None:
+    for rank, one in enumerate(report.returned("look")):
+        assert one["missed"]["type"] == ("" if rank == WHO else "ControlPlaneError")
+        assert all("slots are right" in text for text in one["looks"])
         assert (one["wrong"], one["moved"] > 0) == ([], True)
 
 
