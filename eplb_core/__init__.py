@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from eplb_core.planning.plan import plan_rearrangement as plan_rearrangement
     from eplb_core.policies.movement import minimize_movement as minimize_movement
     from eplb_core.policies.worth import should_rebalance as should_rebalance
+    from eplb_core.rearrange.host_backup import HostBackup as HostBackup
     from eplb_core.rearrange.job import RearrangeJob as RearrangeJob
     from eplb_core.rearrange.rearranger import Rearranger as Rearranger
     from eplb_core.rearrange.result import RearrangeResult as RearrangeResult
@@ -47,6 +48,7 @@ _HOME = {
     "EplbCommunicator": "contract.communicator",
     "EplbError": "errors",
     "HandshakeError": "errors",
+    "HostBackup": "rearrange.host_backup",
     "PLUGIN_API_VERSION": "contract.backend",
     "PendingTransfer": "contract.communicator",
     "ProbeResult": "contract.backend",

@@ -9,6 +9,7 @@ import torch
 from eplb_core.arrays import IntArray
 from eplb_core.control.commit_record import CommitRecord
 from eplb_core.errors import LoaderError
+from eplb_core.rearrange.host_backup import HostBackup
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.transport.streams import on_stream
 
@@ -23,7 +24,7 @@ def load_lost(
     placement: IntArray,
     weights: ExpertWeights,
     rank: int,
-    loader: Loader,
+    loader: Loader | HostBackup,
     record: CommitRecord,
     stream: torch.cuda.Stream | None,
 ) -> IntArray:
@@ -36,7 +37,7 @@ def load_lost(
         placement: `[layers, slots]`, with -1 in those slots.
         weights: this rank's slots.
         rank: this rank.
-        loader: brings the tensors of one expert.
+        loader: brings the tensors of one expert, or a backup that brings all of them.
         record: where the ranks decide.
         stream: where the copies go.
 
@@ -47,10 +48,13 @@ def load_lost(
     experts = tuple((layer, expert) for layer, _, expert in lost.tolist())
     problem: Exception | None = None
     try:
-        for layer, slot, expert in lost.tolist():
-            if slot // weights.num_slots == rank:
-                with on_stream(weights.device, stream):
-                    weights.write(layer, slot % weights.num_slots, loader(layer, expert), f"expert {expert}")
+        if isinstance(loader, HostBackup):
+            loader.restore(lost, weights, stream)
+        else:
+            for layer, slot, expert in lost.tolist():
+                if slot // weights.num_slots == rank:
+                    with on_stream(weights.device, stream):
+                        weights.write(layer, slot % weights.num_slots, loader(layer, expert), f"expert {expert}")
     except Exception as error:  # noqa: BLE001 - a loader may raise anything, and the other ranks have to know
         problem = error
     decision = record.decide(KEY) if problem is None else record.abort(KEY, problem)

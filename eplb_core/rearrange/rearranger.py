@@ -37,6 +37,7 @@ from eplb_core.planning.generations import as_mapping, remap_placement, reverse_
 from eplb_core.planning.placement import EMPTY, as_array
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange.agree_on_plan import Agreed, agree_on_plan, as_problem, refuse, stands
+from eplb_core.rearrange.host_backup import HostBackup
 from eplb_core.rearrange.job import RearrangeJob
 from eplb_core.rearrange.job_receiver import Receiver
 from eplb_core.rearrange.job_state import JobState
@@ -184,7 +185,7 @@ class Rearranger:
         ranks_after: Mapping[int, int] | None = None,
         keep_slots: bool = False,
         weights_changed: bool = False,
-        loader: Loader | None = None,
+        loader: Loader | HostBackup | None = None,
         verify: Thoroughness = "off",
         progress: Callable[[int, int], None] | None = None,
     ) -> RearrangeResult:
@@ -206,7 +207,7 @@ class Rearranger:
                 from `self.placement`. Without it, such an `old` is an error: it is most likely an older one, and
                 experts would be taken from slots that hold others.
             loader: brings the experts that no slot of `old` holds: called with `(layer, expert)` on each rank that
-                needs one, returns its tensors. Without it they are an error.
+                needs one, returns its tensors; or a `HostBackup`. Without it they are an error.
             verify: compare checksums of all experts before and after: not at all, of samples, of all bytes.
             progress: called after every step with the bytes that this rank has received and those that it will.
 
@@ -225,7 +226,7 @@ class Rearranger:
         def check() -> dict[str, str]:
             if verify not in THOROUGHNESS:
                 raise InputError(f"verify must be one of {', '.join(THOROUGHNESS)}, not {verify!r}")
-            if loader is not None and not callable(loader):
+            if loader is not None and not isinstance(loader, HostBackup) and not callable(loader):
                 raise InputError(f"the loader is a {type(loader).__name__}, which cannot be called")
             return {"call": "run", "verify": verify, "in_place": str(self._in_place_from)}
 
@@ -563,7 +564,7 @@ class Rearranger:
         run.times.add("verify", time.perf_counter() - began)
         return sums
 
-    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader, record: CommitRecord) -> None:
+    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader | HostBackup, record: CommitRecord) -> None:
         began = time.perf_counter()
         run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, record, self._stream)
         run.times.add("load", time.perf_counter() - began)
