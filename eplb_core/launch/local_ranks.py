@@ -12,6 +12,7 @@ import faulthandler
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import time
@@ -211,12 +212,13 @@ def collect_local_ranks(
         grace_s: how long the others may continue once a rank has failed.
     """
     store = store_of_this_machine()
+    secret = secrets.token_hex(16)  # ranks are told over their pipes; in no environment and on no command line
     outcomes = [Outcome(rank) for rank in range(num_ranks)]
     processes: list[RankProcess] = []
     pipes: dict[Connection, int] = {}
     try:
         for rank in range(num_ranks):
-            process, ours = start_rank(_child, (target, args, rank, num_ranks, store.port), f"rank {rank}")
+            process, ours = start_rank(_child, (target, args, rank, num_ranks, store.port, secret), f"rank {rank}")
             processes.append(process)
             pipes[ours] = rank
         if on_start is not None:
@@ -317,7 +319,13 @@ def _dump_stacks(pid: int | None) -> None:
 
 
 def _child(
-    target: Callable[..., Any], args: Sequence[Any], rank: int, world_size: int, port: int, pipe: Connection
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    secret: str,
+    pipe: Connection,
 ) -> None:
     launcher = multiprocessing.parent_process()
     if launcher is not None and launcher.pid == os.getppid():  # else the fork server is the parent, and has seen to it
@@ -332,7 +340,9 @@ def _child(
             wait_for_workers=False,
             timeout=datetime.timedelta(seconds=_START_S),
         )
-        environment = RankEnvironment(rank, world_size, rank, world_size, store, pipe, limit_visible_gpus(rank))
+        # Torch's store lets in whoever connects; under this prefix nobody writes who was not told it.
+        own = dist.PrefixStore(secret, store)
+        environment = RankEnvironment(rank, world_size, rank, world_size, own, pipe, limit_visible_gpus(rank))
         pipe.send(("result", target(environment, *args)))
     except BaseException as error:  # noqa: BLE001 - the parent must learn of any failure
         pipe.send(("error", type(error).__name__, str(error), traceback.format_exc()))
