@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from eplb_core.launch.local_ranks import Outcome, RankEnvironment, collect_local_ranks
 
@@ -41,13 +42,16 @@ def _run(
     disturb: Callable[[RankEnvironment], None] | None,
 ) -> None:
     store = environment.store
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)  # the launcher's
     os.environ |= {
         "RANK": str(environment.rank),
         "LOCAL_RANK": str(environment.rank),
         "WORLD_SIZE": str(environment.world_size),
         "LOCAL_WORLD_SIZE": str(environment.world_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),  # type: ignore[attr-defined]  # the launcher's own TCPStore
+        "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }

@@ -179,7 +179,7 @@ def live_through(environment: RankEnvironment, transports: str | None, endings: 
         rank, name = environment.rank, f"ending {number}"
         store = dist.PrefixStore(name, environment.store)
         if rank == VICTIM:
-            result = _bury(ending, environment.store.port, name)
+            result = _bury(ending, environment.store, name)
         else:
             _meet(store, rank)
             result = _survivor(ending, rank, store)
@@ -192,10 +192,10 @@ def _meet(store: dist.Store, rank: int) -> None:
     store.wait([f"here {each}" for each in range(3)], datetime.timedelta(seconds=LAUNCH_S))
 
 
-def _bury(ending: Ending, port: int, name: str) -> dict[str, Any]:
+def _bury(ending: Ending, shared: dist.Store, name: str) -> dict[str, Any]:
     """Start the victim, see it through, and return what it said, if it could."""
     pid = os.fork()  # everything is imported already; NIXL and its threads are not there yet
-    store = dist.PrefixStore(name, dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    store = dist.PrefixStore(name, shared.clone())  # type: ignore[attr-defined]  # a connection of its own
     if pid == 0:
         status = 1
         try:
