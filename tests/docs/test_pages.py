@@ -78,6 +78,41 @@ def test_a_command_in_the_docs_prints_what_they_show(block: Block, tmp_path: Pat
         assert (child.stdout + child.stderr).split() == shown.split(), line
 
 
+# What a run measures, and what the scheduling of processes decides.
+_MEASURED = re.compile(r"\d+(\.\d+)? (s|ms|[kMG]B/s|batches)\b|(?<=peak staging)( +\S+ \S+)|(?<=rate) +.*")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("block", marked("output"), ids=str)
+def test_a_run_in_the_docs_prints_what_they_show_but_for_what_is_measured(block: Block, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+    for program in blocks_of(block.page):
+        if program.caption.endswith(".py") and program.language == "python":
+            (tmp_path / program.caption).write_text(program.code)
+    for session in _sessions(block):
+        line, _, shown = session.partition("\n")
+        if "demo-checkpoint" in line and "make-checkpoint" not in line and not (tmp_path / "demo-checkpoint").exists():
+            assert run_eplb("make-checkpoint", "demo-checkpoint", cwd=tmp_path).returncode == 0
+        words = shlex.split(line)
+        if words[0] == "torchrun":
+            child = run_child(["-m", "torch.distributed.run", "--standalone", *words[1:]], cwd=tmp_path, timeout_s=120)
+        else:
+            child = run_eplb(*words[1:], cwd=tmp_path, environment={"COLUMNS": "100"}, timeout_s=120)
+
+        assert child.returncode == 0, child.stderr
+        assert _MEASURED.sub("", child.stdout).split() == _MEASURED.sub("", shown).split(), line
+
+
+def _sessions(block: Block) -> list[str]:
+    return re.split(r"^\$ ", block.code, flags=re.MULTILINE)[1:]
+
+
+def test_every_block_of_a_console_is_tested_or_marked_as_an_excerpt() -> None:
+    shown = [block for block in BLOCKS if block.language == "console" and not block.mark]
+    assert [str(block) for block in shown if any(line and line[0] != "$" for line in block.code.splitlines())] == []
+    assert all("excerpt" in block.options["caption"].lower() for block in marked("excerpt"))
+
+
 # --- the backend of the README ----------------------------------------------------------------------------------------
 
 
