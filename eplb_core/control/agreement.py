@@ -52,7 +52,7 @@ def all_say(
         return [msgspec.msgpack.decode(said, type=Answer) for said in control.all_gather(what, mine, timeout_s)]
     except UNREADABLE as error:
         raise HandshakeError(
-            f"{what} of a rank cannot be read", table={}, why=str(error), remedy="install one eplb everywhere"
+            f"{what} of a rank cannot be read", table={}, why=str(error), remedy="install the same eplb on every rank"
         ) from error
 
 

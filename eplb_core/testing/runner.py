@@ -309,7 +309,7 @@ def _exit_words(outcome: Outcome) -> str:
     if outcome.error:
         return outcome.trace or f"{outcome.error}: {outcome.message}"
     if outcome.exit_code is not None and outcome.exit_code < 0:
-        return f"it was ended by {signal.Signals(-outcome.exit_code).name}"
+        return f"it was killed by {signal.Signals(-outcome.exit_code).name}"
     if outcome.exit_code is None:
         return outcome.message or "it did not exit and was killed"
     return f"it exited with {outcome.exit_code}"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import eplb_core
 from eplb_core.cli import main
+from eplb_core.cli.checkout import with_local_commands
 from eplb_core.cli.rebalance.launch import run_local
 from eplb_core.cli.rebalance.request import RebalanceRequest, prepare
 from eplb_core.errors import InputError
@@ -592,7 +593,7 @@ def test_a_plot_without_matplotlib_names_the_extra(checkpoint: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = rebalance(PUBLISHED, "--checkpoint", checkpoint, "--plot", "plot.png")
     assert result.exit_code == 2
-    assert_one_line(result, 'pip install "eplb[plot]"')
+    assert_one_line(result, with_local_commands('pip install "eplb[plot]"'))
 
 
 def test_make_checkpoint_writes_what_rebalance_reads(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_check_that_hangs_shows_where_every_rank_was(together: Report) -> None
 
 def test_a_crash_names_the_rank_and_the_signal(together: Report) -> None:
     detail = together.of(OWN_CHECK["dies_of_large_messages"], "dies_of_large_messages").detail
-    assert "rank 1: it was ended by SIGSEGV" in detail
+    assert "rank 1: it was killed by SIGSEGV" in detail
 
 
 def test_wrong_bytes_are_counted_and_placed(together: Report) -> None:
