@@ -59,7 +59,8 @@ def exchange_experts(
     mine = [each for each in passages if rank in (each.source, each.destination)]
     room = max((each.nbytes for each in mine), default=0)
     room = max(room, min(limit_bytes, sum(each.nbytes for each in mine)))
-    staging = torch.empty(2 * room, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):  # what is made under an engine's inference mode, nobody can write to outside
+        staging = torch.empty(2 * room, dtype=torch.uint8, device=device)
     for members in rounds(passages, limit_bytes):
         arrivals: list[tuple[Passage, torch.Tensor]] = []
         sent, received = 0, room

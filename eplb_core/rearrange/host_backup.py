@@ -91,7 +91,8 @@ class HostBackup:
         if memory is None:  # ranks that cannot share are hosts of one
             hosts = list(range(self._world_size))
             shares, nbytes = self._share(self._world_size, copies)
-            memory = torch.empty(nbytes[self._rank], dtype=torch.uint8)
+            with torch.inference_mode(False):
+                memory = torch.empty(nbytes[self._rank], dtype=torch.uint8)
         self._hosts: list[int] | None = hosts
         self._shares = shares
         self._memory: torch.Tensor | None = memory

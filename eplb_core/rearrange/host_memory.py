@@ -90,7 +90,8 @@ def share_memory(
             own.close_file()
     if memory is None or any(answer.value != b"yes" for answer in answers):
         return None
-    return torch.frombuffer(memory, dtype=torch.uint8)[: nbytes[mine]]
+    with torch.inference_mode(False):  # an engine may have turned it on, and may refresh the weights without it
+        return torch.frombuffer(memory, dtype=torch.uint8)[: nbytes[mine]]
 
 
 def pin(memory: torch.Tensor) -> bool:

@@ -202,7 +202,8 @@ def is_renewed(member: Member) -> list[Any]:
     placement = random_placement(np.random.default_rng(4), LAYERS, member.world_size)
     fill(weights, placement * 0 + 17, member.rank)
     with member.communicator(CONFIG, weights[0]) as communicator:
-        backup = HostBackup(communicator, weights, placement)
+        with torch.inference_mode():
+            backup = HostBackup(communicator, weights, placement)
         fill(weights, placement, member.rank)
         backup.renew(placement)
         nothing = np.full_like(placement, EMPTY)
