@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import engine_env
 import numpy as np
 import torch
 import torch.distributed as dist
+from eplb_sglang import signatures
 from eplb_sglang.mover import ExpertMover, Group, RearrangementFailedError
 from eplb_sglang.survivors import Placement
 
@@ -176,3 +178,50 @@ def fails_half_way(environment: RankEnvironment, backend: str) -> dict[str, Any]
         "halfway": bool((held[rows] != old[rows]).any() and (held[rows] != new[rows]).any()),
         "empty": bool((held[rows] == -1).any()),
     }
+
+
+def outlives_a_rank_inside_sglang(environment: RankEnvironment, backend: str) -> dict[str, Any] | None:
+    """The same through the hook, with what SGLang says of its ranks: rank 1 dies between two rearrangements."""
+    from eplb_sglang import choice
+    from eplb_sglang.hooks import Hooks
+
+    rank, slots, world = environment.rank, 2, environment.world_size
+    environment.init_process_group()
+    state = SimpleNamespace(active_ranks_cpu=torch.ones(world, dtype=torch.int32), has_scaled=False)
+    pretend_to_be_sglang(rank, state)
+    first, second = (placement(world, slots, 4, seed) for seed in (6, 7))
+    second[1] = [0, 1, 2, 3, 2, 0]  # expert 3 on rank 1 alone
+    third = second.copy()
+    third[1] = [3, 2, 0, 0, 0, 1]
+    tensors = weights(rank, slots, first)
+    hooks = Hooks(choice.Choice(backend, None, "serve", "leave"))
+    before = hooks.move(tensors, metadata(first), metadata(second), LAYERS, 1, rank)
+    found = wrong(rank, slots, second, tensors)
+    environment.store.set(f"moved/{rank}", "yes")
+    environment.store.wait([f"moved/{other}" for other in range(world)])
+    if rank == 1:
+        return None
+    state.active_ranks_cpu[1] = 0
+    missing = hooks.move(tensors, metadata(second), metadata(third), [1], 1, rank)
+    hooks.release()
+    reachable = third.copy()
+    reachable[1, 0] = -1
+    reachable[:, 2:4] = -1
+    return {"before": before, "missing": missing, "wrong": found + wrong(rank, slots, reachable, tensors)}
+
+
+def metadata(held: Placement) -> SimpleNamespace:
+    return SimpleNamespace(physical_to_logical_map_cpu=torch.from_numpy(held.copy()))
+
+
+def pretend_to_be_sglang(rank: int, state: SimpleNamespace) -> None:
+    """Put what the plugin asks of SGLang's modules into modules of their names."""
+    elastic, runtime = ModuleType(signatures.ELASTIC), ModuleType("sglang.srt.runtime_context")
+    parallel = SimpleNamespace(tp_rank=rank, ep_join_rank_offset=0, nnodes=1)
+    elastic.ElasticEPStateManager = SimpleNamespace(instance=lambda: state)  # type: ignore[attr-defined]
+    runtime.get_parallel = lambda: parallel  # type: ignore[attr-defined]
+    for module in (elastic, runtime):
+        *parents, _ = module.__name__.split(".")
+        for depth in range(1, len(parents) + 1):
+            sys.modules.setdefault(".".join(parents[:depth]), ModuleType(parents[depth - 1]))
+        sys.modules[module.__name__] = module

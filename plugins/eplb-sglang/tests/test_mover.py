@@ -25,6 +25,14 @@ def test_an_expert_that_a_dead_rank_held_comes_from_a_copy_that_is_alive() -> No
     assert last["missing"] == {5: [3]}
 
 
+def test_ranks_that_sglang_says_are_dead_are_left_out_and_what_they_held_is_asked_of_sglang() -> None:
+    config = "nixl?timeout=30s"
+    first, dead, last = run_local_ranks(mover_ranks.outlives_a_rank_inside_sglang, 3, (config,), timeout_s=LIMIT_S)
+    assert dead is None
+    assert first == {"before": {}, "missing": {1: [3]}, "wrong": []}
+    assert last == {"before": {}, "missing": {}, "wrong": []}
+
+
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "failing"), (3, "failing"), (3, "failing_in_place")])
 def test_after_a_failure_all_ranks_know_what_their_slots_hold_and_can_go_on_from_there(
     ranks: int, backend: str
