@@ -89,7 +89,7 @@ def one_rank_leaves(environment: RankEnvironment, config: str) -> dict[str, Any]
     else:
         told = outcome_of(job.wait)
         communicator.close()
-    return told | {"holds": rearranger.placement}
+    return told | {"holds": rearranger.placement, "ready": job.ready_layers()}
 
 
 @pytest.mark.parametrize("config", BACKENDS)
@@ -99,6 +99,7 @@ def test_where_one_rank_closes_its_communicator_the_others_do_not_wait_for_its_c
         assert one["error"] == "TransferError", one
         assert "rank 1 closed its communicator while a background job was under way" in one["text"]
         assert one["peers"] == (() if rank == 1 else (1,))
+        assert one["ready"] == []
         assert one["seconds"] < LIMIT_S
         assert np.array_equal(one["placement"], told[0]["placement"])
         assert np.array_equal(one["holds"], told[0]["placement"])
