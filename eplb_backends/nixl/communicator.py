@@ -82,7 +82,7 @@ class NixlCommunicator(EplbCommunicator):
         self._control = context.control
         self._device = context.device
         self._options = options
-        window = int(options.window)
+        window = context.staging_bytes if options.window is None else int(options.window)
         self._staging_bytes = window if layer_bytes is None else staging_for(layer_bytes, window)
         self._mode = options.mode
         self._timeout_s = float(options.timeout)
@@ -125,7 +125,7 @@ class NixlCommunicator(EplbCommunicator):
     @property
     def staging_limit_bytes(self) -> int:
         """The part of the `window` option that the two windows leave to a rearrangement."""
-        return left_for_staging(int(self._options.window))
+        return left_for_staging(self._staging_bytes)
 
     @property
     def may_land_late(self) -> bool:

@@ -13,7 +13,7 @@ from eplb_backends.nixl.selftest import PAGE_BYTES
 from eplb_core.transport.streams import ordinal_of
 
 _ALIGNMENT = 256  # bytes; best for CUDA's copies
-_LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 16 << 20
+_LEAST_SLOT, _LARGEST_SLOT = 1 << 10, 64 << 20
 _SLOTS = 4  # of a window: enough to pack, read and unpack at the same time
 _LEAST_WINDOW = 1 << 20
 _WINDOW_SHARE = 8  # each window takes one in so many bytes of the staging memory; the rest is for a rearrangement

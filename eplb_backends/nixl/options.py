@@ -14,7 +14,8 @@ class NixlOptions(CommonOptions):
 
     Attributes:
         window: bytes of staging memory that a rank may use, for the send window, the receive window and the window of
-            a rearrangement together.
+            a rearrangement together. None is 256 MiB on a CPU; on a GPU a thirty-second part of its memory, between
+            that and 1 GiB.
         mode: `direct` reads from registered memory without a copy and refuses other tensors; `packed` copies every sent
             tensor into the send window first; `auto` reads large registered tensors directly and packs the rest.
         progress: whether NIXL runs a progress thread. `auto` is off: an executing rank polls anyway, and on few cores
@@ -24,9 +25,9 @@ class NixlOptions(CommonOptions):
         min_gbps: a link slower than this, in GB/s, is an error; 0 means that a slow link only causes a warning.
     """
 
-    window: ByteSize = field(
-        default=ByteSize(256 << 20),
-        metadata={"help": "staging memory of a rank, all parts together", "min": 64 << 10},
+    window: ByteSize | None = field(
+        default=None,
+        metadata={"help": "staging memory of a rank, all parts together; none = by device", "min": 64 << 10},
     )
     mode: Literal["auto", "packed", "direct"] = field(
         default="auto", metadata={"help": "read registered tensors in place (direct), copy through a window (packed)"}

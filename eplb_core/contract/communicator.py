@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from eplb_core.contract.context import Binding
+from eplb_core.contract.staging import DEFAULT_STAGING_BYTES
 from eplb_core.contract.stats import TransferStats
 from eplb_core.errors import EplbError, InvalidTransferError
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from eplb_core.contract.payload import Payloads
-
-DEFAULT_STAGING_BYTES = 256 << 20
-"""The default staging memory of a rank, in bytes."""
 
 
 class PendingTransfer:
@@ -231,7 +229,7 @@ class EplbCommunicator(ABC):
     @property
     def staging_limit_bytes(self) -> int:
         """Bytes of staging memory that the configuration allows a rank, including the caller's."""
-        return DEFAULT_STAGING_BYTES
+        return DEFAULT_STAGING_BYTES if self._binding is None else self._binding.context.staging_bytes
 
     @property
     def last_stats(self) -> TransferStats | None:

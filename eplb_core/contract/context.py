@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from eplb_core.contract.staging import DEFAULT_STAGING_BYTES
+
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
@@ -25,6 +27,7 @@ class BackendContext:
         cpu_group: a CPU process group of the same ranks, or None in a stateless group.
         device_group: the device's process group (NCCL) of the same ranks, or None.
         device_communicator: the engine's own device communicator, or None. It may carry `pynccl_comm`.
+        staging_bytes: the staging memory of a rank where the configuration does not say it; the same on every rank.
     """
 
     rank: int
@@ -34,6 +37,7 @@ class BackendContext:
     cpu_group: ProcessGroup | None = None
     device_group: ProcessGroup | None = None
     device_communicator: object | None = None
+    staging_bytes: int = DEFAULT_STAGING_BYTES
 
 
 class EventSink(Protocol):

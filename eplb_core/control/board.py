@@ -68,7 +68,7 @@ class OwnPage:
             self.memory = mmap.mmap(self._file, _PAGE)
             nonce = secrets.token_bytes(_NONCE_BYTES)
             self.memory[-_NONCE_BYTES:] = nonce
-            self.offer = Offer(_host(), f"/proc/{os.getpid()}/fd/{self._file}", nonce)
+            self.offer = Offer(host_name(), f"/proc/{os.getpid()}/fd/{self._file}", nonce)
         except BaseException:
             self.close_file()
             raise
@@ -201,11 +201,15 @@ class Board:
             now = time.monotonic()
             if not missing or now >= deadline or (until_contested and self.contested(number)):
                 return found, missing
-            waited = now - began
-            if waited < _SPIN_S:
-                os.sched_yield()
-            else:
-                time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, waited / 8), deadline - now))
+            rest(now - began, deadline - now)
+
+
+def rest(waited_s: float, left_s: float) -> None:
+    """Let others have the core, the longer the longer this rank has waited, and no longer than `left_s`."""
+    if waited_s < _SPIN_S:
+        os.sched_yield()
+    else:
+        time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, waited_s / 8), max(left_s, 0.0)))
 
 
 def _digest(number: int, length: int, content: bytes) -> bytes:
@@ -214,7 +218,8 @@ def _digest(number: int, length: int, content: bytes) -> bytes:
     ).digest()
 
 
-def _host() -> str:
+def host_name() -> str:
+    """Return what tells one boot of one machine, and one PID namespace there, from others."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     space = os.stat("/proc/self/ns/pid")
     return f"{boot}/{space.st_dev}:{space.st_ino}"

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 import msgspec
 
@@ -35,7 +36,7 @@ _RANKS_PER_WORD = 60  # a count of the store is a signed number of 64 bits
 _NAP_S = 50e-6
 _LONGEST_NAP_S = 20e-3  # so that many ranks that wait for one do not keep the store busy
 _WATCH_S = 0.2
-_AFTER_TRANSFERS_S = 1.5
+AFTER_TRANSFERS_S = 1.5
 """How much longer a decision waits than a transfer: who waits in a transfer knows better which rank is late."""
 _TEXT_LIMIT = 2000  # characters of an error that the other ranks are told
 
@@ -74,6 +75,30 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 ABORT, COMMIT = "abort", "commit"
+
+
+class Record(Protocol):
+    """What decides the steps of a rearrangement, the same for every rank."""
+
+    def decide(self, key: str) -> Decision:
+        """Say yes to `key`, wait until it is decided, and return the decision."""
+        ...
+
+    def abort(self, key: str, error: BaseException) -> Decision:
+        """Settle `key` as an abort because of `error`, unless it is decided, and return what stands."""
+        ...
+
+    def forget(self, key: str) -> None:
+        """Remove a key whose decision every rank has read."""
+        ...
+
+    def require_store(self) -> None:
+        """Return unless it is known that nothing can be decided any more."""
+        ...
+
+    def last_words(self, waited_s: float) -> AbstractContextManager[None]:
+        """Ask inside the block what is left to ask after waiting `waited_s` for others in vain."""
+        ...
 
 
 class CommitRecord:
@@ -131,8 +156,8 @@ class CommitRecord:
                 error = None if watch is None else watch()
                 if error is not None:
                     return self.abort(key, error)
-            if watch is None and now - began > self._timeout_s + _AFTER_TRANSFERS_S:
-                return self.abort(key, self._late(key))
+            if watch is None and now - began > self._timeout_s + AFTER_TRANSFERS_S:
+                return self.abort(key, late(key, self.missing(key), self._timeout_s))
             time.sleep(min(_LONGEST_NAP_S, max(_NAP_S, (now - began) / 10)))
         return decision
 
@@ -143,14 +168,7 @@ class CommitRecord:
 
     def abort(self, key: str, error: BaseException) -> Decision:
         """Settle `key` as an abort because of `error`, unless it is settled, and return what stands."""
-        peers: tuple[int, ...] = ()
-        phase, usable, text = "", False, f"{type(error).__name__}: {error}"
-        if isinstance(error, TransferError):
-            peers, phase, usable, text = error.peers, error.phase, error.usable, error.what
-        return self.settle(
-            key,
-            Decision(ABORT, self._control.rank, type(error).__name__, text[:_TEXT_LIMIT], peers, phase, usable),
-        )
+        return self.settle(key, decision_of(error, self._control.rank))
 
     def require_store(self) -> None:
         """Return unless the store is known to be gone, so that nothing is begun that cannot be decided.
@@ -212,13 +230,6 @@ class CommitRecord:
         value = self._control.settled(_decision(key))
         return None if value is None else _decode(value)
 
-    def _late(self, key: str) -> TransferTimeoutError:
-        missing = self.missing(key)
-        ranks = ranks_text(missing)
-        return TransferTimeoutError(
-            f"{ranks} did not end {key} within {self._timeout_s:g} s", peers=missing, phase="commit"
-        )
-
 
 def _beat(rank: int) -> str:
     return f"beats of {rank}"
@@ -226,6 +237,22 @@ def _beat(rank: int) -> str:
 
 def _decision(key: str) -> str:
     return f"{key}/decision"
+
+
+def decision_of(error: BaseException, rank: int) -> Decision:
+    """Return how `rank` gives up because of `error`."""
+    peers: tuple[int, ...] = ()
+    phase, usable, text = "", False, f"{type(error).__name__}: {error}"
+    if isinstance(error, TransferError):
+        peers, phase, usable, text = error.peers, error.phase, error.usable, error.what
+    return Decision(ABORT, rank, type(error).__name__, text[:_TEXT_LIMIT], peers, phase, usable)
+
+
+def late(key: str, missing: tuple[int, ...], timeout_s: float) -> TransferTimeoutError:
+    """Return the error of a rank that has waited for `missing` in vain."""
+    return TransferTimeoutError(
+        f"{ranks_text(missing)} did not end {key} within {timeout_s:g} s", peers=missing, phase="commit"
+    )
 
 
 def error_of(decision: Decision, rank: int, *, usable: bool) -> TransferError:

@@ -14,6 +14,7 @@ import torch
 from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.contract.context import BackendContext, Binding
 from eplb_core.contract.option_types import CommonOptions
+from eplb_core.contract.staging import default_staging_bytes
 from eplb_core.control.agreement import agree_on_outcome, not_all_answered
 from eplb_core.control.groups import GroupCoordinator, StatelessGroup, is_stateless, open_control_plane
 from eplb_core.control.plane import ControlPlane
@@ -88,7 +89,7 @@ def create_eplb_communicator(
     for number in itertools.count():
         if automatic is not None:
             attempt = _attempt(automatic.choose(), group_coordinator, device, arguments, registry)
-        agree(control, _proposal(attempt, device, tensors), attempt.problem, attempt.timeout_s)
+        staging_bytes = agree(control, _proposal(attempt, device, tensors), attempt.problem, attempt.timeout_s)
         context = BackendContext(
             rank=group_coordinator.rank_in_group,
             world_size=group_coordinator.world_size,
@@ -97,6 +98,7 @@ def create_eplb_communicator(
             cpu_group=group_coordinator.cpu_group,
             device_group=group_coordinator.device_group,
             device_communicator=group_coordinator.device_communicator,
+            staging_bytes=staging_bytes,
         )
         entry, options = attempt.selected()
         try:
@@ -212,6 +214,7 @@ def _proposal(attempt: _Attempt, device: torch.device, tensors: Sequence[torch.T
         options="&".join(f"{key}={options.text(key)}" for key in sorted(options.types)),
         device=device.type,
         layout=layout,
+        staging=default_staging_bytes(device),
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from eplb_core.contract.staging import DEFAULT_STAGING_BYTES
 from eplb_core.control.agreement import LONGEST_TEXT, exchange
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.wire import UNREADABLE
@@ -18,7 +19,7 @@ from eplb_core.errors import EplbError, HandshakeError
 
 
 class Proposal(msgspec.Struct, array_like=True, frozen=True):
-    """What one rank would build. Every field except `problem` must be the same on every rank.
+    """What one rank would build. Every field except `problem` and `staging` must be the same on every rank.
 
     Attributes:
         problem: why this rank cannot build it; empty if it can.
@@ -28,6 +29,7 @@ class Proposal(msgspec.Struct, array_like=True, frozen=True):
         options: every option with its value.
         device: device type of the tensors.
         layout: shape and dtype of each of one layer's tensors.
+        staging: bytes of staging memory that it would take if the configuration does not say it.
     """
 
     problem: str = ""
@@ -37,6 +39,7 @@ class Proposal(msgspec.Struct, array_like=True, frozen=True):
     options: str = ""
     device: str = ""
     layout: str = ""
+    staging: int = DEFAULT_STAGING_BYTES
 
 
 _ROWS = {
@@ -55,8 +58,8 @@ def describe_layout(tensors: Sequence[torch.Tensor]) -> str:
     return " + ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors) or "no tensors"
 
 
-def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, timeout_s: float) -> None:
-    """Return if every rank proposes the same and none has a problem.
+def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, timeout_s: float) -> int:
+    """Return if every rank proposes the same and none has a problem: the least staging memory that any would take.
 
     Args:
         control: the control plane of the group.
@@ -96,8 +99,9 @@ def agree(control: ControlPlane, proposal: Proposal, problem: EplbError | None, 
         raise HandshakeError(
             "the ranks do not agree on the communicator", table=table, remedy="make these the same on every rank"
         ) from problem
+    return min(rank.staging for rank in proposals)
 
 
 def _cut(proposal: Proposal) -> Proposal:
     values = {name: getattr(proposal, name)[:LONGEST_TEXT] for name in _ROWS}
-    return Proposal(**values)
+    return Proposal(**values, staging=proposal.staging)

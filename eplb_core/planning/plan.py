@@ -229,17 +229,20 @@ def plan_rearrangement(
     nodes = _check_nodes(node_of_rank, num_ranks)
     old, new, lost = _placements(old, new, num_ranks, keep_slots, missing)
     per_rank = old.shape[1] // num_ranks
-    width = 1 + max(int(old.max(initial=EMPTY)), int(new.max(initial=EMPTY)))
+    differs = old != new
+    changed = np.flatnonzero(differs.any(axis=1))  # most layers of a small rearrangement are as they were
+    before, after_it = old[changed], new[changed]
+    width = 1 + max(int(before.max(initial=EMPTY)), int(after_it.max(initial=EMPTY)))
 
-    layer, slot = np.nonzero((new != old) & (new != EMPTY))
+    layer, slot = np.nonzero(differs[changed] & (after_it != EMPTY))
     rank = slot // per_rank
-    held_layer, held_slot = np.nonzero(old != EMPTY)
-    held_expert = old[held_layer, held_slot]
+    held_layer, held_slot = np.nonzero(before != EMPTY)
+    held_expert = before[held_layer, held_slot]
     held_rank, held_local = np.divmod(held_slot, per_rank)
     # Of several slots, one that stays as it is comes first: reading it delays nothing and needs no save.
-    preference = np.where(new[held_layer, held_slot] == held_expert, 0, per_rank) + held_local
+    preference = np.where(after_it[held_layer, held_slot] == held_expert, 0, per_rank) + held_local
 
-    need = (layer * num_ranks + rank) * width + new[layer, slot]
+    need = (layer * num_ranks + rank) * width + after_it[layer, slot]
     held = np.sort(((held_layer * num_ranks + held_rank) * width + held_expert) * (2 * per_rank) + preference)
     found = np.searchsorted(held, need * (2 * per_rank))
     candidate = held[np.minimum(found, max(len(held) - 1, 0))] if len(held) else np.zeros_like(need)
@@ -256,7 +259,7 @@ def plan_rearrangement(
     holder = holder[np.diff(holder // (2 * per_rank), prepend=-1) != 0]  # one slot of each rank
     group, holder_rank = np.divmod(holder // (2 * per_rank), num_ranks)
     wanted = transfer_layer * width + expert
-    counts = SendCounts(len(old), num_ranks)
+    counts = SendCounts(len(changed), num_ranks)
     after = np.full(len(wanted), -1, dtype=np.int64)
     if node_of_rank is not None if relay is None else relay:
         numbers, node = np.unique(nodes, return_inverse=True)
@@ -273,13 +276,13 @@ def plan_rearrangement(
         old=old,
         new=new,
         node_of_rank=nodes,
-        transfer_layer=transfer_layer,
+        transfer_layer=changed[transfer_layer],
         transfer_expert=expert,
         transfer_src_rank=src_rank,
         transfer_src_slot=src_slot,
         transfer_dst_rank=dst_rank,
         transfer_after=after,
-        move_layer=layer,
+        move_layer=changed[layer],
         move_rank=rank,
         move_slot=slot % per_rank,
         move_transfer=transfer,

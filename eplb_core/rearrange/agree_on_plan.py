@@ -35,10 +35,12 @@ class Agreed:
     Attributes:
         known: the plan.
         scheduled: whether every rank has its schedule too.
+        notes: what each rank has added.
     """
 
     known: KnownPlan
     scheduled: bool
+    notes: tuple[bytes, ...] = ()
 
 
 def agree_on_plan(
@@ -49,6 +51,9 @@ def agree_on_plan(
     timeout_s: float,
     attempt: int = 0,
     is_scheduled: Callable[[KnownPlan], bool] = lambda known: False,
+    *,
+    note: bytes = b"",
+    asks_store: bool = True,
 ) -> tuple[Call, Agreed]:
     """Return the call of this rearrangement, and the plan, once all ranks have the same one.
 
@@ -62,6 +67,8 @@ def agree_on_plan(
         timeout_s: how long to wait for the slowest rank, in seconds.
         attempt: the how many-th rearranger of this rank it is; what others refused in an earlier attempt is passed.
         is_scheduled: whether this rank knows the schedule of a plan.
+        note: what the other ranks are told besides; as long on all of them.
+        asks_store: whether something that changes may only begin if the store answers.
 
     Raises:
         HandshakeError: the ranks differ, or one did not come; the same table on each.
@@ -74,10 +81,10 @@ def agree_on_plan(
     except Exception as error:  # noqa: BLE001 - whatever an argument brings about is told to the other ranks
         problem = as_problem(error, "an argument cannot be used")
     mine = _PROBLEM if known is None else _digest(known, asked)
-    message = _ASKS + _ATTEMPT.pack(attempt) + mine + bytes([known is not None and is_scheduled(known)])
+    message = _ASKS + _ATTEMPT.pack(attempt) + mine + note + bytes([known is not None and is_scheduled(known)])
     try:
         try:
-            if known is not None and known.changes:
+            if asks_store and known is not None and known.changes:
                 control.ask_store()  # steps are decided there: without it none may begin
             call, said = calls.meet("the placements to rearrange", message, timeout_s)
         except ControlPlaneError as error:
@@ -86,7 +93,8 @@ def agree_on_plan(
         if any(len(value) != len(message) or not value.startswith(_ASKS) for value in said):
             raise HandshakeError("what a rank was asked for cannot be read", table={}, why="it has another length")
         if known is not None and all(value[_DIGEST] == mine for value in said):
-            return call, Agreed(known, all(value[-1] for value in said))
+            notes = tuple(value[-1 - len(note) : -1] for value in said)
+            return call, Agreed(known, all(value[-1] for value in said), notes)
         _compare(call, known, problem, asked, timeout_s)
     except HandshakeError as error:
         error.placement = None if known is None else known.plan.old.copy()

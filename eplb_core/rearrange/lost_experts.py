@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from eplb_core.arrays import IntArray
-from eplb_core.control.commit_record import CommitRecord
+from eplb_core.control.commit_record import Record
 from eplb_core.errors import LoaderError
 from eplb_core.rearrange.host_backup import HostBackup
 from eplb_core.rearrange.weights import ExpertWeights
@@ -25,7 +25,7 @@ def load_lost(
     weights: ExpertWeights,
     rank: int,
     loader: Loader | HostBackup,
-    record: CommitRecord,
+    record: Record,
     stream: torch.cuda.Stream | None,
 ) -> IntArray:
     """Fill this rank's slots of lost experts, and return the placement once every rank has filled its own.

@@ -23,7 +23,7 @@ from eplb_core.contract.communicator import EplbCommunicator
 from eplb_core.contract.cuda_stream import as_cuda_stream
 from eplb_core.control.agreement import not_all_answered
 from eplb_core.control.call import Call, Calls
-from eplb_core.control.commit_record import CommitRecord
+from eplb_core.control.commit_record import CommitRecord, Record
 from eplb_core.control.plane import ControlPlane
 from eplb_core.errors import (
     BackendUnavailableError,
@@ -37,6 +37,7 @@ from eplb_core.planning.generations import as_mapping, remap_placement, reverse_
 from eplb_core.planning.placement import EMPTY, as_array
 from eplb_core.planning.plan import RearrangementPlan, plan_rearrangement
 from eplb_core.rearrange.agree_on_plan import Agreed, agree_on_plan, as_problem, refuse, stands
+from eplb_core.rearrange.decisions import Decisions
 from eplb_core.rearrange.host_backup import HostBackup
 from eplb_core.rearrange.job import RearrangeJob
 from eplb_core.rearrange.job_receiver import Receiver
@@ -143,6 +144,7 @@ class Rearranger:
         self._runner = StepRunner(communicator, self._weights, self._rank)
         self._beside: ControlPlane | None = None
         self._plans = KnownPlans()
+        self._decisions: Decisions = binding.shared.setdefault("decisions", Decisions(self._timeout_s))
         self._stream: torch.cuda.Stream | None = None
         self._job: RearrangeJob | None = None
         self._placement: IntArray | None = None
@@ -243,7 +245,7 @@ class Rearranger:
             scheduling=lambda: scheduling,
         )
         plan, steps = agreed.known.plan, self._schedule(agreed, call, scheduling)
-        record = CommitRecord(call, self._timeout_s, self._forgotten)
+        record = self._record(agreed, call)
         run = Run(
             steps,
             self._window,
@@ -533,6 +535,16 @@ class Rearranger:
             raise
         return known.steps[how]
 
+    def _record(self, agreed: Agreed, call: Call) -> Record:
+        """Return where the steps are decided, the same for all ranks."""
+        try:
+            if agreed.known.changes and (journal := self._decisions.journal(call, agreed.notes)) is not None:
+                return journal
+        except HandshakeError as error:
+            error.placement = agreed.known.plan.old.copy()
+            raise
+        return CommitRecord(call, self._timeout_s, self._forgotten)
+
     # --- before and after -------------------------------------------------------------------------------------------
 
     def _checksums_before(
@@ -564,7 +576,7 @@ class Rearranger:
         run.times.add("verify", time.perf_counter() - began)
         return sums
 
-    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader | HostBackup, record: CommitRecord) -> None:
+    def _load(self, plan: RearrangementPlan, run: Run, loader: Loader | HostBackup, record: Record) -> None:
         began = time.perf_counter()
         run.placement = load_lost(plan.lost, run.placement, self._weights, self._rank, loader, record, self._stream)
         run.times.add("load", time.perf_counter() - began)
@@ -688,11 +700,14 @@ class Rearranger:
                 self._timeout_s,
                 self._attempt,
                 lambda known: scheduling() in known.steps,
+                note=self._decisions.note,
+                asks_store=not self._decisions.have_journal,
             )
         except HandshakeError as error:
             if not self._known and error.placement is not None and "old placement" not in error.table:
                 self._placement = error.placement.copy()
             raise
+        self._decisions.clear(call)
         if self._rank == 0:  # every rank has come here since
             if self._ended_job is not None:
                 self._ended_job.forget()

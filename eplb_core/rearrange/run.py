@@ -11,7 +11,7 @@ import torch
 
 from eplb_core.arrays import IntArray
 from eplb_core.contract.communicator import EplbCommunicator, PendingTransfer
-from eplb_core.control.commit_record import CommitRecord, error_of, who_is_to_blame
+from eplb_core.control.commit_record import Record, error_of, who_is_to_blame
 from eplb_core.errors import ControlPlaneError, DecisionUnknownError, IntegrityError
 from eplb_core.planning.placement import EMPTY
 from eplb_core.rearrange.reporter import Reporter
@@ -52,7 +52,7 @@ class Run:
         steps: Sequence[Step],
         window: torch.Tensor,
         placement: IntArray,
-        record: CommitRecord,
+        record: Record,
         communicator: EplbCommunicator,
         runner: StepRunner,
         reporter: Reporter,

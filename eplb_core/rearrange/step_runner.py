@@ -16,7 +16,7 @@ from eplb_core.errors import IntegrityError
 from eplb_core.rearrange.weights import ExpertWeights
 from eplb_core.rearrange.window import StagedExperts
 from eplb_core.scheduling.steps import SLOT, Copies, Step, Transfers
-from eplb_core.transport.copies import copy_all
+from eplb_core.transport.copies import CopyBatch, batches
 from eplb_core.transport.streams import on_stream
 
 _MOST_PARTS = 32
@@ -82,17 +82,17 @@ class PreparedStep:
         return recvs
 
     @functools.cached_property
-    def copies(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-        """Targets and sources of the copies of each level, in order."""
+    def copies(self) -> list[CopyBatch]:
+        """The copies, level by level."""
         rows = self.step.copies[self.step.copies[:, Copies.RANK] == self._rank]
-        levels = []
+        levels: list[CopyBatch] = []
         for level in np.unique(rows[:, Copies.LEVEL]):
             targets: list[torch.Tensor] = []
             sources: list[torch.Tensor] = []
             for _, layer, _, source_kind, source, target_kind, target in rows[rows[:, Copies.LEVEL] == level].tolist():
                 targets += self._words(layer, target_kind, target)
                 sources += self._words(layer, source_kind, source)
-            levels.append((targets, sources))
+            levels += batches(targets, sources)
         return levels
 
     def look_up(self) -> Iterator[object]:
@@ -187,8 +187,8 @@ class StepRunner:
     def commit(self, prepared: PreparedStep, stream: torch.cuda.Stream | None) -> None:
         """Copy from the window, and between slots, in the order that the schedule says, on `stream`."""
         with on_stream(self._weights.device, stream):
-            for targets, sources in prepared.copies:
-                copy_all(targets, sources)
+            for batch in prepared.copies:
+                batch.enqueue()
 
     def depends(self, step: Step, earlier: Step) -> bool:
         """Return whether `step` reads from or receives into a slot of this rank that `earlier`, under way, changes."""

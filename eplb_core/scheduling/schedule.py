@@ -271,6 +271,8 @@ def _pack(layer: IntArray, use: IntArray, bound: IntArray, max_parts: int) -> In
         `[P]`, the step of each part.
     """
     step = np.zeros(len(layer), dtype=np.int64)
+    if len(layer) <= max_parts and (np.diff(layer) > 0).all() and (use.sum(axis=0) <= bound).all():
+        return step
     used = np.zeros((len(layer), use.shape[1]), dtype=np.int64)
     parts = np.zeros(len(layer), dtype=np.int64)
     num_steps = 0

@@ -60,6 +60,7 @@ class CudaIpcCommunicator(EplbCommunicator):
         self._device = context.device
         self._options = options
         self._timeout_s = float(options.timeout)
+        self._staging_bytes = context.staging_bytes if options.window is None else int(options.window)
         self._queue = TransferQueue(context.rank, context.world_size, context.device)
         self._memory = memory
         self._shown = Shown(memory)
@@ -240,7 +241,7 @@ class CudaIpcCommunicator(EplbCommunicator):
     @property
     def staging_limit_bytes(self) -> int:
         """The part of the `window` option that the packing window leaves to a rearrangement."""
-        return int(self._options.window) - int(self._options.packed)
+        return self._staging_bytes - int(self._options.packed)
 
     @property
     def last_stats(self) -> TransferStats | None:

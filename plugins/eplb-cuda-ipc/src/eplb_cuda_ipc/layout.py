@@ -46,7 +46,7 @@ def pieces_of(payloads: Sequence[Payload]) -> Pieces:
         np.array([payload.place[0] for payload in payloads], np.int64),
         np.array([payload.nbytes for payload in payloads], np.int64),
         hashlib.blake2b(b"".join([payload.kind for payload in payloads]), digest_size=16).digest(),
-        ", ".join(sorted({str(payload.tensor.dtype) for payload in payloads})),
+        ", ".join(sorted(map(str, {payload.tensor.dtype for payload in payloads}))),
     )
 
 
