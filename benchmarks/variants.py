@@ -43,7 +43,6 @@ from eplb_core.launch.local_ranks import LocalRankError, RankEnvironment, run_lo
 from eplb_core.launch.rank_devices import device_group, rank_device
 from eplb_core.rearrange.rearranger import Rearranger
 
-_ALONE = "set=eplb_core.rearrange.rearranger:_PARTS={'cuda':1}"
 _KERNEL = "set=eplb_cuda_ipc.driver:_LARGE_BYTES=1<<62"
 _SPINNING = "set=eplb_backends.nixl.engine:_SPINS=1000"
 _LARGER = "set=eplb_backends.nixl.memory:_WINDOW_SHARE=4"
@@ -51,9 +50,7 @@ _CHANNELS = "env=NCCL_MIN_P2P_NCHANNELS=32 env=NCCL_MIN_CTAS=32"
 _BUFFERS = "env=NCCL_MIN_P2P_NCHANNELS=64 env=NCCL_MIN_CTAS=64 env=NCCL_BUFFSIZE=16777216"
 _ALL_DRAWN = (
     "cuda_ipc",
-    f"cuda_ipc {_ALONE}",
     "cuda_ipc in_place=never",
-    f"cuda_ipc in_place=never {_ALONE}",
     "cuda_ipc in_place=always",
     f"cuda_ipc in_place=never {_KERNEL}",
     "cuda_ipc in_place=never set=eplb_cuda_ipc.batch:STREAMS=8",
@@ -61,7 +58,6 @@ _ALL_DRAWN = (
     "cuda_ipc?window=256MiB in_place=never",
     "cuda_ipc?window=4GiB in_place=never",
     "nixl?mode=direct",
-    f"nixl?mode=direct in_place=never {_ALONE}",
     f"nixl?mode=direct in_place=never {_SPINNING}",
     "nixl?mode=packed",
     f"nixl?mode=packed {_SPINNING}",
@@ -91,7 +87,7 @@ PLAN: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("4.7 MB", _ALL_DRAWN),
     (
         "DeepSeek-V3",
-        ("cuda_ipc", f"cuda_ipc in_place=never {_ALONE}", "cuda_ipc in_place=never", "nixl?mode=direct", "pynccl"),
+        ("cuda_ipc", "cuda_ipc in_place=never", "nixl?mode=direct", "nixl?mode=packed", "pynccl"),
     ),
     (
         "44 MB, one GPU",
@@ -100,9 +96,7 @@ PLAN: tuple[tuple[str, tuple[str, ...]], ...] = (
             for variant in (
                 "cuda_ipc",
                 "cuda_ipc in_place=never",
-                f"cuda_ipc in_place=never {_ALONE}",
                 "nixl in_place=never",
-                f"nixl in_place=never {_ALONE}",
                 "cuda_ipc?window=256MiB",
             )
         ),

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -29,6 +29,7 @@ from eplb_core.contract.context import BackendContext, Binding
 from eplb_core.control.plane import ControlPlane
 from eplb_core.rearrange import job, job_receiver, step_runner
 from eplb_core.rearrange.rearranger import Rearranger
+from eplb_core.transport.copies import CopyBatch
 
 RANKS, SLOTS, LAYERS, ROW = 2, 2, 6, 256
 POISON = 255
@@ -198,8 +199,9 @@ def wrong_slots(removal: Removal, order: str | int) -> int:
     def mark(device: object, stream: Stream | None) -> Event:
         return (stream or streams.current()).record()
 
-    def copy_all(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-        streams.current().do(lambda: [target.copy_(source) for target, source in zip(targets, sources, strict=True)])
+    def enqueue(copies: CopyBatch) -> None:
+        both = list(zip(copies.targets, copies.sources, strict=True))
+        streams.current().do(lambda: [target.copy_(source) for target, source in both])
 
     cuda = SimpleNamespace(
         Stream=lambda device: streams.make("job"), current_stream=streams.current, set_device=lambda device: None
@@ -230,7 +232,7 @@ def wrong_slots(removal: Removal, order: str | int) -> int:
         mock.patch.object(job_receiver, "mark", mark),
         mock.patch.object(job, "mark", mark),
         mock.patch.object(step_runner, "on_stream", streams.on),
-        mock.patch.object(step_runner, "copy_all", copy_all),
+        mock.patch.object(CopyBatch, "enqueue", enqueue),
         removal(streams),
         ThreadPoolExecutor(RANKS) as threads,
     ):

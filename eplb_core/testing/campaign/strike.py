@@ -12,14 +12,15 @@ from types import FrameType
 from typing import Any
 
 from eplb_core.control.commit_record import CommitRecord
+from eplb_core.control.journal_record import JournalRecord
 from eplb_core.rearrange.step_runner import StepRunner
 from eplb_core.testing.campaign.plan import LEAVING, Fault
 
-_MOMENTS: dict[str, tuple[type, str]] = {
-    "transfer": (StepRunner, "transfer"),
-    "decide": (CommitRecord, "decide"),
-    "settle": (CommitRecord, "settle"),
-    "commit": (StepRunner, "commit"),
+_MOMENTS: dict[str, tuple[tuple[type, str], ...]] = {
+    "transfer": ((StepRunner, "transfer"),),
+    "decide": ((CommitRecord, "decide"), (JournalRecord, "decide")),
+    "settle": ((CommitRecord, "settle"), (JournalRecord, "abort")),
+    "commit": ((StepRunner, "commit"),),
 }
 _IN_A_JOB = {"transfer": "transfer_slices"}
 _SLOW_S = 0.05
@@ -139,20 +140,23 @@ class Strike:
     @contextlib.contextmanager
     def _before(self, moment: str, do: Callable[[], None]) -> Iterator[None]:
         """Call `do` before each time that this process does what the moment says."""
-        owner, name = _MOMENTS[moment]
-        if self._background:
-            name = _IN_A_JOB.get(name, name)
-        done = getattr(owner, name)
 
-        def doing(*arguments: Any, **more: Any) -> Any:
-            do()
-            return done(*arguments, **more)
+        def first(done: Callable[..., Any]) -> Callable[..., Any]:
+            def doing(*arguments: Any, **more: Any) -> Any:
+                do()
+                return done(*arguments, **more)
 
-        setattr(owner, name, doing)
+            return doing
+
+        names = [(owner, _IN_A_JOB.get(name, name) if self._background else name) for owner, name in _MOMENTS[moment]]
+        kept = [(owner, name, getattr(owner, name)) for owner, name in names]
+        for owner, name, done in kept:
+            setattr(owner, name, first(done))
         try:
             yield
         finally:
-            setattr(owner, name, done)
+            for owner, name, done in kept:
+                setattr(owner, name, done)
 
 
 class StallClock:
