@@ -30,9 +30,10 @@ RING = 6
 
 CALIBRATE: list[tuple[Sizes, str]] = [
     ({"churn": 1.0, "seed": 1, "expert_bytes": 1 << 20}, "32MiB"),
-    ({"churn": 1.0, "seed": 2, "expert_bytes": 1 << 20}, "4MiB"),
-    ({"churn": 0.3, "seed": 3, "expert_bytes": 1 << 19}, "16MiB"),
-    ({"churn": 0.2, "seed": 4, "expert_bytes": 1 << 20}, "3MiB"),
+    ({"churn": 1.0, "seed": 2, "expert_bytes": 1 << 18}, "1MiB"),
+    ({"churn": 0.5, "seed": 3, "expert_bytes": 1 << 18, "layers": 8}, "16MiB"),
+    ({"churn": 0.3, "seed": 4, "expert_bytes": 1 << 20}, "3MiB"),
+    ({"churn": 0.3, "seed": 5, "expert_bytes": 1 << 19, "slots": 24}, "8MiB"),
 ]
 """What `make_workload` is given beside the ranks, and the window."""
 
@@ -49,8 +50,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--backend", default="torch_gloo")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--laps", type=int, default=9, help="how often a run goes round; the first lap is left out")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--laps", type=int, default=19, help="how often a run goes round; the first lap is left out")
     parser.add_argument("--within", type=float, default=0.2)
     parser.add_argument("--json", type=Path, help="write the lines here")
     given = parser.parse_args()

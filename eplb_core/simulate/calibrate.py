@@ -1,8 +1,8 @@
 """Learns the rates of the links from real runs, so that simulated seconds are those of the machine that was measured.
 
-The model is linear in what is looked for: the time before the first step, that of a step, and the seconds of a byte
-that crosses and of one that is copied. So they are a least-squares fit with no negative value to the times of many
-rearrangements that differ in steps, in bytes that cross, and in bytes that are copied.
+The model is linear in what is looked for: the time before the first step, that of a step and of an expert, and the
+seconds of a byte that crosses and of one that is copied. So they are a least-squares fit with no negative value to the
+times of many rearrangements that differ in steps, in experts, and in bytes that cross and that are copied.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Calibration:
         parts = [f"rank_rate={links.rank_rate:d}B", f"copy_rate={links.copy_rate:d}B"]
         if links.host_rate is not None:
             parts.append(f"host_rate={links.host_rate:d}B")
-        return "&".join([*parts, f"step={1e3 * links.step:.4f}ms", f"start={1e3 * links.start:.4f}ms"])
+        times = {"expert": links.expert, "step": links.step, "start": links.start}
+        return "&".join([*parts, *(f"{name}={1e3 * value:.4f}ms" for name, value in times.items())])
 
 
 def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
@@ -86,10 +87,10 @@ def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
             remedy="let `eplb bench` make more --steps",
         )
     table: FloatArray = np.array(list(found), dtype=np.float64)
-    steps, rank, host, copied = (table[:, column] for column in range(4))
+    steps, rank, host, copied, experts = table.T
     seconds = np.array([min(each) for each in found.values()])
     start = np.ones(len(seconds))
-    terms = [np.stack([start, steps, crossing, copied], axis=1) for crossing in (rank, host)]
+    terms = [np.stack([start, steps, crossing, copied, experts], axis=1) for crossing in (rank, host)]
     if max(int(np.linalg.matrix_rank(each / each.max(axis=0).clip(1e-300))) for each in terms) < min(3, len(seconds)):
         raise InputError(
             "the runs are too much alike to calibrate with",
@@ -99,12 +100,13 @@ def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
     fits = [_fit(each, seconds) for each in terms]
     off = [float(np.median(np.abs(each @ fit / seconds - 1))) for each, fit in zip(terms, fits, strict=True)]
     by_host = off[1] <= off[0]
-    before, step, crossing, copying = fits[by_host].tolist()
+    before, step, crossing, copying, expert = fits[by_host].tolist()
     rate = ByteSize(max(1, round(1 / crossing))) if crossing else _NEVER
     links = Links(
         rank_rate=_NEVER if by_host else rate,
         host_rate=rate if by_host else None,
         copy_rate=ByteSize(max(1, round(1 / copying))) if copying else _NEVER,
+        expert=Duration(expert),
         step=Duration(step),
         start=Duration(before),
     )
@@ -112,7 +114,7 @@ def calibrate(runs: Sequence[MeasuredRun]) -> Calibration:
 
 
 def _terms(run: MeasuredRun) -> list[tuple[float, ...]]:
-    """Return for each rearrangement its steps, and the sums over them of the bytes of a rank, a host, and of copies."""
+    """Return for each rearrangement its steps, and sums over them: bytes of a rank, a host, of copies, and experts."""
     pairs = list(itertools.pairwise(run.placements))
     # Whether a run received in place is not known beforehand: it depends on the transport. Its steps tell.
     for in_place_from in (run.setup.in_place_from, None):
@@ -135,6 +137,7 @@ def _terms(run: MeasuredRun) -> list[tuple[float, ...]]:
                 sum(part.rank for part in parts),
                 sum(part.host for part in parts),
                 sum(part.copied for part in parts),
+                sum(part.experts for part in parts),
             )
         )
     return rows

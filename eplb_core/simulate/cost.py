@@ -21,6 +21,7 @@ class Links:
         node_rate: what a node sends to all others, and receives at the same time; None for no limit.
         host_rate: what all ranks of a node move together, where they share one memory; None for no limit.
         copy_rate: what a rank copies from its window into its slots.
+        expert: time of an expert that a rank receives or copies, beside the bytes.
         step: time of a step beside the bytes: the ranks agree, copies are started.
         start: time of a rearrangement before its first step: the ranks agree on the plan.
     """
@@ -29,6 +30,7 @@ class Links:
     node_rate: ByteSize | None = field(default=None, metadata={"min": 1, "help": "bytes a second between nodes"})
     host_rate: ByteSize | None = field(default=None, metadata={"min": 1, "help": "bytes a second of a node's ranks"})
     copy_rate: ByteSize = field(default=ByteSize(10**12), metadata={"min": 1, "help": "bytes a second of local copies"})
+    expert: Duration = field(default=Duration(0.0), metadata={"help": "time of an expert beside the bytes"})
     step: Duration = field(default=Duration(0.0005), metadata={"help": "time of a step beside the bytes"})
     start: Duration = field(default=Duration(0.001), metadata={"help": "time before the first step"})
 
@@ -101,12 +103,14 @@ class StepBytes:
         between: what a node sends to others, or receives from them.
         host: what all ranks of a node receive, and copy from the window into slots.
         copied: what a rank copies.
+        experts: how many experts a rank receives and copies; not bytes.
     """
 
     rank: float
     between: float
     host: float
     copied: float
+    experts: float
 
 
 def bytes_of(plan: RearrangementPlan, step: Step, expert_bytes: IntArray) -> StepBytes:
@@ -126,6 +130,7 @@ def bytes_of(plan: RearrangementPlan, step: Step, expert_bytes: IntArray) -> Ste
         between=max(most(node[place[crosses]], size[crosses]) for place in (source, destination)),
         host=most(np.concatenate([node[destination], node[copier]]), np.concatenate([size, copied])),
         copied=most(copier, copied),
+        experts=float(np.bincount(np.concatenate([destination, copier]), minlength=1).max()),
     )
 
 
@@ -138,4 +143,4 @@ def _seconds(plan: RearrangementPlan, step: Step, expert_bytes: IntArray, links:
     if links.host_rate is not None:
         # One memory: every byte is read and written by one of its ranks, copies too.
         moving = max(moving, most.host / links.host_rate)
-    return float(links.step) + moving + most.copied / links.copy_rate
+    return float(links.step) + moving + most.copied / links.copy_rate + most.experts * float(links.expert)
