@@ -29,19 +29,18 @@ RING = 6
 """Placements that a workload goes round."""
 
 CALIBRATE: list[tuple[Sizes, str]] = [
-    ({"churn": 1.0, "seed": 1, "expert_bytes": 1 << 20}, "32MiB"),
-    ({"churn": 1.0, "seed": 2, "expert_bytes": 1 << 18}, "1MiB"),
-    ({"churn": 0.5, "seed": 3, "expert_bytes": 1 << 18, "layers": 8}, "16MiB"),
-    ({"churn": 0.3, "seed": 4, "expert_bytes": 1 << 20}, "3MiB"),
-    ({"churn": 0.3, "seed": 5, "expert_bytes": 1 << 19, "slots": 24}, "8MiB"),
+    ({"layers": 4, "slots": 8, "expert_bytes": 1 << 20, "churn": 1.0, "seed": 1}, "16MiB"),
+    ({"layers": 4, "slots": 8, "expert_bytes": 1 << 18, "churn": 1.0, "seed": 2}, "768KiB"),
+    ({"layers": 2, "slots": 16, "expert_bytes": 1 << 19, "churn": 0.5, "seed": 3}, "8MiB"),
+    ({"layers": 4, "slots": 8, "expert_bytes": 1 << 20, "churn": 0.4, "seed": 4}, "3MiB"),
 ]
 """What `make_workload` is given beside the ranks, and the window."""
 
 PREDICT: list[tuple[Sizes, str]] = [
-    ({"churn": 1.0, "seed": 11, "expert_bytes": 700_000, "layers": 6, "slots": 12}, "16MiB"),
-    ({"churn": 0.6, "seed": 12, "expert_bytes": 1 << 20}, "8MiB"),
-    ({"churn": 0.4, "seed": 13, "expert_bytes": 1 << 19, "layers": 8}, "6MiB"),
-    ({"churn": 1.0, "seed": 14, "expert_bytes": 3 << 19, "layers": 3}, "24MiB"),
+    ({"layers": 3, "slots": 12, "expert_bytes": 700_000, "churn": 1.0, "seed": 11}, "8MiB"),
+    ({"layers": 4, "slots": 12, "expert_bytes": 1 << 19, "churn": 0.5, "seed": 12}, "2MiB"),
+    ({"layers": 2, "slots": 10, "expert_bytes": 3 << 19, "churn": 1.0, "seed": 13}, "6MiB"),
+    ({"layers": 6, "slots": 8, "expert_bytes": 1 << 19, "churn": 0.7, "seed": 14}, "4MiB"),
 ]
 
 
@@ -50,8 +49,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--backend", default="torch_gloo")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--laps", type=int, default=19, help="how often a run goes round; the first lap is left out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--laps", type=int, default=31, help="how often a run goes round; the first lap is left out")
     parser.add_argument("--within", type=float, default=0.2)
     parser.add_argument("--json", type=Path, help="write the lines here")
     given = parser.parse_args()
@@ -99,7 +98,10 @@ def compare(ranks: int, given: argparse.Namespace, folder: Path) -> list[dict[st
         exact = [step["experts_moved"] for step in steps] == measured[0]["experts_moved"]
         least, median = float(real.min(axis=0).mean()), float(np.median(real, axis=0).mean())
         mean = statistics.mean(step["seconds"] for step in steps[:RING])
-        name = ", ".join(f"{key} {value:g}" for key, value in sizes.items()) + f", window {window}"
+        name = (
+            f"{sizes['layers']} layers, {sizes['slots']} slots, {sizes['expert_bytes'] / 2**20:.2f} MiB, "
+            f"churn {sizes['churn']:g}, window {window}"
+        )
         print(
             f"{ranks:5d}  {name:58s} {1e3 * least:7.1f}  {1e3 * median:7.1f} {1e3 * mean:11.1f} "
             f"{mean / least:7.2f}{'' if exact else '  other experts'}",
