@@ -255,7 +255,7 @@ def _slow(config: str, device: str, reports: Sequence[LinkReport]) -> list[Findi
             )
         )
     paths = {(report.rank, peer): text for report in reports for peer, text in report.paths.items()}
-    over_tcp = [(peer, rank) for (rank, peer), text in paths.items() if (peer, rank) in inside and "tcp" in text]
+    over_tcp = [(peer, rank) for (rank, peer), text in paths.items() if (peer, rank) in inside and "over tcp" in text]
     if over_tcp:
         detail = f"{_pairs(over_tcp)} of one host go over tcp: {path_of(paths[over_tcp[0][::-1]])}"
         remedy = "let ranks of one host share memory: one PID namespace, and no variable that leaves only tcp"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from eplb_core.errors import (
     BackendUnavailableError,
     ControlPlaneError,
     EplbError,
+    InputError,
     NotACommunicatorError,
     StatelessGroupError,
 )
@@ -34,6 +35,7 @@ from eplb_core.registry.config import AUTO, BackendConfig, ResolvedOptions, back
 from eplb_core.registry.entry import BackendEntry
 from eplb_core.registry.known import DEFAULT_BACKEND
 from eplb_core.registry.registry import Registry, ResolvedBackend, default_registry, load_factory
+from eplb_core.words import word_list
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,9 @@ def create_eplb_communicator(
             rank.
         ConfigError: the config string, an option in it, or one in the environment is wrong on every rank.
         BackendError: no rank can build it; the sub-class says why.
+        InputError: an argument is something else, such as the tensors of all layers in place of those of one.
     """
+    _check_arguments(group_coordinator, backend, expert_weights)
     registry = registry or default_registry()
     plugins = plugins or default_plugins()
     tensors = tuple(expert_weights)
@@ -113,6 +117,36 @@ def create_eplb_communicator(
     if _is_first_local_rank(context.rank):
         logger.info("initialized, %s (%s)", type(communicator).__name__, config)
     return observed(communicator, plugins)
+
+
+def _check_arguments(group: object, backend: object, expert_weights: object) -> None:
+    """Raise `InputError` for what a first program mixes up. The types say it too, but few programs are checked."""
+    missing = [name for name in ("rank_in_group", "world_size", "cpu_group") if not hasattr(group, name)]
+    if missing:
+        raise InputError(
+            f"the group of ranks is {_described(group)}",
+            why=f"it has no {word_list(missing, 'and')}",
+            remedy="give TorchGroups(), a StatelessGroup, or the engine's own group coordinator",
+        )
+    if backend is not None and not isinstance(backend, str):
+        raise InputError(f"the backend is {_described(backend)}", remedy="give a config string such as 'auto', or None")
+    first = expert_weights[0] if isinstance(expert_weights, list | tuple) and expert_weights else None
+    if isinstance(first, list | tuple):
+        raise InputError(
+            f"the expert weights are {_described(expert_weights)} of {_described(first)}",
+            why="the communicator takes the tensors of one layer, the Rearranger those of all layers",
+            remedy="give weights[0]",
+        )
+    others = [each for each in cast("Iterable[object]", expert_weights) if not isinstance(each, torch.Tensor)]
+    if others:
+        raise InputError(
+            f"one of the expert weights is {_described(others[0])}",
+            remedy="give torch tensors; torch.from_numpy makes them of arrays",
+        )
+
+
+def _described(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,12 +49,16 @@ class RearrangeJob:
     """A rearrangement that runs beside inference; made by `Rearranger.start`.
 
     Live weights change only inside `commit` and `wait`, on the thread that calls them, in the order of its stream. Call
-    both from one thread. Every rank has to commit every layer that becomes ready, in any order and at any moment::
+    both from one thread. Every rank must commit every layer that becomes ready. Ranks see that at different moments,
+    and a token must find its expert where it is sent: let one rank say what all commit before the next batch::
 
         job = rearranger.start(old, new, pace="20GB/s")
-        while not job.received:
+        received = False
+        while not received:
             serve_a_batch()
-            for layer in job.ready_layers():
+            # `received` is asked first: the layers that are ready then are all there will be
+            received, layers = from_rank_0(lambda: (job.received, job.ready_layers()))
+            for layer in layers:
                 routing[layer] = job.commit(layer)
         result = job.wait()
     """

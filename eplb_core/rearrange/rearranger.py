@@ -116,6 +116,11 @@ class Rearranger:
         relay: bool | None = None,
         in_place: InPlace = "auto",
     ) -> None:
+        if not hasattr(type(communicator), "binding"):
+            raise InputError(
+                f"the communicator of a Rearranger is a {type(communicator).__name__}",
+                remedy="give Rearranger(communicator, weights), with what create_eplb_communicator returned",
+            )
         binding = communicator.binding
         context = binding.context
         self._communicator = communicator

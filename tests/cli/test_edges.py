@@ -209,3 +209,11 @@ def test_bars_add_up_what_is_done_by_all_ranks() -> None:
     bars.update(1, "move", 5, 100)
     bars.update(0, "move", 20, 100)
     assert (bars.done("move"), bars.done("read")) == (50, 0)  # two ranks stand for four
+
+
+@pytest.mark.parametrize("option", ["--out", "--json", "--plot"])
+def test_a_folder_that_takes_no_files_is_found_out_before_anything_moves(folder: Path, option: str) -> None:
+    done = shell(f"{JOB} {option} /proc/never.{'png' if option == '--plot' else 'json'}", folder)
+    assert done.returncode == 2
+    assert f"error: {option} cannot be written (/proc/never" in done.stderr
+    assert done.stdout == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +187,21 @@ class _Output:
         for option, path in (("--out", self.placement), ("--json", json_file), ("--plot", self.plot)):
             if path is not None and not path.parent.is_dir():
                 raise InputError(f"the directory for {option} does not exist", where=str(path.parent))
+            if path is not None:
+                _check_writable(option, path)
             if path is not None and path.is_dir():
                 raise InputError(f"{option} is a directory", where=str(path), remedy="give the name of a file")
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Raise `InputError` if no file can be made in the folder: the move would be lost with its placement."""
+    if path.exists():  # a device, or a file that is replaced
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{option} cannot be written", where=str(path), why=error.strerror) from error
 
 
 def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, console: Console) -> bool:
