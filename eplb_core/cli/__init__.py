@@ -76,6 +76,11 @@ class EplbGroup(click.Group):
         if os.getpid() == 1:  # the kernel drops signals to process 1 that it has no handler for
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
+            os.getcwd()
+        except FileNotFoundError:  # torch's libraries end the process in a directory that is gone
+            report_error(InputError("the current directory does not exist", remedy="change to one that does"))
+            sys.exit(EXIT_USAGE)
+        try:
             sys.exit(self._exit_code(args, prog_name, **extra))
         finally:
             if problem := flush_streams():

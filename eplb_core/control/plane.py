@@ -149,8 +149,12 @@ class ControlPlane:
             offer = msgspec.msgpack.encode(Offer() if own is None else own.offer)
             with self._connection.patient():
                 self._store.set(keys[self.rank], offer)  # type: ignore[arg-type]  # its stub says str
-            with self._connection.patient(waits=True):
-                self._store.wait(keys, torch_timeout(deadline - time.monotonic()))
+            # Asked again and again: a wait of the store that ends late would cost the connection, and this is optional.
+            while not self._has(keys) and time.monotonic() < deadline:
+                time.sleep(_BOARD_NAP_S)
+            if not self._has(keys):
+                raise ControlPlaneError("a rank has no page to offer in time")
+            with self._connection.patient():
                 offers = [msgspec.msgpack.decode(bytes(each), type=Offer) for each in self._store.multi_get(keys)]
             if own is not None:
                 board = Board(own, offers, self.rank)
@@ -170,6 +174,10 @@ class ControlPlane:
         if not agreed:
             return None, []
         return board, [f"{name}/offer/{self.rank}", *([name, f"{name}/yes"] if self.rank == 0 else [])]
+
+    def _has(self, keys: list[str]) -> bool:
+        with self._connection.patient():
+            return bool(self._store.check(keys))
 
     def ask_store(self) -> None:
         """Return if the store answers: ranks that gather on a board need not notice that it is gone.

@@ -99,9 +99,15 @@ def _registrations(
     name: str, holders: Sequence[importlib_metadata.Distribution], group: str, path: Sequence[str]
 ) -> Iterator[Registration]:
     """Yield the registrations of the first copy; `holders` are the copies that register something."""
-    copies = _in_order(_distributions(name=name, path=list(path)), path) or list(holders)
+    found = _in_order(_distributions(name=name, path=list(path)), path) or list(holders)
+    copies = [copy for copy in found if not _is_left_over(copy)] or found
     first = copies[0]
     notes = [f"another copy, {_place(copy)}, is ignored" for copy in copies[1:]]
+    notes += [
+        f"left-over metadata in {_location(copy)} is ignored: it has no METADATA file"
+        for copy in found
+        if copy not in copies
+    ]
     problem = None
     points = _entry_points(first, group)
     if not points:
@@ -126,6 +132,14 @@ def _registrations(
 def _distributions(**context: Any) -> list[importlib_metadata.Distribution]:
     # Third-party finders may yield objects that only resemble a Distribution; that is enough here.
     return list(importlib_metadata.distributions(**context))  # type: ignore[arg-type]
+
+
+def _is_left_over(distribution: importlib_metadata.Distribution) -> bool:
+    """Whether an interrupted uninstall has left only the directory: there is nothing in it that says what it is."""
+    try:
+        return not any(distribution.read_text(file) for file in ("METADATA", "PKG-INFO", ""))
+    except Exception:  # noqa: BLE001 - as below; whatever cannot be read is not known to be empty
+        return False
 
 
 def _in_order(

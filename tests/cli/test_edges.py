@@ -217,3 +217,42 @@ def test_a_folder_that_takes_no_files_is_found_out_before_anything_moves(folder:
     assert done.returncode == 2
     assert f"error: {option} cannot be written (/proc/never" in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        "ulimit -n 16",
+        "ulimit -f 1",
+        "export LC_ALL=xx_YY.bogus LANG=tlh HOME=/nonexistent TMPDIR=/nonexistent COLUMNS=x LINES=-1 TERM=bogus",
+        "export OMP_NUM_THREADS=x EPLB_BACKEND='?!' EPLB_START_METHOD=zz EPLB_BACKEND__NIXL__WINDOW=x COLUMNS=0",
+        "exec <&- >&- 2>&-",
+        "exec >/dev/full 2>/dev/full",
+    ],
+)
+def test_small_limits_and_a_hostile_environment_end_with_0_1_or_2_and_no_traceback(folder: Path, limits: str) -> None:
+    commands = ("backends", "plugins", "config explain nixl", "placement show nosuch.json", "rebalance nosuch.json")
+    lines = "; ".join(f"$EPLB {command}; echo $? >>codes" for command in commands)
+    (folder / "codes").unlink(missing_ok=True)
+    done = shell(f"({limits}; {lines})", folder)
+    codes = (folder / "codes").read_text().split()
+    assert len(codes) == len(commands)
+    assert set(codes) <= {"0", "1", "2"}
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_current_directory_that_is_gone_is_one_line_and_exit_2(folder: Path) -> None:
+    done = shell("mkdir gone; cd gone; rmdir ../gone; $EPLB conformance --list", folder)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "the current directory does not exist" in done.stderr
+
+
+def test_left_over_metadata_earlier_on_the_path_hides_no_backend(folder: Path) -> None:
+    (folder / "left" / "eplb-0.0.9.dist-info").mkdir(parents=True, exist_ok=True)
+    done = shell("$EPLB backends --json -", folder, PYTHONPATH="left")
+    document = json.loads(done.stdout)
+    rows = {row["name"]: row for row in document["backends"]}
+    assert rows["nixl"]["state"] == rows["torch_gloo"]["state"] == "ready"
+    assert any("left-over metadata" in note for note in rows["nixl"]["notes"])
+    explained = shell("$EPLB config explain nixl", folder, PYTHONPATH="left")
+    assert explained.returncode == 0, explained.stderr
