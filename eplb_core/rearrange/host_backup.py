@@ -69,7 +69,7 @@ class HostBackup:
         problem: Exception | None = None
         try:
             if copies < 1:
-                raise InputError(f"an expert has to be kept on at least 1 host, not {copies}")
+                raise InputError(f"an expert must be kept on at least 1 host, not {copies}")
             self._weights = ExpertWeights(weights)
             placed = check_placement(placement, self._world_size)
             if placed.shape != (len(self._weights.layers), self._world_size * self._weights.num_slots):
@@ -77,7 +77,7 @@ class HostBackup:
                     f"the placement has shape {list(placed.shape)}, the weights have {len(self._weights.layers)} "
                     f"layers of {self._weights.num_slots} slots a rank"
                 )
-        except Exception as error:  # noqa: BLE001 - the other ranks have to know
+        except Exception as error:  # noqa: BLE001 - the other ranks must know
             problem = error
         self._agree("the arguments of the host backup", problem)
         self._agree_on_value(f"{self._weights.description}; {copies} copies; {placed.tobytes().hex()}")
@@ -185,7 +185,7 @@ class HostBackup:
                 write=lambda each, part: self._place(each.layer, each.expert).copy_(part),
             )
             synchronize(self._weights.device, None)
-        except Exception as error:  # noqa: BLE001 - the other ranks have to know
+        except Exception as error:  # noqa: BLE001 - the other ranks must know
             problem = error
         self._agree("keeping experts in host memory", problem)
 

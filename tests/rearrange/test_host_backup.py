@@ -1,4 +1,4 @@
-"""Experts whose last holder died come back from host memory, in whatever layout, and no disk is asked."""
+"""Experts whose last holder died come back from host memory, in any layout, and no disk is asked."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_the_variables_are_checked(
     assert variable in list(doctor.sglang())[2].detail
     monkeypatch.setenv(variable, right)
     findings = list(doctor.sglang())
-    assert findings[2].detail == f"{variable} is {right}: they take the place of SGLang's own"
+    assert findings[2].detail == f"{variable} is {right}, in the place of SGLang's own"
 
 
 def test_where_there_is_no_sglang_it_says_so_and_no_more() -> None:

@@ -32,6 +32,7 @@ def cases() -> Iterator[dict[str, Any]]:
     yield {"name": "by itself", "steps": [["placement"], ["by_itself", 5], ["tokens"], ["by_itself", 10**9], *_LOOK]}
     yield {"name": "failing", "steps": [["use", "failing"], *_rearrange(20)]}
     yield {"name": "after a failure", "steps": [["use", "nixl"], *_rearrange(21)]}
+    yield {"name": "after a sleep", "steps": [["sleep", ["weights"]], *_rearrange(23)]}
     yield {"name": "reloaded", "steps": [["reload", "new"], *_LOOK]}
     yield {"name": "reloaded back", "steps": [["reload", "old"], *_LOOK]}
     yield {"name": "sabotaged", "steps": [["use", "sabotaged"], *_rearrange(22)]}
@@ -112,7 +113,7 @@ def wrong_slots(engine: dict[str, Any], name: str, weights: str = "start") -> li
 
 
 MOVED = [name for transport in TRANSPORTS for name in (transport, f"{transport}, layer by layer")]
-SOUND = [*MOVED, "by itself", "failing", "after a failure"]
+SOUND = [*MOVED, "by itself", "failing", "after a failure", "after a sleep"]
 
 
 @pytest.mark.parametrize("name", SOUND)
@@ -141,7 +142,7 @@ def test_every_slot_holds_the_bytes_of_its_expert(engine: dict[str, Any], name: 
     assert wrong_slots(engine, name) == []
 
 
-@pytest.mark.parametrize("name", [*MOVED, "by itself", "after a failure"])
+@pytest.mark.parametrize("name", [*MOVED, "by itself", "after a failure", "after a sleep"])
 def test_the_router_uses_every_slot_for_the_expert_that_the_placement_says(engine: dict[str, Any], name: str) -> None:
     placement, routed = every(engine, name, "placement")[-1][0], every(engine, name, "routed")[-1][0]
     for layer in range(LAYERS):
@@ -193,7 +194,7 @@ def test_rank_0_says_backend_ranks_and_layers_once_for_each_communicator(engine:
     first = "torch_gloo?start_timeout=10min&timeout=45s (from environment variable EPLB_BACKEND)"
     assert first in lines[0]
     assert all(f"{RANKS} ranks, {LAYERS} layers of {EXPERTS // RANKS + 1} slots" in line for line in lines)
-    used = [case["steps"][0] for case in cases() if case["steps"][0][0] == "use"]
+    used = [case["steps"][0] for case in cases() if case["steps"][0][0] in ("use", "sleep")]
     assert len(lines) == 1 + len(used)
     assert all("are live" in line for line in lines)
 

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,7 @@ def test_hooks_are_registered_once_and_only_those_that_are_needed(
     assert registered() == [
         (signatures.START, "BEFORE"),
         (signatures.LOADED, "AFTER"),
+        (signatures.SLEEP, "BEFORE"),
         (signatures.MOVE, "REPLACE"),
     ]
 
@@ -91,6 +93,16 @@ def test_an_sglang_that_is_not_as_expected_is_left_alone_with_one_line_or_refuse
     monkeypatch.setenv(choice.ON_UNKNOWN, "refuse")
     with pytest.raises(SystemExit, match="EPLB_SGLANG_ON_UNKNOWN=refuse"):
         plugin.register()
+
+
+@pytest.mark.parametrize(("tags", "closed"), [(None, True), ([], True), (["weights"], True), (["kv_cache"], False)])
+def test_weights_whose_memory_is_released_are_let_go_of(tags: list[str] | None, closed: bool) -> None:
+    calls: list[str] = []
+    hooks = Hooks(ASKED)
+    hooks.mover = SimpleNamespace(close=lambda: calls.append("close"))  # type: ignore[assignment]
+    hooks.before_sleep(None, SimpleNamespace(tags=tags))
+    assert calls == (["close"] if closed else [])
+    assert (hooks.mover is None) is closed
 
 
 # --- hooks that are live, and others ---------------------------------------------------------------------------------
@@ -136,7 +148,9 @@ def test_hooks_that_are_in_place_let_sglang_start(package: Path) -> None:
     hooks.before_start()
 
 
-@pytest.mark.parametrize("path", [signatures.START, signatures.LOADED, signatures.MOVE, signatures.REBALANCE])
+@pytest.mark.parametrize(
+    "path", [signatures.START, signatures.LOADED, signatures.SLEEP, signatures.MOVE, signatures.REBALANCE]
+)
 def test_a_hook_that_is_not_in_place_is_named_at_the_start(package: Path, path: str) -> None:
     hooks = Hooks(ASKED)
     in_place(hooks, but=path)

@@ -83,7 +83,7 @@ def _what_is_asked() -> Finding:
         return Finding(
             _NAME, detail=f"neither {choice.BACKEND} nor {choice.POLICY} is set here: SGLang is left as it is"
         )
-    return Finding(_NAME, detail=f"{set_here}: they take the place of SGLang's own")
+    return Finding(_NAME, detail=f"{set_here}, in the place of SGLang's own")
 
 
 def _file_of(package: Path, module: str) -> Path:

@@ -43,7 +43,11 @@ class Hooks:
         """Return dotted path, hook, and kind of hook, for each."""
         found: list[tuple[str, Callable[..., Any], str]] = [(signatures.START, self.before_start, "BEFORE")]
         if self.asked.backend is not None:
-            found += [(signatures.LOADED, self.after_loading, "AFTER"), (signatures.MOVE, self.move, "REPLACE")]
+            found += [
+                (signatures.LOADED, self.after_loading, "AFTER"),
+                (signatures.SLEEP, self.before_sleep, "BEFORE"),
+                (signatures.MOVE, self.move, "REPLACE"),
+            ]
         if self.asked.policy is not None:
             found.append((signatures.REBALANCE, self.rebalance, "AROUND"))
         return found
@@ -81,6 +85,12 @@ class Hooks:
         placement = engine.current_placement()
         if placement is not None:
             self._mover_for(runner.model.routed_experts_weights_of_layer, placement.shape[1])
+
+    def before_sleep(self, _manager: Any, recv_req: Any) -> None:
+        """Let go of the weights before their memory is taken from under a transport; the window goes too."""
+        tags = getattr(recv_req, "tags", None)
+        if not tags or "weights" in tags:
+            self.release()
 
     # --- where experts go -------------------------------------------------------------------------------------------
 
@@ -133,7 +143,7 @@ class Hooks:
         nnodes: int,
         rank: int,
     ) -> Any:
-        """Move the experts of some layers, and return those that SGLang has to read from elsewhere.
+        """Move the experts of some layers, and return those that SGLang must read from elsewhere.
 
         Returns:
             Layer -> experts of this rank that no rank that is alive holds.

@@ -23,12 +23,14 @@ ALGORITHMS: Final = "sglang.srt.eplb.eplb_algorithms"
 MANAGER: Final = "sglang.srt.eplb.eplb_manager"
 ELASTIC: Final = "sglang.srt.elastic_ep.elastic_ep"
 RUNNER: Final = "sglang.srt.model_executor.model_runner"
+WEIGHTS: Final = "sglang.srt.managers.scheduler_components.weight_updater"
 REGISTRY: Final = "sglang.srt.plugins.hook_registry"
 
 MOVE: Final = f"{UPDATER}._update_expert_weights"
 REBALANCE: Final = f"{ALGORITHMS}.rebalance_experts"
 START: Final = f"{MANAGER}.EPLBManager.__init__"
 LOADED: Final = f"{RUNNER}.ModelRunner.initialize"
+SLEEP: Final = f"{WEIGHTS}.SchedulerWeightUpdaterManager.release_memory_occupation"
 """The dotted paths that are hooked."""
 
 _MOVED = (
@@ -68,6 +70,7 @@ EXPECTED: Final[Mapping[str, Mapping[str, tuple[str, ...] | None]]] = {
     },
     ELASTIC: {"ElasticEPStateManager.instance": ()},
     RUNNER: {"ModelRunner.initialize": ("self",)},
+    WEIGHTS: {"SchedulerWeightUpdaterManager.release_memory_occupation": ("self", "recv_req")},
     REGISTRY: {"HookRegistry.register": ("target", "hook", "hook_type", "source")},
 }
 """Module -> function or method -> the names of its parameters, in order; None where any will do."""
@@ -81,7 +84,7 @@ FIELDS: Final = (
     "ep_size",
     "logical_to_rank_dispatch_physical_map",
 )
-"""The fields of `ExpertLocationMetadata`, all of which have to agree after a failure; compared exactly too."""
+"""The fields of `ExpertLocationMetadata`, all of which must agree after a failure; compared exactly too."""
 _METADATA = "ExpertLocationMetadata"
 
 

@@ -90,7 +90,6 @@ class Engine:
             sampling_backend="pytorch",
             grammar_backend="none",
             disable_cuda_graph=True,
-            disable_overlap_schedule=True,
             disable_radix_cache=True,
             mem_fraction_static=0.1,
             max_total_tokens=4096,
@@ -104,12 +103,19 @@ class Engine:
         )
 
     def step(self, step: list[Any]) -> Any:
-        """Do one step: `["tokens"]`, `["reload", folder]`, or one of the shim's, with an answer of each rank."""
+        """Do one step: `["tokens"]`, `["sleep", tags]`, `["reload", folder]`, or one of the shim's.
+
+        Those are answered by each rank.
+        """
         name, *arguments = step
         if name == "tokens":
             # One after the other: which prompts share a batch is a matter of timing, and changes roundings.
             outputs = [self.engine.generate(input_ids=ids, sampling_params=self.sampling) for ids in self.prompts]
             return [output["output_ids"] for output in outputs]
+        if name == "sleep":
+            self.engine.release_memory_occupation(*arguments)
+            self.engine.resume_memory_occupation(*arguments)
+            return True
         if name == "reload":
             return bool(self.engine.update_weights_from_disk(*arguments)[0])
         self.engine.collective_rpc("eplb_step", path="answer", name=name, arguments=arguments)
