@@ -35,6 +35,8 @@ _GRACE_S = 5.0  # once a rank has failed, the others have this long to report
 _JOIN_S = 30.0  # a rank that has reported has this long to exit
 _DUMP_S = 0.5  # time for the stacks to reach stderr before a rank that hangs is killed
 _LOOPBACK = "127.0.0.1"
+_GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_LOOPBACK_S = 5.0
 _BACKLOG = 1024  # connections that ranks may open at once
 _START_S = 120.0  # for all ranks to meet
 
@@ -112,14 +114,29 @@ class RankEnvironment:
         return cls(rank, world_size, local_rank, local_world_size, dist.PrefixStore("eplb", store))
 
     def init_process_group(self, timeout_s: float = 600.0) -> None:
-        """Create the default torch.distributed group (gloo) of all ranks."""
-        dist.init_process_group(
-            "gloo",
-            store=dist.PrefixStore("world", self.store),
-            rank=self.rank,
-            world_size=self.world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        """Create the default torch.distributed group (gloo) of all ranks.
+
+        Raises:
+            InputError: gloo cannot use the network interface, or the ranks did not come.
+        """
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=dist.PrefixStore("world", self.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=datetime.timedelta(seconds=timeout_s),
+            )
+        except (RuntimeError, ValueError) as error:
+            chosen = os.environ.get(_GLOO_INTERFACE)
+            raise InputError(
+                "gloo cannot make a process group",
+                where=f"rank {self.rank}",
+                why=str(error).splitlines()[0].rpartition("] ")[2] if str(error) else type(error).__name__,
+                remedy=f"{_GLOO_INTERFACE} is {chosen!r}; set it to an interface of this machine, or unset it"
+                if chosen
+                else f"set {_GLOO_INTERFACE} to an interface that the ranks reach one another over",
+            ) from error
 
     def report(self, event: object) -> None:
         """Send a picklable progress event to the parent, if there is one."""
@@ -268,7 +285,12 @@ def collect_local_ranks(
 
 
 def store_of_this_machine() -> dist.TCPStore:
-    """Return a store that listens on the loopback address only: torch would listen on every address."""
+    """Return a store that listens on the loopback address only: torch would listen on every address.
+
+    Raises:
+        InputError: the loopback interface is down.
+    """
+    _require_loopback()
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
         listening.bind((_LOOPBACK, 0))
         listening.listen(_BACKLOG)
@@ -276,6 +298,19 @@ def store_of_this_machine() -> dist.TCPStore:
         return dist.TCPStore(
             _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
         )
+
+
+def _require_loopback() -> None:
+    """Check that this machine reaches itself; torch would try for minutes, and print a stack each time."""
+    try:
+        with socket.create_server((_LOOPBACK, 0)) as listening:
+            socket.create_connection(listening.getsockname(), timeout=_LOOPBACK_S).close()
+    except OSError as error:
+        raise InputError(
+            f"ranks of this machine cannot reach one another at {_LOOPBACK}",
+            why=error.strerror or str(error),
+            remedy="set the loopback interface up: ip link set lo up",
+        ) from error
 
 
 def _how_it_ended(outcome: Outcome, exit_code: int) -> str:

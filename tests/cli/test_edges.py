@@ -256,3 +256,19 @@ def test_left_over_metadata_earlier_on_the_path_hides_no_backend(folder: Path) -
     assert any("left-over metadata" in note for note in rows["nixl"]["notes"])
     explained = shell("$EPLB config explain nixl", folder, PYTHONPATH="left")
     assert explained.returncode == 0, explained.stderr
+
+
+def test_an_interface_that_gloo_cannot_use_is_one_line_that_names_the_variable(folder: Path) -> None:
+    done = shell(f"{JOB} --timeout 30", folder, GLOO_SOCKET_IFNAME="eth99")
+    assert done.returncode in (1, 2)
+    assert "GLOO_SOCKET_IFNAME is 'eth99'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loopback_interface_that_is_down_is_one_line_and_exit_2(folder: Path) -> None:
+    if subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    done = shell(f"unshare -n {JOB} --timeout 30", folder)
+    assert done.returncode == 2
+    assert "set the loopback interface up" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import click
 import msgspec
 
-from eplb_core import errors
 from eplb_core.cli.output import exit_code_of, one_line
 from eplb_core.cli.progress import StageBars
 from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
@@ -65,14 +65,20 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
     if failed:
         # A rank that raised is more informative than one that died; ranks terminated as a consequence come last.
         first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
-        if first.error and not hasattr(errors, first.error):
-            print(first.trace, file=sys.stderr)  # a foreign error: the traceback is needed to fix it
+        if first.trace and _traceback_wanted():
+            print(first.trace, file=sys.stderr)
         raise LocalRankError(
             f"rank {first.rank} failed" + (f" with {first.error}" if first.error else ""),
             rank=first.rank,
             why=first.message,
         )
     return [outcome.result for outcome in outcomes]
+
+
+def _traceback_wanted() -> bool:
+    """Whether `eplb --traceback` was given."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().params.get("traceback"))
 
 
 def _report_interruption(bars: StageBars, console: Console) -> None:
