@@ -21,7 +21,7 @@ from eplb_core.planning.placement import EMPTY, check_placement
 from eplb_core.rearrange.expert_exchange import Passage, exchange_experts
 from eplb_core.rearrange.host_memory import hosts_of_ranks, pin, share_memory
 from eplb_core.rearrange.weights import ExpertWeights
-from eplb_core.transport.streams import synchronize
+from eplb_core.transport.streams import on_stream, synchronize
 
 if TYPE_CHECKING:
     from eplb_core.arrays import IntArray
@@ -224,7 +224,8 @@ class HostBackup:
             target = slot // slots
             if target in keepers[layer, expert]:
                 if target == self._rank:
-                    self._unpack(weights, layer, slot % slots, self._place(layer, expert))
+                    with on_stream(weights.device, stream):
+                        self._unpack(weights, layer, slot % slots, self._place(layer, expert))
                 continue
             source = min(keepers[layer, expert], key=lambda rank: busy[rank])
             busy[source] += 1
