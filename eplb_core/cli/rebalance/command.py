@@ -209,7 +209,7 @@ def _stays(request: RebalanceRequest, job: RebalanceTask, output: _Output, conso
     if not request.if_worth_it or job.worth.worth_it:
         return False
     for note in job.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(f"nothing was moved: {job.worth}", markup=False)
     if output.json_path is not None:
         from dataclasses import asdict
@@ -240,7 +240,7 @@ def _conclude(
     if output.json_path is not None and output.json_path != STDOUT:
         write_json(report.document(), output.json_path, "rebalance/1")
     for note in job.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     print_report(report, console)
     if output.json_path == STDOUT:
         write_json(report.document(), output.json_path, "rebalance/1")
