@@ -258,8 +258,9 @@ class Member:
                     break
                 time.sleep(_NAP_S / 20)
             strike.in_the_engine()
+            return job.wait(_MEET_S).placement  # its own deadlines come first
         except TransferError:
-            pass  # wait() tells
+            return job.wait(_MEET_S).placement  # which tells
         except BaseException:
             strike.calm()
             with contextlib.suppress(EplbError):
@@ -267,7 +268,6 @@ class Member:
             with contextlib.suppress(EplbError):  # after it, rearranger.placement is the one of all ranks
                 job.wait(_MEET_S)
             raise
-        return job.wait(_MEET_S).placement  # its own deadlines come first
 
     # --- the others --------------------------------------------------------------------------------------------------
 
