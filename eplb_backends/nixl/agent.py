@@ -50,9 +50,11 @@ logger = logging.getLogger(__name__)
 class NixlError(EplbError, RuntimeError):
     """NIXL refused or failed. `disconnected` tells whether a peer is gone."""
 
-    def __init__(self, what: str, *, why: str | None = None, disconnected: bool = False) -> None:
+    def __init__(
+        self, what: str, *, why: str | None = None, remedy: str | None = None, disconnected: bool = False
+    ) -> None:
         self.disconnected = disconnected
-        super().__init__(what, why=why)
+        super().__init__(what, why=why, remedy=remedy)
 
 
 class Agent:
@@ -73,7 +75,7 @@ class Agent:
         self.name = f"{label}-{uuid.uuid4().hex}"
         self.memory_type = "DRAM" if device.type == "cpu" else "VRAM"
         self.device_number = 0 if device.type == "cpu" else ordinal_of(device)
-        with mapped("NIXL cannot create an agent"):
+        with mapped("NIXL cannot create an agent", remedy=_restrictions()):
             config = api.nixl_agent_config(enable_prog_thread=progress_thread, backends=[])
             agent = api.nixl_agent(self.name, config)
             agent.create_backend("UCX", {})
@@ -362,7 +364,7 @@ def _keep(what: object) -> None:
 
 
 @contextlib.contextmanager
-def mapped(what: str) -> Iterator[None]:
+def mapped(what: str, *, remedy: str | None = None) -> Iterator[None]:
     """Turn any exception of NIXL into a `NixlError` that names the operation."""
     try:
         yield
@@ -370,7 +372,14 @@ def mapped(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = type(error).__name__
-        raise NixlError(what, why=f"{kind}: {error}", disconnected=kind == "nixlRemoteDisconnectError") from error
+        lost = kind == "nixlRemoteDisconnectError"
+        raise NixlError(what, why=f"{kind}: {error}", remedy=remedy, disconnected=lost) from error
+
+
+def _restrictions() -> str | None:
+    """Return what to look at where UCX finds nothing to use: the variables that leave it only some of what there is."""
+    given = [f"{name}={os.environ[name]}" for name in ("UCX_NET_DEVICES", "UCX_TLS") if name in os.environ]
+    return f"unset {' and '.join(given)}, or name what this machine has" if given else None
 
 
 def _load(device: torch.device) -> Any:

@@ -272,3 +272,11 @@ def test_a_loopback_interface_that_is_down_is_one_line_and_exit_2(folder: Path) 
     assert done.returncode == 2
     assert "set the loopback interface up" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_network_device_that_this_machine_lacks_is_one_line_that_names_the_variable(folder: Path) -> None:
+    job = JOB.replace("torch_gloo", "nixl")
+    done = shell(f"{job} --timeout 60", folder, UCX_NET_DEVICES="mlx5_99:1", UCX_LOG_LEVEL="fatal")
+    assert done.returncode == 1
+    assert "UCX_NET_DEVICES=mlx5_99:1" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
