@@ -178,10 +178,12 @@ class RearrangeJob:
         later work sees the new weights, earlier work the old ones. Takes one message to the store and local copies.
 
         Raises:
-            InputError: the layer is not ready on this rank, and does not become so in time.
+            InputError: the layer is not ready on this rank, and does not become so in time; or a tensor got other
+                memory since the job was started, which ends the job on all ranks.
             TransferError: the job has failed, or was cancelled before this commit; nothing was copied.
         """
         ready = self._await_ready(layer)
+        self._check_places()
         decision = self._settle(ready.number, COMMIT)
         if decision.outcome != COMMIT:
             self._note_given_up(decision)
@@ -219,6 +221,10 @@ class RearrangeJob:
             return self._result
         deadline = None if timeout is None else time.monotonic() + timeout
         while (ready := self._next_or_end(deadline)) is not None:
+            try:
+                self._check_places()
+            except InputError:
+                continue  # the job has failed with it
             decision = self._settle(ready.number, COMMIT)
             if decision.outcome == COMMIT:
                 self._copy(ready)
@@ -272,6 +278,14 @@ class RearrangeJob:
         with contextlib.suppress(ControlPlaneError):  # the store is gone, as all ranks see
             for ready in left:
                 self._record.settle(_outcome(ready.number), given_up)
+
+    def _check_places(self) -> None:
+        """Give the job up if what is copied now would end up in memory that the engine does not read any more."""
+        try:
+            self._runner.check_places()
+        except InputError:
+            self.abandon("gave a tensor other memory")
+            raise
 
     def _await_ready(self, layer: int) -> Ready:
         """Return the first step of `layer` that is ready. Another rank may have seen a moment earlier that it is."""

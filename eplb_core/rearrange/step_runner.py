@@ -128,6 +128,10 @@ class StepRunner:
         self._rank = rank
         self._parts: dict[tuple[int, int], StagedExperts] = {}
 
+    def check_places(self) -> None:
+        """Raise `InputError` if a tensor has other memory than at first."""
+        self._weights.check_places()
+
     def prepare(self, step: Step, part: torch.Tensor) -> PreparedStep:
         """Return what this rank does in a step that lands in `part` of its window."""
         place = part.data_ptr(), len(part)

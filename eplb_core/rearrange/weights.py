@@ -130,8 +130,11 @@ class ExpertWeights:
         Raises:
             InputError: it names the layer and the tensor.
         """
-        for number, (tensor, place) in enumerate(zip(self.tensors, self._places, strict=True)):
-            if tensor.data_ptr() != place:
+        places = [tensor.data_ptr() for tensor in self.tensors]
+        if places == self._places:
+            return
+        for number, (now, at_first) in enumerate(zip(places, self._places, strict=True)):
+            if now != at_first:
                 layers = [(n, i) for n, layer in enumerate(self._by_layer) for i in range(len(layer))]
                 layer, index = layers[number]
                 raise InputError(

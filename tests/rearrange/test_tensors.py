@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,23 @@ def one_rank_replaces_the_memory(member: Member, start: bool) -> dict[str, Any]:
         return {"error": error, "after": there_and_back(communicator, weights, member.rank)}
 
 
+def one_rank_replaces_the_memory_beside_a_job(member: Member, commits: bool) -> dict[str, Any]:
+    weights = filled(member.rank, parameter)
+    with member.communicator(BACKENDS[0], weights[0]) as communicator:
+        rearranger = Rearranger(communicator, weights)
+        job = rearranger.start(OLD, NEW)
+        while not (job.ready_layers() or job.received):  # the other rank may have ended it
+            time.sleep(0.001)
+        error = {"type": "", "text": ""}
+        if member.rank == 1:
+            for tensors in weights:
+                tensors[1].data = tensors[1].data.clone()
+            if commits:
+                error = error_of(lambda: job.commit(job.ready_layers()[0]))
+        ended = error_of(lambda: job.wait(60))
+        return {"commit": error, "ended": ended}
+
+
 def one_rank_has_a_distributed_tensor(member: Member) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
@@ -160,6 +178,10 @@ def report_of() -> Report:
         scenarios.append(Scenario(f"dtype {config}", moves_beside_a_default_dtype, (config,)))
     scenarios += [Scenario(f"has {kind}", one_rank_has, (make,)) for kind, (make, _) in DIFFERS.items()]
     scenarios += [Scenario(f"replaces {start}", one_rank_replaces_the_memory, (start,)) for start in (True, False)]
+    scenarios += [
+        Scenario(f"beside {commits}", one_rank_replaces_the_memory_beside_a_job, (commits,))
+        for commits in (True, False)
+    ]
     scenarios.append(Scenario("distributed", one_rank_has_a_distributed_tensor))
     return run_scenarios(RANKS, scenarios)
 
@@ -192,6 +214,15 @@ def test_memory_that_one_rank_has_replaced_is_noticed_on_all_before_anything_mov
         assert one["error"]["type"] == "HandshakeError"
         assert "a tensor has other memory than when the rearranger was made (layer 1, tensor 0)" in one["error"]["text"]
         assert one["after"] == [True, True]
+
+
+@pytest.mark.parametrize("commits", [True, False], ids=["commit", "wait"])
+def test_memory_that_one_rank_has_replaced_beside_a_job_ends_the_job_on_all(report: Report, commits: bool) -> None:
+    told = report.returned(f"beside {commits}")
+    for one in told:
+        assert one["ended"]["type"] == "TransferError"
+        assert "rank 1 gave a tensor other memory while a background job was under way" in one["ended"]["text"]
+    assert told[1]["commit"]["type"] == ("InputError" if commits else "")
 
 
 def test_of_a_distributed_tensor_the_local_part_is_to_be_given(report: Report) -> None:
