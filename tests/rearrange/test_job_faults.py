@@ -81,7 +81,7 @@ def one_rank_leaves(environment: RankEnvironment, config: str) -> dict[str, Any]
     if environment.rank == 1:
         try:
             with communicator:
-                while not job.ready_layers():
+                while not (job.ready_layers() or job.received):
                     time.sleep(0.001)
                 raise ZeroDivisionError
         except ZeroDivisionError:
@@ -179,7 +179,7 @@ def one_rank_stops(environment: RankEnvironment, config: str) -> dict[str, Any]:
     store = environment.store
     if environment.rank == 1:
         store.set("pid", str(os.getpid()))
-        while not job.ready_layers():
+        while not (job.ready_layers() or job.received):
             time.sleep(0.001)
         os.kill(os.getpid(), signal.SIGSTOP)
     told = outcome_of(job.wait)
