@@ -210,9 +210,10 @@ def read_workload(path: Path) -> Workload:
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     remedy = "write one with benchmarks/make_workload.py, or omit --workload"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError("the workload is not an .npz file", where=str(path), remedy=remedy)
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise InputError("the workload is not an .npz file", where=str(path), remedy=remedy)
+        with loaded as file:
             return {name: file[name] for name in ("ranks", "tensor_bytes", "placements")}
     except OSError as error:
         raise InputError("cannot read the workload", where=str(path), why=error.strerror or str(error)) from error

@@ -39,6 +39,18 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"the {what} file cannot be read", where=str(path), why=reason_of(error)) from error
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise an `InputError` that names the file for whatever writing it raises: a disk that is full."""
+    try:
+        yield
+    except EplbError:
+        raise
+    except Exception as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else reason_of(error)
+        raise InputError("cannot write", where=str(path), why=why) from error
+
+
 def reason_of(error: Exception) -> str:
     """Return the first line of a foreign error, or its name if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0][:_LONGEST_REASON]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from eplb_core.errors import InputError
 from eplb_core.extras import require
+from eplb_core.inputs.edge import writing
 from eplb_core.inputs.experts import TensorSpec
 from eplb_core.inputs.models import RandomExperts
 from eplb_core.inputs.shards import INDEX
@@ -83,12 +84,14 @@ def make_checkpoint(
     for shard in range(shards):
         file_name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         mine = names[shard * len(names) // shards : (shard + 1) * len(names) // shards]
-        save_file({name: tensors[name] for name in mine}, directory / file_name, metadata={"format": "pt"})
+        with writing(directory / file_name):
+            save_file({name: tensors[name] for name in mine}, directory / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(mine, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     config = _config(style, layers, experts, hidden, intermediate) | {_MARK: True}
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(directory / "config.json", config)
+    with writing(directory):
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(directory / "config.json", config)
     return total
 
 

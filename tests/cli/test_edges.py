@@ -280,3 +280,29 @@ def test_a_network_device_that_this_machine_lacks_is_one_line_that_names_the_var
     assert done.returncode == 1
     assert "UCX_NET_DEVICES=mlx5_99:1" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_under_a_checkpoint_is_one_line_and_exit_2(folder: Path) -> None:
+    mount = "mkdir small; mount -t tmpfs -o size=200k none small"
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("mounts cannot be made here")
+    done = shell(f"unshare -m sh -c '{mount}; $EPLB make-checkpoint small/x --style qwen3'", folder)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "error: cannot write (small/x/" in done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_a_workload_that_is_another_file_of_numpy_is_one_line_and_exit_2(folder: Path) -> None:
+    import numpy as np
+
+    np.save(folder / "ok.npy", np.ones((2, 4)))
+    done = shell("$EPLB bench --workload ok.npy", folder)
+    assert done.returncode == 2
+    assert "the workload is not an .npz file" in done.stderr
+
+
+def test_an_option_that_only_the_chosen_backend_can_refuse_is_a_usage_error(folder: Path) -> None:
+    done = shell(f"{JOB.replace('torch_gloo', chr(39) + 'auto?windowx=64MiB' + chr(39))} --timeout 60", folder)
+    assert done.returncode == 2
+    assert "has no option 'windowx'" in done.stderr
+    assert "Traceback" not in done.stderr

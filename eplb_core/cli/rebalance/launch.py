@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from eplb_core import errors
 from eplb_core.cli.output import exit_code_of, one_line
 from eplb_core.cli.progress import StageBars
 from eplb_core.cli.rebalance.rank import RankResult, StageProgress, run_rank
@@ -67,6 +68,9 @@ def run_local(job: RebalanceTask, console: Console) -> list[RankResult]:
         first = min(failed, key=lambda outcome: (outcome.error is None, outcome.exit_code is None))
         if first.trace and _traceback_wanted():
             print(first.trace, file=sys.stderr)
+        kind = getattr(errors, first.error or "", None)
+        if isinstance(kind, type) and issubclass(kind, errors.ConfigError | errors.BackendError):
+            raise InputError(first.message)  # no rank got as far as moving anything
         raise LocalRankError(
             f"rank {first.rank} failed" + (f" with {first.error}" if first.error else ""),
             rank=first.rank,
