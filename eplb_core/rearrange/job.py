@@ -381,7 +381,8 @@ class RearrangeJob:
             self._dropped.detach()
         self._communicator.set_stream(self._engine_stream)
         try:
-            self._settle_rest()
+            with self._record.last_words(0.0 if self._state.error is None else self._timeout_s):
+                self._settle_rest()
         except DecisionUnknownError as error:
             self._state.error = error
         with self._state.changed:
