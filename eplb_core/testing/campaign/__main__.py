@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -119,9 +120,11 @@ def _write(report: Report, path: str | None) -> None:
     if path is None:
         return
     try:
-        with open(path, "w", encoding="utf-8") as file:
+        # Whoever ends the campaign in this moment keeps what was there.
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
             json.dump(report.document(), file, indent=1)
             file.write("\n")
+        os.replace(f"{path}.part", path)
     except OSError as error:
         raise InputError(f"cannot write {path}", why=error.strerror or str(error)) from error
 
