@@ -83,7 +83,7 @@ class OwnPage:
 class Board:
     """The pages of all ranks.
 
-    A message carries a digest of its number and content: one that is seen half written, on whatever memory model, is
+    A message carries a digest of its number and content: one that is seen half written, on any memory model, is
     not there yet. A rank keeps its message of the last number that all were here for, and overwrites any other: who
     has written a number has no use for messages of earlier ones.
 

@@ -57,13 +57,13 @@ def agree_on_plan(
 ) -> tuple[Call, Agreed]:
     """Return the call of this rearrangement, and the plan, once all ranks have the same one.
 
-    A rank that cannot make a plan, for whatever reason, says so: no other one waits for it.
+    A rank that cannot make a plan, for any reason, says so: no other one waits for it.
 
     Args:
         calls: those of the rearranger.
         control: the control plane that the calls are made over.
         make_plan: makes this rank's plan.
-        asked: what else has to be the same on every rank; read once the plan is made.
+        asked: what else must be the same on every rank; read once the plan is made.
         timeout_s: how long to wait for the slowest rank, in seconds.
         attempt: the how many-th rearranger of this rank it is; what others refused in an earlier attempt is passed.
         is_scheduled: whether this rank knows the schedule of a plan.
@@ -78,7 +78,7 @@ def agree_on_plan(
     problem: EplbError | None = None
     try:
         known = make_plan()
-    except Exception as error:  # noqa: BLE001 - whatever an argument brings about is told to the other ranks
+    except Exception as error:  # noqa: BLE001 - all that an argument brings about is told to the other ranks
         problem = as_problem(error, "an argument cannot be used")
     mine = _PROBLEM if known is None else _digest(known, asked)
     message = _ASKS + _ATTEMPT.pack(attempt) + mine + note + bytes([known is not None and is_scheduled(known)])
@@ -166,5 +166,5 @@ def _problem(problem: EplbError | None) -> str:
 
 
 def _digest(known: KnownPlan, asked: Mapping[str, str]) -> bytes:
-    """Return a digest of everything that has to be the same on every rank."""
+    """Return a digest of everything that must be the same on every rank."""
     return hashlib.sha256(msgspec.msgpack.encode((known.digests, sorted(asked.items())))).digest()

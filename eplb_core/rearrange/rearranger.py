@@ -71,7 +71,7 @@ _MOST_FORGOTTEN = 8
 """How many last questions of earlier rearrangements may wait at the store for a moment in which this rank waits."""
 
 _as_usual = torch.inference_mode(False)
-"""Whatever mode the engine is in: what is made under inference mode, a job's thread could not write to."""
+"""In any mode of the engine: a job's thread could not write to what is made under inference mode."""
 
 LAYERS_IN_FLIGHT = 2
 """How many layers a background job holds received and not yet committed, unless it is told otherwise."""
@@ -610,7 +610,7 @@ class Rearranger:
     def _weigh_in_place(self, in_place: InPlace) -> int | None:
         """Return the bytes of staging that an additional step is worth; None to stage everything."""
         if in_place not in ("never", "auto", "always"):
-            raise InputError(f"in_place has to be never, auto or always, not {in_place!r}")
+            raise InputError(f"in_place must be never, auto or always, not {in_place!r}")
         possible = not self._communicator.may_land_late
         if in_place == "always" and not possible:
             raise InputError(

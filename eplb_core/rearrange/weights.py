@@ -52,7 +52,7 @@ class ExpertWeights:
 
     def __init__(self, weights: Sequence[Sequence[torch.Tensor]]) -> None:
         if not weights or not all(len(layer) for layer in weights):
-            raise InputError("weights have to hold at least one layer, and every layer at least one tensor")
+            raise InputError("weights must hold at least one layer, and every layer at least one tensor")
         first = weights[0][0]
         _check_kind(first, "layer 0, tensor 0")
         self._by_layer = [list(layer) for layer in weights]
@@ -175,10 +175,10 @@ class ExpertWeights:
             where += f", shape {tuple(tensor.shape)}"
             if tensor.dim() == 0 or tensor.shape[0] != self.num_slots:
                 raise InputError(
-                    "the first dimension has to be the local slots", where=where, why=f"the first has {self.num_slots}"
+                    "the first dimension must be the local slots", where=where, why=f"the first has {self.num_slots}"
                 )
             if tensor.device != self.device:
-                raise InputError("all weights have to lie on one device", where=where, why=f"{tensor.device}")
+                raise InputError("all weights must lie on one device", where=where, why=f"{tensor.device}")
             if self.num_slots and not _is_dense(tensor[0]):
                 raise InputError(
                     "a slot's row has gaps",
@@ -214,7 +214,7 @@ def _check_kind(tensor: object, where: str) -> None:
 
 
 def _is_dense(row: torch.Tensor) -> bool:
-    """Whether a row has no gaps in memory, in whatever order its dimensions lie."""
+    """Whether a row has no gaps in memory, in any order of its dimensions."""
     expected = 1
     for stride, size in sorted(
         (stride, size) for stride, size in zip(row.stride(), row.shape, strict=True) if size != 1
