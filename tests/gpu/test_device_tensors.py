@@ -11,9 +11,19 @@ import pytest
 import torch
 
 from eplb_core.rearrange.rearranger import InPlace, Rearranger
-from tests.backends import test_transports
 from tests.rearrange import test_rearrange
-from tests.support.ranks import Member, Report, Scenario, bytes_of, content, run_scenarios
+from tests.support.ranks import (
+    Member,
+    Report,
+    Scenario,
+    Sent,
+    all_pairs,
+    bytes_of,
+    content,
+    exchange,
+    ring,
+    run_scenarios,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +33,7 @@ pytestmark = [
 
 BACKENDS = ("torch_gloo", "nixl?window=64MiB", "nixl?mode=packed&window=64MiB", "nixl?mode=direct&window=64MiB")
 NBYTES = (9 << 20) + 5
+DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 ROUNDS = 12
 
 
@@ -164,7 +175,7 @@ def the_gpu_s_memory_is_given_back(member: Member, config: str) -> tuple[int, in
     before = torch.cuda.memory_allocated()
     for epoch in range(3):
         with member.communicator(config) as communicator:
-            test_transports.exchange(member, communicator, test_transports.ring(member.world_size, 1 << 20), epoch)
+            exchange(member, communicator, ring(member.world_size, 1 << 20), epoch)
     torch.cuda.synchronize()
     return before, torch.cuda.memory_allocated()
 
@@ -176,15 +187,46 @@ def bytes_are_those_of_the_device(member: Member, config: str) -> None:
     assert bytes_of(tensor) == content(0, 1, 0, 0, NBYTES).tobytes(), config
 
 
+def several_messages_of_a_pair_arrive_in_order(member: Member, config: str) -> None:
+    sizes = (100, 100, 70_001, 5, 0, 100_000, 64 << 10, (64 << 10) - 1, 5, 9)
+    with member.shared(config) as communicator:
+        exchange(member, communicator, [Sent(*pair, size) for size in sizes for pair in all_pairs(member.world_size)])
+
+
+def every_dtype_arrives_bit_for_bit(member: Member, config: str) -> None:
+    small = [Sent(0, 1, 48 * torch.empty(0, dtype=dtype).element_size(), dtype) for dtype in DTYPES]
+    large = [Sent(1, 0, 4_001 * torch.empty(0, dtype=dtype).element_size(), dtype) for dtype in DTYPES]
+    with member.shared(config) as communicator:
+        exchange(member, communicator, small + large)
+
+
+def odd_and_empty_messages_arrive(member: Member, config: str) -> None:
+    with member.shared(config) as communicator:
+        for nbytes in (1, 3, 4095, (5 << 20) + 3):
+            exchange(member, communicator, ring(member.world_size, nbytes), epoch=nbytes)
+        exchange(member, communicator, [Sent(0, 1, 0), Sent(0, 1, 0, torch.bfloat16), Sent(0, 1, 7), Sent(1, 0, 0)])
+
+
+def traffic_may_be_as_uneven_as_it_likes(member: Member, config: str) -> None:
+    rng = np.random.default_rng(7)
+    pairs = all_pairs(member.world_size)
+    with member.shared(config) as communicator:
+        for source in range(member.world_size):  # one rank feeds all others
+            messages = [Sent(source, rank, 1000 + rank) for rank in range(member.world_size) if rank != source]
+            exchange(member, communicator, messages, epoch=source)
+        for epoch in range(6):
+            chosen = rng.integers(0, len(pairs), rng.integers(0, 12))
+            sizes = rng.integers(0, 200_000, len(chosen)).tolist()
+            messages = [Sent(*pairs[at], size) for at, size in zip(chosen.tolist(), sizes, strict=True)]
+            exchange(member, communicator, messages, epoch)
+
+
 SCENARIOS: tuple[Callable[..., Any], ...] = (
     bytes_are_those_of_the_device,
-    test_transports.the_nth_send_pairs_with_the_nth_receive,
-    test_transports.tensors_of_several_sizes_go_to_each_peer,
-    test_transports.every_dtype_arrives_bit_for_bit,
-    test_transports.odd_sizes_arrive,
-    test_transports.tensors_without_elements_are_sent,
-    test_transports.one_rank_feeds_all_others,
-    test_transports.traffic_may_be_as_uneven_as_it_likes,
+    several_messages_of_a_pair_arrive_in_order,
+    every_dtype_arrives_bit_for_bit,
+    odd_and_empty_messages_arrive,
+    traffic_may_be_as_uneven_as_it_likes,
     work_queued_before_is_seen_and_work_queued_after_sees_the_result,
     without_a_stream_the_current_one_counts,
 )
