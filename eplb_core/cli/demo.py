@@ -69,5 +69,5 @@ def demo(
         for name, value in options.items():
             if value is not None:
                 words += [f"--{name}", str(value)]
-        console.print(f"$ {shlex.join(words)}\n", markup=False, highlight=False)
+        console.print(f"$ {shlex.join(words)}\n", markup=False, highlight=False, soft_wrap=True)
         context.invoke(rebalance, loads=loads, plot=plot, json_path=json_path, **options)

@@ -31,7 +31,7 @@ def new_backend(name: str, into: Path) -> None:
     written = write_project(names, project)
     console = human_console()
     for path in written:
-        console.print(path, markup=False)
+        console.print(path, markup=False, soft_wrap=True)
     console.print(
         f"\nIt works as it is. Next:\n"
         f"  cd {project}\n"

@@ -18,7 +18,7 @@ def test_the_script_counts_messages_and_calls_of_steps_that_move_nothing_or_a_li
     assert head[:3] == ["backend", "swaps", "placements"]
     rows = {tuple(line[1:3]): dict(zip(head, line, strict=True)) for line in lines}
     assert list(rows) == [("0", "same"), ("1", "same"), ("1", "new")]
-    # What moves nothing asks the store nothing; a step is decided there.
+    # On one host neither what moves nothing nor a step that is decided asks the store anything.
     assert float(rows["0", "same"]["messages"]) == 0
-    assert float(rows["1", "same"]["messages"]) > 0
+    assert float(rows["1", "same"]["messages"]) < 1
     assert all(int(row["calls"]) > 0 for row in rows.values())

@@ -77,7 +77,7 @@ def a_rank_that_commits_a_batch_late(environment: RankEnvironment) -> None:
     "disturb", [one_wrong_bit, routing_of_another_expert, a_rank_that_commits_a_batch_late], ids=lambda f: f.__name__
 )
 def test_the_toy_engine_sees(disturb: Callable[[RankEnvironment], None]) -> None:
-    outcomes = run_program(TOY_ENGINE, 3, ["torch_gloo"], disturb)
+    outcomes = run_program(TOY_ENGINE, 3, ["torch_gloo?timeout=5s"], disturb)
     assert any("is wrong" in outcome.message for outcome in outcomes)
 
 
