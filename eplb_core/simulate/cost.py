@@ -49,6 +49,7 @@ class Cost:
         peers_max: ranks that a rank has traffic with, on the rank that has most.
         steps: bounded steps.
         messages: control messages of a rank: one for the plan, and one for each step, which it decides with the others.
+            Without those that share a large schedule among the ranks, or find where ranks of one host meet.
         staging_bytes_max: bytes of the window that a rank uses, on the rank and in the step that use most.
         seconds: the time that it takes, by the model of the links.
     """

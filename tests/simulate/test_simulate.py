@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from eplb_core.bench.workload import make_workload
 from eplb_core.cli import main
 from eplb_core.contract.option_types import ByteSize, Duration
+from eplb_core.control.call import Calls
+from eplb_core.control.commit_record import CommitRecord
+from eplb_core.control.groups import StatelessGroup
+from eplb_core.control.journal_record import JournalRecord
+from eplb_core.factory.create import create_eplb_communicator
 from eplb_core.planning.placement import imbalance
 from eplb_core.planning.plan import plan_rearrangement
+from eplb_core.rearrange.rearranger import Rearranger
 from eplb_core.scheduling.schedule import schedule_steps
 from eplb_core.simulate.compared import KeepPolicy, OneMovePerPairPolicy, contestants
 from eplb_core.simulate.cost import Links, cost_of
 from eplb_core.simulate.trace import cut_trace, make_trace
+from eplb_core.testing import in_process
 
 
 def eplb(*arguments: object) -> Result:
@@ -45,6 +57,50 @@ def test_experts_bytes_and_steps_are_exactly_those_of_a_real_run(tmp_path: Path,
     assert [step["steps"] for step in steps] == bench["bounded_steps"]
     assert max(bench["bounded_steps"]) > 1
     assert sum(step["bytes_moved"] for step in steps) / len(steps) == bench["bytes_moved"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_control_messages_are_exactly_those_of_a_real_run(ranks: int) -> None:
+    work = make_workload(ranks=ranks, layers=5, slots=6, redundant=3, expert_bytes=1 << 16, steps=4)
+    window = 4 << 16
+    said: dict[int, int] = dict.fromkeys(range(ranks), 0)
+
+    def counted(cls: type, name: str) -> Any:
+        function = getattr(cls, name)
+
+        def count(self: Any, *arguments: Any, **more: Any) -> Any:
+            said[int(threading.current_thread().name.split()[-1])] += 1
+            return function(self, *arguments, **more)
+
+        return mock.patch.object(cls, name, count)
+
+    def serve(group: StatelessGroup) -> list[int]:
+        rank = group.rank_in_group
+        threading.current_thread().name = f"rank {rank}"
+        weights = [
+            [torch.zeros(work.slots_per_rank, nbytes, dtype=torch.uint8) for nbytes in work.tensor_bytes]
+            for _ in range(work.num_layers)
+        ]
+        counts = []
+        with create_eplb_communicator(group, "in_process", weights[0], registry=in_process.registry()) as communicator:
+            rearranger = Rearranger(communicator, weights, window_bytes=window, in_place="never")
+            for old, new in itertools.pairwise(work.placements):
+                said[rank] = 0
+                rearranger.run(old, new)
+                counts.append(said[rank])
+        return counts
+
+    with counted(Calls, "meet"), counted(CommitRecord, "decide"), counted(JournalRecord, "decide"):
+        counts = in_process.run_ranks(ranks, serve)
+
+    nbytes = np.full(work.num_layers, sum(work.tensor_bytes))
+    expected = []
+    for old, new in itertools.pairwise(work.placements):
+        plan = plan_rearrangement(old, new, ranks)
+        steps = schedule_steps(plan, nbytes, window_bytes=window)
+        expected.append(cost_of(plan, steps, nbytes, Links()).messages)
+    assert counts == [expected] * ranks
+    assert max(expected) > 3
 
 
 def test_seconds_are_those_of_the_busiest_link() -> None:
