@@ -40,4 +40,5 @@ def new_backend(name: str, into: Path) -> None:
         f"  eplb bench --backend {names.name} --ranks 2 --device cpu\n"
         f"Then put your transport into src/{names.package}/fabric.py.",
         markup=False,
+        soft_wrap=True,  # a path is pasted in one piece
     )
