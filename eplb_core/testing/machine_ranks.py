@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -250,5 +250,4 @@ def _serve(rank: int, size: int, port: int, config: str, timeout_s: float, pipe:
         dist.destroy_process_group()
 
 
-RankMaker = Callable[[], Ranks]
 """Makes the ranks that a state machine tells what to do."""

@@ -39,8 +39,8 @@ def save_placement(drawn: Drawn, path: Path) -> None:
     shades = np.where(drawn.placement == EMPTY, 0, np.minimum(copies, len(_COPIES) - 1))
     _draw_slots(first, drawn, shades, _COPIES, ("empty", "1 copy", "2", "3", "4 and more"))
     first.set_title("Slots, by the number of copies of their expert", loc="left", fontsize=10, color=_INK)
-    for beside in others:
-        assert relative is not None
+    if relative is not None:
+        [beside] = others
         image = beside.imshow(relative, cmap="Blues", vmin=0, aspect="auto", interpolation="none")
         beside.set_title("Load of a rank / mean of the layer", loc="left", fontsize=10, color=_INK)
         beside.set_xlabel("rank")

@@ -61,8 +61,8 @@ def print_placement(drawn: Drawn, console: Console, *, listed: bool) -> None:
     else:
         console.print("* in several slots" + ("   - empty slot" if gaps else ""), style="dim")
     console.print("spare: slots beyond one for each expert   most: the most copies of one", style="dim")
-    if imbalances:
-        _print_loads(drawn, console)
+    if (relative := drawn.relative_loads()) is not None:
+        _print_loads(relative, console)
 
 
 def print_change(change: Change, console: Console) -> None:
@@ -93,15 +93,13 @@ def print_change(change: Change, console: Console) -> None:
         _print_traffic(change, console)
 
 
-def _print_loads(drawn: Drawn, console: Console) -> None:
-    relative = drawn.relative_loads()
-    assert relative is not None
+def _print_loads(relative: NDArray[np.float64], console: Console) -> None:
     table = _table("rank")
     for title in ("load / mean", "highest"):
         table.add_column(title, justify="right")
     table.add_column("mean of the layers")
     mean, highest = relative.mean(axis=0), relative.max(axis=0)
-    for rank in range(drawn.num_ranks):
+    for rank in range(relative.shape[1]):
         bar = "\N{BOX DRAWINGS HEAVY HORIZONTAL}" * round(20 * float(mean[rank] / mean.max()))
         table.add_row(str(rank), f"{mean[rank]:.3f}", f"{highest[rank]:.3f}", bar)
     console.print(table)

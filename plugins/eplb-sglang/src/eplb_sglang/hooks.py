@@ -107,12 +107,12 @@ class Hooks:
         """Ask a policy of eplb; where it cannot answer, SGLang's own decides this time."""
         if tokens_per_expert is PROBE:
             return PROBE
-        assert self.asked.policy is not None  # the hook is not registered otherwise
+        asked = _given(self.asked.policy, choice.POLICY)
         num_ranks = num_physical_experts // num_local_physical_experts
         placement = engine.current_placement()
         try:
             return policy.place(
-                self.asked.policy,
+                asked,
                 tokens_per_expert,
                 num_slots=num_physical_experts,
                 slots_per_rank=num_local_physical_experts,
@@ -122,7 +122,7 @@ class Hooks:
                 alive=engine.alive_ranks(num_ranks),
             )
         except EplbError as error:
-            log.warning("policy %s gives no placement, SGLang's own decides this time: %s", self.asked.policy, error)
+            log.warning("policy %s gives no placement, SGLang's own decides this time: %s", asked, error)
             return original(
                 tokens_per_expert=tokens_per_expert,
                 num_physical_experts=num_physical_experts,
@@ -209,10 +209,10 @@ class Hooks:
         if self.mover is not None and self.mover.fits(weights, engine.alive_ranks(num_ranks)):
             return self.mover
         self.release()
-        assert self.asked.backend is not None  # the hooks are not registered otherwise
+        backend = _given(self.asked.backend, choice.BACKEND)
         began = time.perf_counter()
         group = engine.group(num_ranks)
-        self.mover = mover = ExpertMover(self.asked.backend, weights, group)
+        self.mover = mover = ExpertMover(backend, weights, group)
         if group.first:
             log.info(
                 "eplb moves the experts: %s (from environment variable %s), %d ranks, %d layers of %d slots, "
@@ -243,6 +243,13 @@ class Hooks:
     def _asked(self) -> str:
         asked = {choice.BACKEND: self.asked.backend, choice.POLICY: self.asked.policy}
         return " and ".join(f"{variable}={value}" for variable, value in asked.items() if value is not None)
+
+
+def _given(value: str | None, variable: str) -> str:
+    """Return what a variable asks for; the hooks that need it are not registered without it."""
+    if value is None:
+        raise RuntimeError(f"a hook of eplb-sglang was called that takes {variable}, which is not set")
+    return value
 
 
 def is_live(path: str, hook: Callable[..., Any]) -> bool:
