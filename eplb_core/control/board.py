@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import secrets
 import struct
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+
+from eplb_core.control.nameless import NamelessMemory, open_memory
 
 CAPACITY = 16_000
 """The longest message that fits, in bytes."""
@@ -30,9 +31,8 @@ _HEADS = struct.Struct("<QQ" + _SLOTS * "QQ8s")  # withdrawn + 1, its complement
 _HEAD = struct.Struct("<QQ8s")
 _WITHDRAWN = struct.Struct("<QQ")
 _ALL = 2**64 - 1
-_NONCE_BYTES = 16
 _FIRST = 64  # where the first slot begins, behind the heads
-_PAGE = _SLOT * _SLOTS + mmap.PAGESIZE  # the nonce lies behind the slots
+_PAGE = _FIRST + _SLOT * _SLOTS
 _ELSEWHERE = 2**32 - 1  # as a length: the message did not fit, and is at the store
 _SPIN_S = 300e-6  # as long as ranks that come together are apart; then others may have the core
 _NAP_S, _LONGEST_NAP_S = 50e-6, 1e-3
@@ -52,7 +52,7 @@ class Offer(msgspec.Struct, array_like=True, frozen=True):
     nonce: bytes = b""
 
 
-class OwnPage:
+class OwnPage(NamelessMemory):
     """The page that this rank writes.
 
     Raises:
@@ -60,24 +60,9 @@ class OwnPage:
     """
 
     def __init__(self) -> None:
-        if not hasattr(os, "memfd_create"):
-            raise OSError("memory without a name takes Linux")
-        self._file = os.memfd_create("eplb-board", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self._file, _PAGE)
-            self.memory = mmap.mmap(self._file, _PAGE)
-            nonce = secrets.token_bytes(_NONCE_BYTES)
-            self.memory[-_NONCE_BYTES:] = nonce
-            self.offer = Offer(host_name(), f"/proc/{os.getpid()}/fd/{self._file}", nonce)
-        except BaseException:
-            self.close_file()
-            raise
-
-    def close_file(self) -> None:
-        """Let nobody find the page any more; who has mapped it keeps it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        host = host_name()
+        super().__init__("eplb-board", _PAGE)
+        self.offer = Offer(host, self.path, self.nonce)
 
 
 class Board:
@@ -107,15 +92,7 @@ class Board:
                 continue
             if not offer.path or offer.host != own.offer.host:
                 raise OSError(f"rank {other} is elsewhere")
-            file = os.open(offer.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if os.fstat(file).st_size != _PAGE:
-                    raise OSError(f"the page of rank {other} has another size")
-                page = mmap.mmap(file, _PAGE, prot=mmap.PROT_READ)
-            finally:
-                os.close(file)
-            if page[-_NONCE_BYTES:] != offer.nonce:
-                raise OSError(f"what rank {other} offers is another page")
+            page = open_memory(offer.path, offer.nonce, _PAGE, f"rank {other}", writable=False)
             self._pages.append(page)
 
     def write(self, number: int, message: bytes | None) -> None:

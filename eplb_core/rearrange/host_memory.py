@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-import secrets
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +17,12 @@ import msgspec
 import torch
 
 from eplb_core.control.agreement import all_answer
+from eplb_core.control.nameless import NamelessMemory, open_memory
 from eplb_core.control.plane import ControlPlane
 from eplb_core.control.wire import UNREADABLE
 from eplb_core.errors import HandshakeError
 
 logger = logging.getLogger(__name__)
-
-_NONCE_BYTES = 16
 
 
 class _Offer(msgspec.Struct, array_like=True, frozen=True):
@@ -63,14 +61,14 @@ def share_memory(
         HandshakeError: a rank did not answer, or a host has too little memory.
     """
     mine, leader = hosts[rank], list(hosts).index(hosts[rank])
-    own: _Segment | None = None
+    own: NamelessMemory | None = None
     problem: OSError | None = None
     if rank == leader:
         try:
-            own = _Segment(nbytes[mine])
+            own = NamelessMemory("eplb-host-backup", nbytes[mine], reserve=True)
         except OSError as error:
             problem = error
-    offer = _Offer() if own is None else own.offer
+    offer = _Offer() if own is None else _Offer(own.path, own.nonce)
     try:
         said = all_answer(
             control, "the memory of each host", timeout_s, value=msgspec.msgpack.encode(offer), problem=problem
@@ -108,51 +106,13 @@ def pin(memory: torch.Tensor) -> bool:
     return True
 
 
-class _Segment:
-    """Memory without a name, and where others find it.
-
-    Raises:
-        OSError: this machine has no such memory, or not as much.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        if not hasattr(os, "memfd_create"):
-            raise OSError("memory without a name takes Linux")
-        self._file = os.memfd_create("eplb-host-backup", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(self._file, nbytes + _NONCE_BYTES)
-            os.posix_fallocate(self._file, 0, nbytes + _NONCE_BYTES)  # raises here, where later it would be a signal
-            self.memory = mmap.mmap(self._file, nbytes + _NONCE_BYTES)
-            nonce = secrets.token_bytes(_NONCE_BYTES)
-            self.memory[-_NONCE_BYTES:] = nonce
-            self.offer = _Offer(f"/proc/{os.getpid()}/fd/{self._file}", nonce)
-        except BaseException:
-            self.close_file()
-            raise
-
-    def close_file(self) -> None:
-        """Let nobody find it any more; who has mapped it keeps it."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
 def _open(message: bytes, nbytes: int) -> mmap.mmap | None:
     """Return the memory that another rank offers; None if it cannot be opened from here."""
     try:
         offer = msgspec.msgpack.decode(message, type=_Offer)
-        file = os.open(offer.path, os.O_RDWR | os.O_CLOEXEC)
+        return open_memory(offer.path, offer.nonce, nbytes, "this host", writable=True)
     except (*UNREADABLE, OSError):
         return None
-    try:
-        if os.fstat(file).st_size != nbytes + _NONCE_BYTES:
-            return None
-        memory = mmap.mmap(file, nbytes + _NONCE_BYTES)
-    except OSError:
-        return None
-    finally:
-        os.close(file)
-    return memory if memory[-_NONCE_BYTES:] == offer.nonce else None
 
 
 def _host() -> str:

@@ -248,6 +248,3 @@ def _serve(rank: int, size: int, port: int, config: str, timeout_s: float, pipe:
     own.do("close")
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-"""Makes the ranks that a state machine tells what to do."""
